@@ -1,4 +1,4 @@
-"""The `siderolink` command: a thin shell over the same public API an embedder uses (extra: ``siderolink[cli]``)."""
+"""The `siderolink` command, built on the same public API as embedders use (extra: ``siderolink[cli]``)."""
 
 import sys
 
@@ -13,7 +13,7 @@ _EXTRA = frozenset(
 
 
 def main() -> None:
-    """Run the command line. An error prints one line and gives a non-zero exit status."""
+    """Run the command line. An error prints one line and exits with a non-zero status."""
     from siderolink.cli.output import open_standard_descriptors
 
     open_standard_descriptors()
@@ -28,6 +28,6 @@ def main() -> None:
 
 
 def wireguard() -> None:
-    """`siderolink-wireguard IFNAME`, for scripts that run a program with an interface's name: `wireguard --background`."""
+    """`siderolink-wireguard IFNAME` is `wireguard --background`, for scripts that run a program with an interface's name."""
     sys.argv[1:] = ["wireguard", "--background", *sys.argv[1:]]
     main()

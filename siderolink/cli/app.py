@@ -1,4 +1,4 @@
-"""The command line: each command is imported when it is used."""
+"""The command line. Each command's module is imported only when the command is used."""
 
 import os
 import sys
@@ -41,11 +41,11 @@ _PLACES = {
     "completion": "admin.completion",
     "version": "admin.audit",
 }
-"""Each command's module, which has a Typer called ``app``: one of that name, or with a command of that name."""
+"""The module of each command. It has a Typer called ``app``: either of that name, or with a command of that name."""
 
 
 class Commands(TyperGroup):
-    """The commands by name; help and completion of one import no other."""
+    """The commands by name; help and completion of one command import no other module."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(_PLACES)
@@ -97,10 +97,10 @@ def run() -> int:
         finally:
             flush()
     except (BrokenPipeError, ReaderGoneError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try again at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter would try again at exit, and complain
         return 1
     except SideroLinkError as error:
-        stop_log()  # flush the log lines that precede the error
+        stop_log()  # flush log lines that precede the error
         return fail(str(error), getattr(error, "status", 1))
     finally:
         stop_log()
@@ -108,6 +108,6 @@ def run() -> int:
 
 
 def stop_log() -> None:
-    """Flush the log, if the command started one."""
+    """Flush the log if the command has started one."""
     if (logs := sys.modules.get("siderolink.cli.logs")) is not None:
         logs.stop_log()

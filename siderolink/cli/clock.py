@@ -1,4 +1,4 @@
-"""This host's wall clock, as the kernel knows it (adjtimex(2))."""
+"""The kernel's state of this host's wall clock (adjtimex(2))."""
 
 import ctypes
 import time
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Final
 
 RELEASED: Final = 1_767_225_600
-"""The start of 2026: no clock that is right shows less."""
+"""The start of 2026, before which no correct clock can be."""
 _NOT_SYNCHRONIZED: Final = 5  # TIME_ERROR
 _NANOSECONDS: Final = 0x2000  # STA_NANO
 
 
 class _Timex(ctypes.Structure):
-    """The beginning of struct timex; the rest is longer on no architecture than the padding."""
+    """The beginning of struct timex; the padding covers the rest on every architecture."""
 
     _fields_ = (
         ("modes", ctypes.c_uint),
@@ -27,19 +27,19 @@ class _Timex(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClockState:
-    """The clock state that a time service reported to the kernel. Times are in seconds."""
+    """The clock state as reported to the kernel by a time service. Times are in seconds."""
 
     is_plausible: bool
-    """False where the clock shows a date before this program was written."""
+    """False if the clock shows a date before this program was written."""
     is_synchronized: bool
     offset: float
-    """How far the kernel is still to turn the clock."""
+    """The correction that the kernel has yet to apply."""
     max_error: float
-    """A bound on how wrong the clock is; grows while nothing keeps it right."""
+    """An upper bound on the clock's error; grows while nothing synchronises it."""
 
 
 def read_clock() -> ClockState:
-    """Read only; takes a system call."""
+    """Read the clock state without changing it, by one system call."""
     found = _Timex()
     state = ctypes.CDLL(None).adjtimex(ctypes.byref(found))
     return ClockState(

@@ -26,7 +26,7 @@ _LONGEST_PEM = 512 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One setting, fit to be seen."""
+    """One setting, for display."""
 
     name: str
     value: str
@@ -34,7 +34,7 @@ class Line:
 
 
 def run_show(options: SettingsOptions, *, as_json: bool) -> bool:
-    """Print the merged settings, their sources, and no secret; false if something had to be ignored. Raises SideroLinkError."""
+    """Print the merged settings with their sources, secrets masked; False if any input was ignored. Raises SideroLinkError."""
     settings = SettingsReader(options).read()
     lines = describe(settings)
     if as_json:
@@ -54,7 +54,7 @@ def run_show(options: SettingsOptions, *, as_json: bool) -> bool:
 
 
 def describe(settings: MachineSettings) -> list[Line]:
-    """Every setting in a line."""
+    """All settings, one per line."""
     lines = []
     if settings.url is not None:
         lines.append(Line("join URL", str(settings.url.value), settings.url.source))
@@ -82,7 +82,7 @@ def _rule(rule: IngressRule, ingress: Ingress) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForMachinesOptions:
-    """A server, as given on the command line."""
+    """A server's parameters as given on the command line."""
 
     url: str
     join_token_file: Path | None
@@ -100,7 +100,7 @@ def run_kernel_args(options: ForMachinesOptions) -> None:
 
 
 def run_machine_config(options: ForMachinesOptions) -> None:
-    """Print a stream of documents. Raises SideroLinkError."""
+    """Print a stream of configuration documents. Raises SideroLinkError."""
     with needing_extra():
         from siderolink.client.config.write import machine_documents
     show(machine_documents(_parameters(options)), end="")
@@ -121,15 +121,15 @@ def _parameters(options: ForMachinesOptions) -> "JoinParameters":
 
 
 def _read_roots(file: Path) -> str:
-    """The certificates in a file, and nothing else that may stand there."""
+    """The certificates in a file; other content is left out."""
     try:
         with file.open("rb") as opened:
             data = opened.read(_LONGEST_PEM + 1)
         found = x509.load_pem_x509_certificates(data[:_LONGEST_PEM])
     except OSError as error:
-        raise ConfigurationError(f"the certificates cannot be read from {file}: {error.strerror}") from None
+        raise ConfigurationError(f"cannot read certificates from {file}: {error.strerror}") from None
     except ValueError:
-        raise ConfigurationError(f"{file} holds no certificates in PEM form") from None
+        raise ConfigurationError(f"{file} contains no certificates in PEM form") from None
     if len(data) > _LONGEST_PEM:
         raise ConfigurationError(f"{file} is longer than {_LONGEST_PEM // 1024} KiB")
     return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in found)

@@ -1,4 +1,4 @@
-"""The local socket of a running `serve` or `join`, by which `status` asks it."""
+"""The local socket of a running `serve` or `join`, which `status` queries."""
 
 import contextlib
 import os
@@ -30,9 +30,9 @@ from siderolink.common.wireguard.device import DEFAULT_MTU, PeerStatus, check_in
 
 _ANSWER_TIMEOUT = 5.0
 _DEAD_AFTER = 5.0
-"""Seconds after which a socket that refuses connections is no longer one that is about to listen."""
+"""Seconds after which a socket that refuses connections is dead rather than about to listen."""
 _ANSWER_BYTES = 64 * 1024 * 1024
-"""A status tells of every peer, in some 200 bytes each."""
+"""Message limit: a status has some 200 bytes for each peer."""
 
 _STATUS = "/siderolink.control.Control/Status"
 _PEERS_AT_ONCE = 50
@@ -47,7 +47,7 @@ class Source(Protocol):
 
 
 def data_plane(device_kind: str | None) -> str:
-    """The data plane of the device; empty for the kernel's."""
+    """The name of the device's packet implementation; empty for the kernel's WireGuard."""
     if device_kind != "userspace":
         return ""
     from siderolink.common.wireguard.packets import row_functions_in_use
@@ -56,7 +56,7 @@ def data_plane(device_kind: str | None) -> str:
 
 
 class ControlService(ControlBase):
-    """Serves the socket of one source. Replies UNAVAILABLE, with the reason, while the status cannot be read."""
+    """Serves one source's socket. Returns UNAVAILABLE, with the reason, while its status is not available."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -66,7 +66,7 @@ class ControlService(ControlBase):
         return mapping | {_STATUS: Handler(self._serve_status, Cardinality.UNARY_UNARY, StatusRequest, StatusResponse)}
 
     async def _serve_status(self, stream: Stream[StatusRequest, bytes]) -> None:
-        """Answer in pieces: ten thousand peers take a good part of a second to encode."""
+        """Send the status in pieces, because encoding ten thousand peers takes a good part of a second."""
         answer = await self.status(await stream.recv_message() or StatusRequest())
         parts: list[bytes] = []
         for part in encode_in_parts(answer, "peers", _PEERS_AT_ONCE):
@@ -93,7 +93,7 @@ _OF_THE_JOIN_UNIT = Path("/run/siderolink-join")
 
 
 def directory() -> Path:
-    """Where the sockets are: /run/siderolink, unless the environment says otherwise."""
+    """The sockets' directory: /run/siderolink, unless the environment overrides it."""
     return Path(os.environ.get("SIDEROLINK_RUNTIME_DIR", "/run/siderolink"))
 
 
@@ -101,9 +101,9 @@ def directory() -> Path:
 async def control_socket(
     interface: str, services: Sequence[Servable], *, group: int | None = None, limits: Limits | None = None
 ) -> AsyncIterator[Path]:
-    """Serve on a socket named after the interface, for this user alone, or for the members of a group, too.
+    """Serve on a socket named after the interface, accessible to this user and optionally to a group.
 
-    Raises ConfigurationError, also for a name that no interface can have.
+    Raises ConfigurationError, also for an invalid interface name.
     """
     check_interface(interface, DEFAULT_MTU)
     folder = directory()
@@ -112,7 +112,7 @@ async def control_socket(
     except OSError as error:
         raise ConfigurationError(f"cannot create the control socket directory {folder}: {error.strerror}") from None
     if group is not None:
-        with contextlib.suppress(OSError):  # of another user, who decides
+        with contextlib.suppress(OSError):  # the directory may belong to another user
             os.chown(folder, -1, group)
             folder.chmod(0o750)
     path = folder / f"{interface}.sock"
@@ -120,7 +120,7 @@ async def control_socket(
         try:
             await stack.enter_async_context(serve(services, path=path, group=group, limits=limits))
         except AddressInUseError:
-            # The same name is used in another network namespace.
+            # Another network namespace has an interface of the same name.
             path = folder / f"{interface}.{os.getpid()}.sock"
             await stack.enter_async_context(serve(services, path=path, group=group, limits=limits))
         yield path
@@ -128,31 +128,31 @@ async def control_socket(
 
 @dataclass(slots=True)
 class Asked:
-    """The responses of this host's control sockets."""
+    """The answers of this host's control sockets."""
 
     answers: list[StatusResponse] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """A line for each socket of a running process that gave no status."""
+    """One line per socket of a running process that did not answer."""
     notes: list[str] = field(default_factory=list)
-    """A line for each socket without a process, which is removed."""
+    """One line per socket without a process; such sockets are removed."""
 
 
 async def ask_all() -> Asked:
-    """Ask everything that listens here. Raises ConfigurationError where the sockets cannot be listed."""
-    asked = Asked()
+    """Query all control sockets of this host. Raises ConfigurationError if the sockets cannot be listed."""
+    result = Asked()
     for path in (path for folder in _all_directories() for path in _sockets(folder)):
         try:
-            asked.answers.append(await _request(path))
+            result.answers.append(await _request(path))
         except JoinError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 continue  # its process has just ended
             if isinstance(error.__cause__, ConnectionRefusedError) and path.is_socket():
-                asked.notes.append(_remove(path))
+                result.notes.append(_remove(path))
             else:
-                asked.failures.append(f"{path} does not answer: {error}")
+                result.failures.append(f"{path} does not answer: {error}")
         except GRPCError as error:
-            asked.failures.append(f"{path} does not answer: {error.status.name}: {one_line(error.message or '')}")
-    return asked
+            result.failures.append(f"{path} does not answer: {error.status.name}: {one_line(error.message or '')}")
+    return result
 
 
 def _all_directories() -> list[Path]:
@@ -167,17 +167,17 @@ def _sockets(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.suffix == ".sock") if folder.exists() else []
     except OSError as error:
         raise ConfigurationError(
-            f"{folder} cannot be read: {error.strerror}; run this command as the user who runs siderolink"
+            f"cannot read {folder}: {error.strerror}; run this command as the user who runs siderolink"
         ) from None
 
 
 def _remove(path: Path) -> str:
-    """Remove a socket without a listener. Returns a line that reports it."""
+    """Remove a dead socket. Returns a line that reports it."""
     try:
-        # between binding a socket and listening on it there is a moment in which it is refused, too
+        # a socket also refuses connections for a moment between bind and listen
         if time.time() - path.stat().st_mtime > _DEAD_AFTER:
             path.unlink()
-            return f"{path} was left by a process that has ended, and is removed"
+            return f"{path} was left by a process that has ended, and was removed"
     except OSError as error:
         return f"{path} was left by a process that has ended, and cannot be removed: {error.strerror}"
     return f"{path} does not answer yet: its process is starting"

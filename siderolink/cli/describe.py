@@ -1,4 +1,4 @@
-"""Events in words: for the log, and for those who follow them by the control socket."""
+"""The text form of events, for the log and for subscribers of the control socket."""
 
 import logging
 from collections.abc import Callable
@@ -51,7 +51,7 @@ _LINK: dict[type[events.LinkEvent], tuple[str, int, Callable[[Any], str]]] = {
 
 
 def link_event(event: events.LinkEvent) -> tuple[str, str]:
-    """The name of an event of a machine's own link, and one line about it."""
+    """The name and a one-line description of a link event."""
     name, _, text = _LINK[type(event)]
     return name, text(event)
 

@@ -1,4 +1,4 @@
-"""Commands about this host: links, checks, a bare interface, a demonstration, a load test."""
+"""Commands about this host: status, checks, a bare interface, a demonstration, a load test."""
 
 from pathlib import Path
 from typing import Annotated

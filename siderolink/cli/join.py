@@ -39,36 +39,36 @@ from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import DeviceKind
 
 _RETURN_SECONDS = 10.0
-"""How long the settings from before an interrupted trial have the server to themselves before the new ones are tried again."""
+"""How long the settings from before an interrupted trial are used exclusively before the new ones are tested again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinOptions:
-    """As given on the command line."""
+    """Options as given on the command line."""
 
     settings: SettingsOptions
     talos_version: str = TALOS_VERSION
     """Release tag to report to the server."""
     identity: Path | None = None
-    """The folder for what the machine keeps between starts; None keeps nothing."""
+    """The folder for values that the machine keeps between starts; None keeps none."""
     interface: str | None
     device: DeviceKind
     netns: str | None = None
-    """Where the interface lives; reports are then not delivered."""
+    """The interface's network namespace; reports are then not delivered."""
     ca: Path | None = None
-    """Roots (PEM) that the server's certificate is checked against, instead of the system's."""
+    """Roots (PEM) for the server's certificate, instead of the system's."""
     fallback_tunnel: bool = False
-    """Use the tunnel while UDP does not pass."""
+    """Use the tunnel while UDP is blocked."""
     maintenance: MaintenanceOptions | None = None
     """Serve the machine's own API."""
     metrics: MetricsOptions | None = None
 
 
 class LinkSource:
-    """A link, as the control socket shows it."""
+    """A link, as the source of the control socket."""
 
     def __init__(self, link: Link, name: str, reporting: Reporting) -> None:
-        """`name` is what the interface will be called, or was."""
+        """`name` is the present or last name of the interface."""
         self._link = link
         self._name = name
         self._reporting = reporting
@@ -100,7 +100,7 @@ class LinkSource:
 
 
 class JoinedMachine:
-    """Keeps a link by settings that may change; each server knows the machine by one key and one unique token."""
+    """Keeps a link up by settings that may change. Each server knows the machine by one key and one unique token."""
 
     def __init__(self, options: JoinOptions, settings: FollowedSettings) -> None:
         self._options = options
@@ -121,11 +121,11 @@ class JoinedMachine:
 
     @property
     def _own_uuid(self) -> str:
-        """The UUID without META and files: it names the machine's own unique tokens."""
+        """The UUID apart from META and files; identifies the machine's own unique tokens."""
         return self._settings.uuid_argument or self._node_uuid
 
     async def run(self) -> None:
-        """Never returns. Raises SideroLinkError where there can be no interface."""
+        """Never returns. Raises SideroLinkError if the interface cannot be created."""
         if self._options.netns is not None and self._options.maintenance is not None:
             raise ConfigurationError(
                 "--maintenance-api serves the current network namespace: omit --netns, or run the command inside that namespace"
@@ -144,7 +144,7 @@ class JoinedMachine:
                     say("firewall", f"{ingress.default} by default, {len(ingress.rules)} rules")
                 await anyio.sleep_forever()
 
-            # before the link, so that nothing is open for a moment
+            # before the link, so that no port is open in between
             await firewall.replace(self._settings.current.ingress)
             tasks.start_soon(keep_running, "feeding the watchdog", feed_watchdog)
             tasks.start_soon(keep_running, "watching the settings' files", self._settings.watch)
@@ -157,7 +157,7 @@ class JoinedMachine:
 
     @asynccontextmanager
     async def _serve_maintenance(self) -> AsyncIterator[LinkFollower | None]:
-        """The machine's own API, where it was asked for."""
+        """Serve the machine's own API if it is enabled."""
         if self._maintenance is None:
             yield None
             return
@@ -177,10 +177,10 @@ class JoinedMachine:
         async with endpoint.serve_metrics(options, sources.LinkMetrics(lambda: self._link, self._reporting.counts)):
             yield
 
-    # The link, and its settings
+    # The link and its settings
 
     async def _keep_linked(self) -> None:
-        """Keep a link whenever there is a join URL. Raises ConfigurationError for roots that cannot be used at the start."""
+        """Keep a link up while there is a join URL. Raises ConfigurationError if roots are unusable at the start."""
         has_joined = False
         while True:
             url = _join_url(self._settings.current)
@@ -195,7 +195,7 @@ class JoinedMachine:
             except ConfigurationError as error:
                 if not has_joined:
                     raise
-                say("settings refused", f"{error}; there is no link until they change")
+                say("settings refused", f"{error}; no link until they change")
                 await self._settings.changed()
                 continue
             has_joined = True
@@ -207,7 +207,7 @@ class JoinedMachine:
                     self._link = None
 
     async def _first_options(self, settings: MachineSettings) -> tuple[LinkOptions, bool]:
-        """The settings that a new link starts with, and whether they date from before an interrupted trial.
+        """The settings of a new link, and whether they are those from before an interrupted trial.
 
         Raises ConfigurationError.
         """
@@ -217,14 +217,14 @@ class JoinedMachine:
             try:
                 options = self._link_options(before)
             except ConfigurationError as error:
-                say("settings refused", f"those from before an interrupted trial: {error}")
+                say("settings refused", f"cannot use those from before an interrupted trial: {error}")
             else:
-                say("settings", "a trial of new ones was interrupted: the link begins with those that worked before")
+                say("settings", "a trial was interrupted; starting with the settings that worked before")
                 return options, True
         return self._link_options(join), False
 
     async def _follow_settings(self, link: Link, is_interrupted: bool) -> None:
-        """Until there is no join URL any more."""
+        """Apply changes until there is no join URL."""
         async with background_tasks() as tasks:
             tasks.start_soon(self._serve_control, link)
             tasks.start_soon(self._report, link)
@@ -241,7 +241,7 @@ class JoinedMachine:
                     options = await self._note_options(settings)
                     await link.apply(options, timeout=0.0, keep=True, prove_first=is_interrupted)
                 except ConfigurationError as error:
-                    say("settings refused", f"{error}; what was in force stays")
+                    say("settings refused", f"{error}; the previous ones stay in force")
                 if self._settings.current == settings:
                     await self._settings.changed()
 
@@ -261,12 +261,12 @@ class JoinedMachine:
         return await try_first(options, self._keys, timeout=timeout)
 
     async def note_trial(self, settings: MachineSettings) -> None:
-        """From now on, return to the present settings after a crash instead of these; see `SettingsTrial`."""
+        """After a crash from now on, return to the present settings instead of these; see `SettingsTrial`."""
         if self._link is not None and _join_url(settings) is not None:
             await self._note_options(settings)
 
     async def _note_options(self, settings: MachineSettings) -> LinkOptions:
-        """The options of these settings, which are wanted from now on. Raises ConfigurationError."""
+        """The options of these settings, which are the wanted ones from now on. Raises ConfigurationError."""
         join = await self._join_settings(settings)
         options = self._link_options(join)
         self._wanted, link = options, self._link
@@ -277,7 +277,7 @@ class JoinedMachine:
         return options
 
     async def _end_trials(self, link: Link) -> None:
-        """Remove the note of a trial once the link is up with the wanted settings. Never returns."""
+        """Remove a trial's note once the link is up with the wanted settings. Never returns."""
         while True:
             changed = self._link_changed
             if self._wanted is not None and link.runs_by(self._wanted):
@@ -285,7 +285,7 @@ class JoinedMachine:
             await changed.wait()
 
     async def _join_settings(self, settings: MachineSettings) -> JoinSettings:
-        """What the settings mean for the link; the machine's own UUID and unique token fill what they leave open."""
+        """The join settings, completed by the machine's own UUID and unique token."""
         url = _join_url(settings)
         assert url is not None
         own_uuid = self._own_uuid
@@ -297,7 +297,7 @@ class JoinedMachine:
         return JoinSettings(url=url, uuid=node_uuid, unique_token=token, roots=settings.roots_pem if url.tls else None)
 
     def _link_options(self, join: JoinSettings) -> LinkOptions:
-        """Raises ConfigurationError for roots that cannot be used."""
+        """Raises ConfigurationError if the roots are unusable."""
         hide(join.url.join_token)
         hide(join.unique_token)
         options = self._options
@@ -318,15 +318,15 @@ class JoinedMachine:
         return JoinSettings(url=options.url, uuid=machine.uuid, unique_token=machine.unique_token, roots=roots)
 
     def _tls(self, roots: str | None) -> ssl.SSLContext:
-        """The same context for the same roots, so that settings can be compared."""
+        """The same context object for the same roots, so that settings can be compared."""
         if roots not in self._roots:
             self._roots[roots] = client_tls(self._options.ca, extra_roots=roots)
         return self._roots[roots]
 
-    # What goes with a link
+    # Services that accompany a link
 
     async def _serve_control(self, link: Link) -> None:
-        """Serve the control socket under the name of the interface that the settings call for."""
+        """Serve the control socket under the name of the configured interface."""
         while True:
             name = self._options.interface or ("siderolinktun" if link.options.url.tunnel else "siderolink")
             async with control_socket(name, [ControlService(LinkSource(link, name, self._reporting))]):
@@ -335,7 +335,7 @@ class JoinedMachine:
 
     async def _report(self, link: Link) -> None:
         await link.wait_connected()
-        if self._options.netns is not None:  # reports would have to leave by a namespace that this program is not in
+        if self._options.netns is not None:  # reports would have to be sent from another namespace
             await anyio.sleep_forever()
         await self._settings.follow(report_part, self._reporting.deliver)
 
@@ -357,14 +357,14 @@ class JoinedMachine:
         self._link_changed = anyio.Event()
 
     def _show_settings(self, options: LinkOptions) -> None:
-        """Publish the link's current settings in the log and in the machine's API."""
+        """Log the link's current settings and publish them in the machine's API."""
         name_machine(options.machine.uuid)
         if self._follower is not None:
             self._follower.configured(options.url, unique_token=options.machine.unique_token)
 
 
 async def _first_outcome(link: Link) -> None:
-    """Return once the link is up, or its first Provision has failed."""
+    """Return once the link is up or its first Provision call has failed."""
     async for event in link.events():
         if isinstance(event, Connected | ProvisionFailed):
             return
@@ -375,11 +375,11 @@ def _join_url(settings: MachineSettings) -> JoinURL | None:
 
 
 def run_join(options: JoinOptions) -> None:
-    """Join and stay. Raises SideroLinkError."""
+    """Join and stay joined. Raises SideroLinkError."""
     settings = FollowedSettings(SettingsReader(options.settings))
     for note in settings.current.notes:
         say("note", note)
-    settings.tell_problems()
+    settings.log_problems()
     url = settings.current.url
     if url is None and options.maintenance is None:
         raise ConfigurationError(

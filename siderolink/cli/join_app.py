@@ -58,7 +58,7 @@ _SETTINGS: dict[str, tuple[Any, Any]] = {
     "unique_token_file": (UniqueTokenFile, None),
     "join_token_file": (TokenFile, None),
 }
-"""Where a machine's settings come from: each option's type and default."""
+"""The source of a machine's settings: type and default of each option."""
 _FOR_MACHINES: dict[str, tuple[Any, Any]] = {
     "url": (ServerUrl, inspect.Parameter.empty),
     "join_token_file": (TokenFile, None),
@@ -66,13 +66,13 @@ _FOR_MACHINES: dict[str, tuple[Any, Any]] = {
     "log_port": (LogPort, DEFAULT_LOG_PORT),
     "installation_id": (InstallationId, ""),
 }
-"""What machines need to know of a server: each option's type and default."""
+"""A server's parameters for machines: type and default of each option."""
 
 
 def _command(
     app: typer.Typer, shared: Mapping[str, tuple[Any, Any]], cls: type[TyperCommand] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a command that has the shared options and its own. Its first parameter is a dictionary of the shared ones."""
+    """Add a command with shared options and its own. Its first parameter is a dictionary of the shared ones."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         _, *own = inspect.signature(function).parameters.values()
@@ -154,7 +154,7 @@ def show(given: dict[str, Any], as_json: Json = False) -> None:
 
 
 def _as_options(given: dict[str, Any]) -> dict[str, Any]:
-    """The shared options as SettingsOptions takes them."""
+    """The shared options in the form of SettingsOptions."""
     return given | {"config": tuple(given["config"] or ())}
 
 

@@ -1,4 +1,4 @@
-"""systemd's journal by its native protocol: each record is a datagram of fields, which `journalctl` can select by.
+"""systemd's journal by its native protocol: each record is a datagram of fields, which `journalctl` can filter.
 
 See systemd's "Native Journal Protocol" and systemd.exec(5), JOURNAL_STREAM.
 """
@@ -16,7 +16,7 @@ SOCKET: Final = Path("/run/systemd/journal/socket")
 IDENTIFIER: Final = "siderolink"
 PREFIX: Final = "SIDEROLINK_"
 PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
-"""Of syslog(3), by level."""
+"""syslog(3) priorities by level."""
 _MAX_FIELDS: Final = 64
 _MAX_NAME: Final = 48
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -24,7 +24,7 @@ _TOO_LARGE: Final = (errno.EMSGSIZE, errno.ENOBUFS)
 
 
 def is_journal(descriptor: int, environment: Mapping[str, str]) -> bool:
-    """Whether systemd has connected the descriptor to the journal, and nobody redirected it since."""
+    """Whether systemd has connected the descriptor to the journal and it was not redirected since."""
     device, colon, inode = environment.get("JOURNAL_STREAM", "").partition(":")
     try:
         status = os.fstat(descriptor)
@@ -34,7 +34,7 @@ def is_journal(descriptor: int, environment: Mapping[str, str]) -> bool:
 
 
 def encode(message: str, level: str, fields: Mapping[str, object]) -> bytes:
-    """One record. Names become ``SIDEROLINK_NAME``; what cannot be a name is left out."""
+    """Encode one record. Names become ``SIDEROLINK_NAME``; invalid names are left out."""
     found = {"MESSAGE": message, "PRIORITY": PRIORITIES.get(level, 6), "SYSLOG_IDENTIFIER": IDENTIFIER}
     for name, value in list(fields.items())[:_MAX_FIELDS]:
         key = name.upper().replace("-", "_")
@@ -50,7 +50,7 @@ def _field(name: str, value: bytes) -> bytes:
 
 
 class Journal:
-    """Sends records. A journal that does not take them makes `send` wait, or raise OSError: it is for a thread of its own."""
+    """Sends records. `send` may block or raise OSError if the journal does not accept them, so call it in a thread."""
 
     def __init__(self, path: Path = SOCKET) -> None:
         self._path = str(path)
@@ -70,7 +70,7 @@ class Journal:
                 self._send_as_file(record)
 
     def _send_as_file(self, record: bytes) -> None:
-        """A record that is too large for a datagram travels in a sealed memory file."""
+        """Pass a record that is too large for a datagram in a sealed memory file."""
         descriptor = os.memfd_create("siderolink-record", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             with open(descriptor, "wb", closefd=False) as file:

@@ -1,9 +1,9 @@
-"""The log of a long-running command: structured records, written by a thread of their own.
+"""The log of a long-running command: structured records, written by a separate thread.
 
     say(), logging  ->  LogHandler: level, sampling  ->  LineQueue: never blocks  ->  LineWriter: a thread, text or JSON
 
-So a reader of standard output that is stuck or gone does not affect the service: a full queue drops and counts records, and a
-closed pipe ends the log and not the program. docs/logs.md is the operator's page.
+So a blocked or closed reader of standard output does not affect the service: a full queue drops and counts records, and a
+closed pipe ends the log but not the program. docs/logs.md is the operator's page.
 """
 
 import atexit
@@ -27,11 +27,11 @@ from siderolink.common.text import one_line
 
 STDOUT, STDERR = 1, 2
 STOP_SECONDS = 1.0
-"""How long a command that ends waits for its last records to be written."""
+"""How long an ending command waits for its last records to be written."""
 MESSAGE_LIMIT, FIELD_LIMIT, TRACEBACK_LIMIT = 1000, 400, 16_000
-"""Characters of one record's parts."""
+"""Maximum characters of each part of a record."""
 SAMPLE_BURST, LIBRARY_BURST = 1000, 100
-"""Events of one name, and records of one call of the library's, that are logged within one interval of sampling."""
+"""Records per event name, and per logging call of the library, in one sampling interval."""
 
 _TRACEBACK = "traceback_text"
 
@@ -46,16 +46,16 @@ def say(
     sample: tuple[str, int] | None = None,
     fields: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
-    """Log an event: its name, one line about it, and fields for programs.
+    """Log an event: its name, a one-line description, and fields for programs.
 
-    Events of one name are sampled together: at most SAMPLE_BURST of them in ten seconds. `sample` is a narrower kind with a
-    burst of its own, such as the refusals for one reason.
+    Events of one name are sampled together: at most SAMPLE_BURST of them in ten seconds. `sample` gives a narrower kind with
+    its own burst, such as the refusals for one reason.
     """
     _logger.log(level, "%s", text, extra={"event": name, "sample": sample or (name, SAMPLE_BURST), "fields": fields})
 
 
 class LogHandler(logging.Handler):
-    """Queues each record of this process for the writer; called on any thread, and never blocks."""
+    """Queues each record of this process for the writer. Called on any thread; never blocks."""
 
     def __init__(self, writer: "LineWriter[logging.LogRecord]", sampler: Sampler) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ class LogHandler(logging.Handler):
             return
         try:
             record.msg, record.args = one_line(record.getMessage(), limit=MESSAGE_LIMIT), None
-        except Exception as error:  # a mistake in a call of the log is no fault of the program around it
+        except Exception as error:  # a faulty log call must not break its caller
             record.msg, record.args = f"a record could not be formatted: {type(error).__name__}", None
         if record.exc_info:
-            # now, since what the traceback refers to may change or be large
+            # formatted now: the traceback's objects may be large, or may change
             failure = "".join(traceback.format_exception(*record.exc_info))[-TRACEBACK_LIMIT:]
             record.exc_info = record.exc_text = None
             setattr(record, _TRACEBACK, failure)
@@ -79,10 +79,10 @@ class LogHandler(logging.Handler):
 
 
 class Log:
-    """The log of this process, from `start_log` to `stop_log`."""
+    """This process's log, from `start_log` to `stop_log`."""
 
     def __init__(self, level: int, *, as_json: bool, descriptor: int, journal: Journal | None = None) -> None:
-        """With a `journal`, records go there, and the descriptor is left alone."""
+        """With a `journal`, records go there instead of to the descriptor."""
         self._sampler = Sampler()
         self._journal = journal
         self.writer: LineWriter[logging.LogRecord] = LineWriter(
@@ -96,7 +96,7 @@ class Log:
         self._before = logging.root.handlers[:]
         logging.root.handlers[:] = [self._handler]
         logging.root.setLevel(max(level, logging.WARNING))
-        # the command reports the events itself; the library's details need --log-level
+        # the command itself logs the events; further details of the library need --log-level debug
         logging.getLogger("siderolink").setLevel(level if level == logging.DEBUG else max(level, logging.WARNING))
         _logger.setLevel(level)
         logging.captureWarnings(True)
@@ -104,7 +104,7 @@ class Log:
         threading.excepthook = _log_thread_failure
 
     def stop(self) -> None:
-        """Write what is queued, as far as the reader takes it within STOP_SECONDS."""
+        """Write queued records, as far as the reader accepts them within STOP_SECONDS."""
         logging.root.handlers[:] = self._before
         self.writer.stop(STOP_SECONDS, last=[_suppressed(found) for found in self._sampler.expired(float("inf"))])
         if self._journal is not None:
@@ -117,11 +117,11 @@ _own_fields: dict[str, object] = {}
 
 
 def start_log(level: str, *, as_json: bool, descriptor: int = STDOUT) -> None:
-    """Send every log record of this process to the descriptor, from `level` (``debug`` to ``error``) up.
+    """Send every log record of this process from `level` (``debug`` to ``error``) up to the descriptor.
 
-    Where that is systemd's journal, it gets the fields, too, unless they are wanted as JSON.
+    If that is systemd's journal, it also gets the fields, unless JSON is selected.
 
-    The writer's thread begins with the first record: a process that is to fork may do so after this.
+    The writer's thread starts with the first record, so a process may fork after this call.
     """
     global _log
     if _log is None:
@@ -131,7 +131,7 @@ def start_log(level: str, *, as_json: bool, descriptor: int = STDOUT) -> None:
 
 
 def stop_log() -> None:
-    """Flush the queue. Returns within STOP_SECONDS even if nobody reads the output."""
+    """Flush the queue. Returns within STOP_SECONDS even if the output is not read."""
     global _log
     log, _log = _log, None
     if log is not None:
@@ -139,18 +139,18 @@ def stop_log() -> None:
 
 
 def lost_records() -> dict[str, int]:
-    """Records that were dropped because standard output did not take them; empty where none were."""
+    """Records dropped because standard output did not accept them; empty if there are none."""
     lost = 0 if _log is None else _log.writer.lost
     return {"log_record_lost": lost} if lost else {}
 
 
 def name_machine(node_uuid: str) -> None:
-    """The machine that this process is, in every record from now on."""
+    """Add this process's machine to every record from now on."""
     _own_fields["node_uuid"] = node_uuid
 
 
 def hide(secret: str | None) -> None:
-    """Mask a secret in every record from now on, whatever logs it. Very short ones would mask ordinary words."""
+    """Mask a secret in every record from now on. Very short secrets are ignored, because they would mask ordinary words."""
     if secret and len(secret) >= 6:
         _secrets.add(secret)
 
@@ -182,7 +182,7 @@ def _formatter(render: Render) -> structlog.stdlib.ProcessorFormatter:
 
 
 def _describe(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Add what the record carries besides its text."""
+    """Add the record's attributes other than its text."""
     record: logging.LogRecord = event["_record"]
     if hasattr(record, "fields"):
         event["fields"] = record.fields
@@ -192,7 +192,7 @@ def _describe(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMap
 
 
 def _arrange(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """The record's keys in the order in which they are written."""
+    """Sort the record's keys into output order."""
     record: logging.LogRecord = event["_record"]
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     arranged: dict[str, Any] = {
@@ -212,7 +212,7 @@ def _arrange(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapp
 
 
 def _mask(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Make every value printable and free of secrets."""
+    """Make every value printable and mask secrets."""
     for name, value in event.items():
         if name.startswith("_") or isinstance(value, bool | int | float):
             continue
@@ -231,7 +231,7 @@ def _clean(text: str, limit: int) -> str:
 
 
 def _render_text(_: object, __: str, event: MutableMapping[str, Any]) -> str:
-    """One line: the time, what happened, and last the level and the fields that the text does not hold already."""
+    """One line: the time, the event and its text, then the level and the fields that the text does not contain."""
     moment, level, logger, name, message = (event.pop(key) for key in ("time", "level", "logger", "event", "message"))
     failure = event.pop("traceback", "")
     fields = [f"{key}={_quoted(value)}" for key, value in event.items() if str(value) not in message]
@@ -242,10 +242,10 @@ def _render_text(_: object, __: str, event: MutableMapping[str, Any]) -> str:
 
 
 def _render_fields(_: object, __: str, event: MutableMapping[str, Any]) -> str:
-    """A record of the journal; as text, because the formatter makes no bytes."""
+    """A journal record; as text, because the formatter cannot return bytes."""
     level, logger, name, message = (event.pop(key) for key in ("level", "logger", "event", "message"))
     failure = event.pop("traceback", "")
-    del event["time"]  # the journal has its own
+    del event["time"]  # the journal adds its own
     text = message if name == "log" else f"{name}: {message}".rstrip()
     fields = {"event": name, "logger": logger, **event}
     return encode("\n".join(filter(None, (text, failure))), level, fields).decode(errors="surrogateescape")
@@ -256,7 +256,7 @@ def _quoted(value: object) -> str:
     return f'"{text}"' if not text or any(character in text for character in ' "=') else text
 
 
-# --- records that the log makes about itself
+# --- records about the log itself
 
 
 def _notice(text: str) -> logging.LogRecord:

@@ -1,4 +1,4 @@
-"""Logs what machines report to a `serve`: their events and, if asked for, the lines of their kernel logs."""
+"""Logs machines' reports in a `serve`: their events and, optionally, their kernel log lines."""
 
 import logging
 from collections import Counter
@@ -10,18 +10,18 @@ from siderolink.server import LinesDropped, MachineEvent, Reports, ReportsLost
 
 EVENT_BURST = 50
 LINE_BURST = 2000
-"""Events and lines of one machine that are logged within ten seconds."""
+"""Events and lines logged per machine in ten seconds."""
 
 
 def report_counts(reports: Reports) -> Counts:
-    """For the control socket."""
+    """The counts for the control socket."""
     drops = Counter(reports.drops())
     drops.update(reports.refusals())
     return Counts(events=reports.taken_events, lines=reports.taken_lines, drops=dict(drops))
 
 
 async def log_reports(reports: Reports, *, with_lines: bool) -> None:
-    """Until the server ends."""
+    """Log reports until the server stops."""
     if reports.event_sink_port is not None:
         say("event sink", f"on TCP port {reports.event_sink_port} of the overlay")
     if reports.log_port is not None:

@@ -1,4 +1,4 @@
-"""The machine API of `join`. A configuration applied through it counts like a local document."""
+"""The machine API of `join`. A configuration applied through it acts like a local document."""
 
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -42,22 +42,22 @@ _LONGEST_TOKEN = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaintenanceOptions:
-    """As given on the command line."""
+    """Options as given on the command line."""
 
     port: int = API_PORT
     version: str = ""
-    """A release's tag."""
+    """A release tag."""
     meta: Path | None = None
-    """Where META is kept."""
+    """The file that stores META."""
     configuration: Path | None = None
-    """Where a configuration that was applied is kept."""
+    """The file that stores an applied configuration."""
 
 
 class Maintenance:
     """Serves the API, and applies configurations."""
 
     def __init__(self, settings: FollowedSettings, reporting: Reporting, options: MaintenanceOptions) -> None:
-        """Reads META's file. Raises ConfigurationError."""
+        """Reads META from its file. Raises ConfigurationError."""
         self._settings = settings
         self._reporting = reporting
         self._options = options
@@ -70,14 +70,14 @@ class Maintenance:
         )
 
     async def load(self) -> None:
-        """Put into force what was kept, before there is a link. Raises ConfigurationError."""
+        """Apply the stored configuration before there is a link. Raises ConfigurationError."""
         await self._configuration.load()
         if self._meta.values:
             await self._settings.write_meta(_identity(self._meta.values))
 
     @asynccontextmanager
     async def serve(self, *, node_uuid: str) -> AsyncIterator[LinkFollower]:
-        """Serve while the body runs. The yielded object has to receive the link's events."""
+        """Serve while the body runs. The yielded object must receive the link's events."""
         place = Everywhere() if self._settings.current.url is None else Nowhere()
         hooks = MachineHooks(
             version=self._version,
@@ -106,7 +106,7 @@ class Maintenance:
         say("configuration", f"applied by the maintenance API ({request.mode})")
         warnings = answer.warnings
         if self._settings.has_url_argument and self._configuration.has_join:
-            warnings += ("the join URL that was given as an argument counts, not the one of this configuration",)
+            warnings += ("the join URL given as an argument overrides the one of this configuration",)
         return ApplyAnswer(warnings=warnings, mode=answer.mode, details=answer.details)
 
     async def _write_meta(self, key: int, value: bytes) -> None:
@@ -123,9 +123,9 @@ class Maintenance:
         return True
 
     async def _change_meta(self, key: int, value: bytes | None) -> None:
-        """Set or remove a key. Raises GRPCError; then nothing has changed.
+        """Set or remove a key. Raises GRPCError, with nothing changed.
 
-        The two keys of the machine's identity are tried beside the link, and kept if they are not refused.
+        The two keys of the machine's identity are tested alongside the link, and kept unless they are refused.
         """
         if key not in (UUID_KEY, UNIQUE_TOKEN_KEY):
             await self._meta.set(key, value)
@@ -145,7 +145,7 @@ class Maintenance:
 
 
 def _identity(values: Mapping[int, bytes | None]) -> MachineSettings:
-    """The machine's identity from META. Values that are unusable for joining are stored but not used."""
+    """The machine's identity from META. Values that cannot be used for joining are stored but ignored."""
     node_uuid = _read_uuid(values.get(UUID_KEY) or b"")
     token = _read_token(values.get(UNIQUE_TOKEN_KEY))
     return MachineSettings(
@@ -161,22 +161,22 @@ def _in_maintenance() -> MachineEventPayload:
 
 
 def _read_uuid(value: bytes) -> str | None:
-    """An empty value means nothing, as on existing machines."""
+    """An empty value means none, as on existing machines."""
     if not value:
         return None
     try:
         return str(uuid.UUID(value.decode()))
     except ValueError:
-        say("META", f"key {UUID_KEY} holds no UUID: the machine keeps the one that it has")
+        say("META", f"key {UUID_KEY} is not a UUID; the machine keeps its present one")
         return None
 
 
 def _read_token(value: bytes | None) -> str | None:
-    """An empty value hides the token of the settings, as on existing machines."""
+    """An empty value disables the token of the settings, as on existing machines."""
     if value is None:
         return None
     text = value.decode(errors="replace")
     if len(text) > _LONGEST_TOKEN or not (text.isprintable() and value == text.encode()):
-        say("META", f"key {UNIQUE_TOKEN_KEY} holds no line of at most {_LONGEST_TOKEN} characters: it is not joined with")
+        say("META", f"key {UNIQUE_TOKEN_KEY} is not one line of at most {_LONGEST_TOKEN} characters; it is not used")
         return None
     return text

@@ -1,4 +1,4 @@
-"""The options that commands share, with their help texts."""
+"""Options shared by several commands, with their help texts."""
 
 import inspect
 import os
@@ -14,11 +14,11 @@ from typer.core import TyperCommand
 from siderolink.common.hostport import HostPort
 
 COMPLETION_VARIABLE = "_SIDEROLINK_COMPLETE"
-"""Environment variable by which a shell asks for completions."""
+"""The environment variable by which a shell requests completions."""
 DEFAULT_API_PORT = 8090
 DEFAULT_WIREGUARD_PORT = 50180
 DEFAULT_EVENT_SINK_PORT = 8091
-"""Not the API's port: an API that listens on all addresses has its port on the overlay, too."""
+"""Differs from the API's port, because an API on all addresses uses its port on the overlay, too."""
 DEFAULT_LOG_PORT = 8092
 
 
@@ -104,7 +104,7 @@ ServerUrl = Annotated[str, typer.Argument(help="Join URL of the server, as machi
 EventSinkPort = Annotated[int, typer.Option(help="The server's port for events; 0 disables them.", min=0, max=65535)]
 LogPort = Annotated[int, typer.Option(help="The server's TCP port for kernel logs; 0 disables them.", min=0, max=65535)]
 InstallationId = Annotated[str, typer.Option(help="Installation ID that the server derives its overlay addresses from.")]
-StorePasswordFile = Annotated[Path | None, typer.Option(help="A file that holds the password of --store.", metavar="FILE")]
+StorePasswordFile = Annotated[Path | None, typer.Option(help="File that contains the password of --store.", metavar="FILE")]
 ServerInterface = Annotated[str, typer.Option(help="Interface of the running server.")]
 LogFormatOption = Annotated[
     LogFormat, typer.Option("--log-format", help="Format of log records.", envvar="SIDEROLINK_LOG_FORMAT")
@@ -129,7 +129,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def with_parameters(command: Callable[..., None], parameters: Iterable[inspect.Parameter]) -> Callable[..., None]:
-    """Give a command that takes any keywords these parameters, from which its options are made."""
+    """Give a command that accepts any keywords these parameters, so that they become its options."""
     made = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
     command.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in made}
@@ -155,14 +155,14 @@ class JoinTokensModeChoice(StrEnum):
 
 
 def begin_log(log_format: LogFormat, log_level: LogLevel, *, descriptor: int = 1) -> None:
-    """Log to a file descriptor. `simulate` reserves standard output for its results."""
+    """Start logging to a file descriptor. `simulate` reserves standard output for its results."""
     from siderolink.cli.logs import start_log
 
     start_log(log_level, as_json=log_format is LogFormat.JSON, descriptor=descriptor)
 
 
 def state_folder() -> Path:
-    """The state directory that systemd gives, or the platform's."""
+    """The state directory given by systemd, or the platform's."""
     from platformdirs import user_state_path
 
     directories = os.environ.get("STATE_DIRECTORY", "")
@@ -170,7 +170,7 @@ def state_folder() -> Path:
 
 
 def default_state(interface: str) -> Path:
-    """The server's state: one file per interface."""
+    """The path of a server's state: one file per interface."""
     return state_folder() / f"{interface}.state"
 
 
@@ -186,15 +186,15 @@ KeptConfig = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsOptions:
-    """Where metrics are served, as given on the command line."""
+    """Options of metrics as given on the command line."""
 
     listen: HostPort
     machines: int = 0
-    """How many machines have series of their own, at most."""
+    """Maximum machines with their own series."""
 
 
 def metrics_options(listen: str | None, machines: int = 0) -> MetricsOptions | None:
-    """`listen` is ``HOST:PORT``, or ``PORT`` on the loopback; None serves nothing. Raises ConfigurationError."""
+    """`listen` is ``HOST:PORT``, or ``PORT`` on the loopback; None disables metrics. Raises ConfigurationError."""
     if listen is None:
         return None
     digits = listen.removeprefix(":")

@@ -1,6 +1,6 @@
-"""All that commands write: results and errors, without what could steer a terminal, and the log's lines, on their own thread.
+"""All output of commands: results and errors, without terminal control characters, and log lines, written by a thread.
 
-A stuck reader of the log stops that thread and nothing else.
+A blocked reader of the log blocks only that thread.
 """
 
 import errno
@@ -21,15 +21,15 @@ T = TypeVar("T")
 
 MAX_ITEMS = 8192
 MAX_BYTES = 8 * 1024 * 1024
-"""Maximum output queued for a slow reader; the excess is dropped and counted."""
+"""Maximum output queued for a slow reader; more is dropped and counted."""
 _AT_ONCE = 256
 _TICK_SECONDS = 1.0
 _GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ECONNRESET)
-"""Errors after which nothing can be written any more; others, such as a full disk, may pass."""
+"""Permanent write errors; others, such as a full disk, may be temporary."""
 
 
 class LineWriter(Generic[T]):
-    """Renders and writes items in the order in which they were put. The thread begins with the first."""
+    """Renders and writes items in order. The thread starts with the first item."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class LineWriter(Generic[T]):
         tick: Callable[[], Sequence[T]] = tuple,
         send: Callable[[Sequence[bytes]], None] | None = None,
     ) -> None:
-        """`notice` makes an item of a text about the output itself; `tick` is asked for items once a second.
+        """`notice` makes an item from a text about the output itself; `tick` is called for items once a second.
 
-        `send` takes the rendered items in the place of the descriptor, and may raise OSError.
+        `send` receives the rendered items instead of the descriptor, and may raise OSError.
         """
         self._send = send or self._write
         self._descriptor = descriptor
@@ -60,17 +60,17 @@ class LineWriter(Generic[T]):
 
     @property
     def lost(self) -> int:
-        """How many items were not written: the queue was full, or the descriptor failed."""
+        """Number of items not written because the queue was full or the descriptor failed."""
         return self._queue.dropped + self._unwritten
 
     def put(self, item: T, size: int) -> None:
-        """Write an item of about `size` bytes in its turn. Never blocks."""
+        """Queue an item of about `size` bytes. Never blocks."""
         if self._thread is None:
             self._start()
         self._queue.put(item, size)
 
     def stop(self, timeout: float, last: Sequence[T] = ()) -> None:
-        """Write what is queued and then `last`, for at most `timeout` seconds."""
+        """Write queued items and then `last`, for at most `timeout` seconds."""
         self._last = last
         if last and self._thread is None:
             self._start()
@@ -81,7 +81,7 @@ class LineWriter(Generic[T]):
     def _start(self) -> None:
         with self._start_lock:
             if self._thread is None:
-                # a daemon: a thread that is stuck in a write does not keep the program from ending
+                # a daemon, so that a blocked write does not keep the program from ending
                 self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
                 self._thread.start()
 
@@ -114,11 +114,11 @@ class LineWriter(Generic[T]):
     def _rendered(self, item: T) -> bytes:
         try:
             return self._render(item)
-        except Exception as error:  # one item that cannot be rendered costs no other
+        except Exception as error:  # an item that cannot be rendered must not affect others
             return f"a log record could not be rendered: {type(error).__name__}\n".encode()
 
     def _notices(self) -> list[bytes]:
-        """A line about the items that were lost since the last one."""
+        """A line with the number of items lost since the last one."""
         lost = self.lost - self._told_lost
         if not lost or self._notice is None:
             return []
@@ -130,23 +130,23 @@ class LineWriter(Generic[T]):
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # somebody who shares the descriptor made it non-blocking
+            except BlockingIOError:  # another process made the shared descriptor non-blocking
                 select.select([], [self._descriptor], [])
 
     def _fail(self, error: OSError) -> None:
-        """Say it once on standard error, for each series of failures."""
+        """Report it on standard error, once per series of failures."""
         self._is_gone = error.errno in _GONE
         if self._failure is None and self._descriptor != 2:
             what = "is closed, nothing more is logged" if self._is_gone else "fails, log records are lost"
             try:
-                os.write(2, f"siderolink: standard output {what}: {error.strerror}; the program goes on\n".encode())
+                os.write(2, f"siderolink: standard output {what}: {error.strerror}; the program continues\n".encode())
             except OSError:
                 pass
         self._failure = error
 
 
 class TextWriter:
-    """Writes text as it is, for the results of a command that must not wait for whoever reads them."""
+    """Writes plain text, for results of commands that must not wait for their reader."""
 
     def __init__(self, descriptor: int, *, end: str = "") -> None:
         self._writer: LineWriter[str] = LineWriter(descriptor, lambda text: (text + end).encode(errors="replace"))
@@ -159,21 +159,21 @@ class TextWriter:
 
 
 class ReaderGoneError(SideroLinkError):
-    """Raised when nobody reads the output any more, such as `head`, which has seen enough.
+    """Raised when the reader of the output has exited, such as `head`.
 
-    It is no BrokenPipeError: calls raise that, too, where a server is gone.
+    Not a BrokenPipeError, which calls to a stopped server also raise.
     """
 
 
 def show(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
-    """Print on standard output, without characters that could steer a terminal. All results of commands go this way.
+    """Print on standard output, without terminal control characters. Used for all results of commands.
 
     Raises ReaderGoneError.
     """
     try:
         print(printable(text), end=end, flush=flush)
     except BrokenPipeError:
-        raise ReaderGoneError("nobody reads the output") from None
+        raise ReaderGoneError("the reader of the output has exited") from None
 
 
 def flush() -> None:
@@ -181,22 +181,22 @@ def flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        raise ReaderGoneError("nobody reads the output") from None
+        raise ReaderGoneError("the reader of the output has exited") from None
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> str:
-    """JSON, in which characters that are not printable are escaped, and come back when it is read."""
+    """JSON with non-printable characters escaped, so that parsing restores them."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return text if printable(text) == text else json.dumps(value, indent=indent)
 
 
 def tell(text: str) -> None:
-    """The same on standard error, for what is not the result."""
+    """Like `show`, on standard error, for messages that are not results."""
     print(printable(text), file=sys.stderr, flush=True)
 
 
 def fail(text: str, status: int = 1) -> int:
-    """Say on standard error why the command ends, if that takes it; returns the exit status."""
+    """Print on standard error why the command ends, if possible; returns the exit status."""
     try:
         tell(f"siderolink: {text}")
     except OSError:
@@ -205,12 +205,12 @@ def fail(text: str, status: int = 1) -> int:
 
 
 def describe_age(at: float | None) -> str:
-    """How long ago, in seconds."""
+    """The time since `at`, in seconds."""
     return "never" if at is None else f"{max(0.0, time.time() - at):.0f} s ago"
 
 
 def describe_size(count: int) -> str:
-    """Bytes in their largest binary unit."""
+    """A number of bytes in the largest suitable binary unit."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -227,7 +227,7 @@ def own_version() -> str:
 
 
 def open_standard_descriptors() -> None:
-    """Put /dev/null where standard input, output or error was closed: the next file that is opened would take its number."""
+    """Open /dev/null for closed standard descriptors, whose numbers the next opened files would otherwise get."""
     while True:
         descriptor = os.open(os.devnull, os.O_RDWR)
         if descriptor > 2:

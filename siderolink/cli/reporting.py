@@ -23,7 +23,7 @@ from siderolink.common.tasks import background_tasks
 
 @dataclass(frozen=True, slots=True)
 class ReportPart:
-    """The settings of reporting."""
+    """The settings that concern reporting."""
 
     sink: HostPort | None
     logs: tuple[LogURL, ...]
@@ -37,19 +37,19 @@ def report_part(settings: MachineSettings) -> ReportPart:
 
 
 class Reporting:
-    """Queues what is to be reported, and delivers it: into the overlay while there is a link, elsewhere at any time."""
+    """Queues reports and delivers them: to overlay destinations while there is a link, to others at any time."""
 
     def __init__(self) -> None:
         self.events = EventSender()
         self._others: list[Callable[[MachineEventPayload], None]] = []
         self._senders: dict[LogURL, LogSender] = {}
         self._read: dict[LogURL, int] = {}
-        """The number of the last record that each destination was given."""
+        """The number of the last record passed to each destination."""
 
     async def collect(self, part: ReportPart) -> None:
-        """Read the kernel's log, and deliver to what needs no link: collectors outside the overlay. Never returns.
+        """Read the kernel log, and deliver it to collectors outside the overlay, which need no link. Never returns.
 
-        Their log is how one learns why a machine cannot join.
+        Their log shows why a machine cannot join.
         """
         async with background_tasks() as tasks:
             senders = self._start_senders(tasks, part, over_link=False)
@@ -58,13 +58,13 @@ class Reporting:
             await anyio.sleep_forever()
 
     async def deliver(self, part: ReportPart) -> None:
-        """Deliver to the destinations inside the overlay, over the link that stands. Never returns."""
+        """Deliver to destinations inside the overlay, over the present link. Never returns."""
         async with background_tasks() as tasks:
             self._start_senders(tasks, part, over_link=True)
             await anyio.sleep_forever()
 
     def _start_senders(self, tasks: TaskGroup, part: ReportPart, *, over_link: bool) -> dict[LogURL, LogSender]:
-        """Start those that deliver over the link, or those that do not; gives all log senders."""
+        """Start the senders that deliver over the link, or those that do not; returns all log senders."""
         if part.sink is not None and is_machine_overlay(part.sink.host) is over_link:
             tasks.start_soon(self.events.run, part.sink)
         senders = self._keep_senders(part.logs)
@@ -74,11 +74,11 @@ class Reporting:
         return senders
 
     async def _read_log(self, senders: Mapping[LogURL, LogSender]) -> None:
-        """Follow the kernel log until it cannot be read."""
+        """Follow the kernel log until it becomes unreadable."""
         try:
             async for message in read_kernel_log():
                 for log, sender in senders.items():
-                    # the log is read from its beginning, also for those that have had it when others come
+                    # a restart reads the log from its beginning, but each destination gets a record only once
                     if message.seq > self._read.get(log, -1):
                         self._read[log] = message.seq
                         sender.add(message)
@@ -86,7 +86,7 @@ class Reporting:
             say("no kernel log", str(error), level=logging.WARNING)
 
     def counts(self) -> Reports | None:
-        """How much was delivered, waits and was lost; None where nothing is reported."""
+        """Counts of delivered, waiting and lost reports; None if nothing is reported."""
         senders = list(self._senders.values())
         if not senders and not (self.events.delivered or self.events.waiting):
             return None
@@ -120,7 +120,7 @@ class Reporting:
                     sender.kick()
 
     def _keep_senders(self, logs: Sequence[LogURL]) -> dict[LogURL, LogSender]:
-        """The senders of these destinations; those of others are given up."""
+        """Keep the senders of these destinations and drop the others."""
         kept = {log: self._senders.get(log) or LogSender(LogDestination(log.scheme, log.target)) for log in logs}
         self._senders = kept
         self._read = {log: number for log, number in self._read.items() if log in kept}

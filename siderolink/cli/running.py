@@ -1,4 +1,4 @@
-"""The process of a long-running command: its event loop, signals, service manager, descriptors and garbage collector."""
+"""The process of a long-running command: event loop, signals, service manager, file descriptors and garbage collector."""
 
 import gc
 import logging
@@ -19,7 +19,7 @@ from siderolink.common.degraded import say_once
 from siderolink.common.tasks import background_tasks
 
 SPARE_DESCRIPTORS = 64
-"""File descriptors that a process needs besides its connections."""
+"""File descriptors of a process other than connections."""
 _YOUNG, _MIDDLE, _OLD = 5_000, 8, 1_000
 
 
@@ -36,9 +36,9 @@ def run_until_stopped(
     reload: Callable[[], None] | None = None,
     drain: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Run `work` on uvloop until it ends or SIGINT or SIGTERM comes; either is a success. SIGHUP calls `reload`.
+    """Run `work` on uvloop until it ends or SIGINT or SIGTERM arrives; both count as success. SIGHUP calls `reload`.
 
-    SIGTERM waits for `drain` first, until a second signal.
+    SIGTERM first waits for `drain`, unless a second signal arrives.
     """
 
     async def main() -> None:
@@ -52,9 +52,9 @@ def run_until_stopped(
 
 
 def leave() -> NoReturn:
-    """End this process, successfully and now; for commands that have closed and flushed all that they had.
+    """Exit this process immediately with success; for commands that have closed and flushed everything.
 
-    The interpreter would first take apart what thousands of machines left in memory, which takes longer than to stop serving.
+    Otherwise the interpreter would first free the memory of thousands of machines, which takes longer than the shutdown.
     """
     stop_log()
     logging.shutdown()
@@ -64,9 +64,9 @@ def leave() -> NoReturn:
 async def stop_on_signal(
     scope: anyio.CancelScope, drain: Callable[[], Awaitable[None]] | None = None, *, task_status: TaskStatus[None]
 ) -> None:
-    """Cancel the scope when SIGINT or SIGTERM comes. The service manager is told before anything is taken down."""
+    """Cancel the scope at SIGINT or SIGTERM. Notifies the service manager first."""
 
-    async def leave_in_order(drain: Callable[[], Awaitable[None]]) -> None:
+    async def drain_first(drain: Callable[[], Awaitable[None]]) -> None:
         await drain()
         scope.cancel()
 
@@ -78,7 +78,7 @@ async def stop_on_signal(
                 if drain is None or number != signal.SIGTERM:
                     scope.cancel()
                     return
-                tasks.start_soon(leave_in_order, drain)
+                tasks.start_soon(drain_first, drain)
                 drain = None
 
 
@@ -105,7 +105,7 @@ def notify(state: str) -> None:
 
 
 def watchdog_seconds() -> float | None:
-    """How often the service manager wants to hear that this process lives; None if it does not ask."""
+    """The service manager's watchdog interval; None if it has none."""
     try:
         interval, pid = int(os.environ["WATCHDOG_USEC"]) / 1e6, int(os.environ.get("WATCHDOG_PID", os.getpid()))
     except (KeyError, ValueError):
@@ -114,18 +114,18 @@ def watchdog_seconds() -> float | None:
 
 
 async def feed_watchdog() -> None:
-    """Feed the watchdog from the event loop. Returns immediately if systemd does not expect it."""
+    """Notify the watchdog from the event loop. Returns immediately if systemd has none configured."""
     interval = watchdog_seconds()
     while interval is not None:
         notify("WATCHDOG=1")
         await anyio.sleep(interval / 3)
 
 
-# --- for many machines
+# --- large fleets
 
 
 def allow_descriptors(count: int) -> int:
-    """Raise the soft limit towards `count`, as far as the hard one lets it; returns how many may be had now."""
+    """Raise the soft limit of descriptors towards `count`, up to the hard limit; returns the resulting limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= count:
         return count
@@ -135,11 +135,11 @@ def allow_descriptors(count: int) -> int:
 
 
 def calm_collector() -> None:
-    """For a process that is a server's own, once all that it remembers is loaded; a library leaves its host's collector alone.
+    """Exclude everything loaded so far from garbage collection; only for a server's own process.
 
     With ten thousand machines a full collection takes a good part of a second in which nothing else runs. What is loaded now is
     never scanned again. The collection of the middle generation scans some 40,000 objects, which takes a few milliseconds.
-    Connections that end leave no cycles, so there is little to find.
+    Closed connections leave no cycles, so there is little to find.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Repeated records are sampled: the first of each kind are shown, the rest of an interval is counted. No I/O."""
+"""Sampling of repeated records: the first of each kind in an interval are shown, the rest are counted. No I/O."""
 
 import threading
 import time
@@ -14,11 +14,11 @@ _OTHERS = "others"
 
 @dataclass(frozen=True, slots=True)
 class Suppressed:
-    """Records of one kind that were not shown."""
+    """The number of records of one kind that were not shown."""
 
     kind: str
     name: str
-    """The event's name in the records that were shown."""
+    """The event name of the records."""
     count: int
     seconds: float
 
@@ -32,7 +32,7 @@ class _Interval:
 
 
 class Sampler:
-    """Admits a burst of records of each kind within an interval that begins with the first. May be used on any thread."""
+    """Admits a burst of records of each kind per interval, which begins with the first record. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -64,7 +64,7 @@ class Sampler:
             return ended
 
     def _end_before(self, now: float) -> None:
-        """Close the intervals that are over, the oldest first."""
+        """End the intervals that are over, oldest first."""
         while self._intervals:
             kind, interval = next(iter(self._intervals.items()))
             if now < interval.began + INTERVAL_SECONDS:

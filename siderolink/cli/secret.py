@@ -1,4 +1,4 @@
-"""Secrets for the commands: by file, environment or systemd credential, so that `ps` need not show them."""
+"""Secrets for commands, by file, environment or systemd credential, so that `ps` does not show them."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ _LONGEST = 8192
 def read_secret(name: str, given: str | None, file: Path | None) -> str | None:
     """The secret called `name` (such as ``join-token``), or None if it is not set.
 
-    Taken from the argument or environment, else the first line of `file`, else the systemd credential ``siderolink.<name>``.
+    Taken from the argument or environment, or the first line of `file`, or the systemd credential ``siderolink.<name>``.
     Raises ConfigurationError.
     """
     if given and file is not None:
@@ -28,7 +28,7 @@ def read_secret(name: str, given: str | None, file: Path | None) -> str | None:
         with file.open("rb") as opened:
             data = opened.read(_LONGEST + 1)
     except OSError as error:
-        raise ConfigurationError(f"the {name} cannot be read from {file}: {error.strerror}") from None
+        raise ConfigurationError(f"cannot read the {name} from {file}: {error.strerror}") from None
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:

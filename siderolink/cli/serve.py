@@ -45,7 +45,7 @@ _PEERS_AT_ONCE = 100
 
 
 class ServerSource:
-    """A server, as the control socket shows it."""
+    """A server, as the source of the control socket."""
 
     def __init__(self, serving: Serving, interface: str, *, has_reports: bool) -> None:
         self._serving = serving
@@ -94,7 +94,7 @@ class ServerSource:
 
 
 class Serve:
-    """One `serve`: its options, and what a reload reads again."""
+    """One `serve`: its options, and the inputs that a reload reads again."""
 
     def __init__(self, options: ServeConfig) -> None:
         """Raises ConfigurationError."""
@@ -109,7 +109,7 @@ class Serve:
             check_page()
         self._certificate = _certificate(options.tls_cert, options.tls_key)
         self._admin_certificate = _certificate(options.admin_tls_cert, options.admin_tls_key)
-        self._make(None)  # checks the options before anything is opened
+        self._make(None)  # validates the options before anything is opened
         key = state_key(options.state_key_file)
         if isinstance(self._state, StoreAddress):
             key = key_of_database(key, unsealed_secrets=options.unsealed_secrets)
@@ -138,7 +138,7 @@ class Serve:
             await self._serving.run()
 
     def _services(self, source: ServerSource) -> list[Servable]:
-        """The services of the control socket, by caller."""
+        """The services of the control socket, with access control."""
 
         def server() -> Server:
             try:
@@ -165,7 +165,7 @@ class Serve:
             yield
 
     async def drain(self) -> None:
-        """Where other servers share the store, let machines go to them for as long as the settings say."""
+        """Move machines to other servers of the store, if there are any, within the configured time."""
         if self._options.drain_timeout and self._serving.is_running:
             try:
                 left = await self._serving.server.drain(self._options.drain_timeout)
@@ -176,7 +176,7 @@ class Serve:
                 say("not drained", f"{left} machines are still here after {self._options.drain_timeout:g} s")
 
     def reload(self) -> None:
-        """Reload the join token file and the certificate. Logs unusable ones and keeps the old ones in use."""
+        """Reload the join token file and the certificates. Logs unusable ones and keeps the old ones in use."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
         self._reload_token()
         for _, reload in self._certificates():
@@ -197,7 +197,7 @@ class Serve:
 
     def _why_unchanged(self) -> str:
         if self._options.stored_tokens_only:
-            return ": there is none but the stored ones"
+            return ": this server uses only stored tokens"
         if self._options.join_token is not None:
             return ": it was given as an argument or by the environment, which a running server cannot read again"
         if self._options.join_token_file is None:
@@ -205,7 +205,7 @@ class Serve:
         return ""
 
     def _certificates(self) -> Iterator[tuple[ServerCertificate, Callable[[], None]]]:
-        """The credentials in use, each with the function that reloads it."""
+        """The certificates in use, each with its description."""
         for certificate, name in (
             (self._certificate, "the TLS certificate"),
             (self._admin_certificate, "the administration's TLS certificate"),
@@ -220,7 +220,7 @@ class Serve:
         if token is None:
             raise ConfigurationError(
                 "a server needs a join token: set --join-token-file, SIDEROLINK_JOIN_TOKEN "
-                "or the systemd credential siderolink.join-token; or admit by stored tokens alone: --stored-tokens-only"
+                "or the systemd credential siderolink.join-token; or use only stored tokens: --stored-tokens-only"
             )
         hide(token)
         return token
@@ -313,7 +313,7 @@ def run_serve(options: ServeConfig) -> None:
 
 
 def check_serve(options: ServeConfig, layers: tuple[Layer, ...]) -> None:
-    """Check the settings and the files that they name as far as it goes without serving; print them. Raises SideroLinkError."""
+    """Validate the settings and the files they name, as far as possible without serving; print them. Raises SideroLinkError."""
     Serve(options)
     for line in describe_settings(options, layers):
         show(line)

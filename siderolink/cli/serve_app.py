@@ -1,4 +1,4 @@
-"""The command `siderolink serve`, whose options are made from the model of its settings."""
+"""The command `siderolink serve`, whose options are generated from the model of its settings."""
 
 import inspect
 import os
@@ -43,7 +43,7 @@ def _serve(context: typer.Context, config: ConfigFile = None, check_config: Chec
     def of(place: str) -> dict[str, Any]:
         return {name: value for name, value in given.items() if _place(context, name) == place}
 
-    # a limit of one name by argument leaves those of other names by the environment
+    # a limit given as an argument does not discard other limits given by the environment
     limits = {name: os.environ.get(variable(name), "").split() for name in LIMIT_FIELDS}
     settings, layers = read_serve_config(config, of("ENVIRONMENT") | limits, of("COMMANDLINE"))
     if not check_config:
@@ -103,7 +103,7 @@ def _bounds(part: object) -> Iterator[tuple[str, Any]]:
 
 
 def _shown(field: FieldInfo, extra: dict[str, Any]) -> str | bool:
-    """The default, as shown in the help."""
+    """The default as shown in the help."""
     if "shown" in extra:
         return str(extra["shown"])
     return False if isinstance(field.default, bool) or field.default in (None, []) else str(field.default)

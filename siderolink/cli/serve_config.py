@@ -1,6 +1,6 @@
-"""The settings of `siderolink serve`: one model, from which the file's keys, the options, the help and the reference follow.
+"""The settings of `siderolink serve`: one model that defines the file's keys, the options, the help and the reference.
 
-The key ``api-listen`` of the file is the option ``--api-listen`` and the variable ``SIDEROLINK_API_LISTEN``.
+The key ``api-listen`` in the file is the option ``--api-listen`` and the variable ``SIDEROLINK_API_LISTEN``.
 """
 
 import os
@@ -56,7 +56,7 @@ ALTERNATIVES = (
     ("wireguard_endpoint", "tunnel_only"),
     ("reports_folder", "no_kept_reports"),
 )
-"""Fields of which one replaces the others, where it is given at a place of higher precedence."""
+"""Fields that exclude each other: one given at a place of higher precedence replaces the others."""
 
 
 class ServeConfig(SettingsPart):
@@ -66,10 +66,10 @@ class ServeConfig(SettingsPart):
     api_url: str | None = option(
         None,
         "URL by which machines reach the API, such as https://siderolink.example.com:443. "
-        "`siderolink token show --secret` tells it with the token.",
+        "`siderolink token show --secret` prints it with the token.",
         _API,
         metavar="URL",
-        shown="the address of --api-listen, where that is one",
+        shown="the address of --api-listen, if it is a single one",
     )
     tls_cert: FilePath | None = option(None, "Certificate chain (PEM) of the API.", _API, metavar="FILE", shown="no TLS")
     tls_key: FilePath | None = option(
@@ -100,7 +100,7 @@ class ServeConfig(SettingsPart):
 
     admin_listen: HostAndPort | None = option(
         None,
-        "Address for management from elsewhere to listen on, by API keys. TLS is needed but on the loopback.",
+        "Address for the admin API to listen on, for callers with API keys. Needs TLS unless it is a loopback address.",
         _ADMIN,
         metavar="HOST:PORT",
         shown="not served",
@@ -109,12 +109,12 @@ class ServeConfig(SettingsPart):
         None, "Certificate chain (PEM) of --admin-listen.", _ADMIN, metavar="FILE", shown="that of --tls-cert"
     )
     admin_tls_key: FilePath | None = option(
-        None, "Private key (PEM) of it.", _ADMIN, metavar="FILE", shown="read from the --admin-tls-cert file"
+        None, "Private key (PEM) of that certificate.", _ADMIN, metavar="FILE", shown="read from the --admin-tls-cert file"
     )
     web_listen: Listen | None = option(
         None,
-        "Serve the page on this address, by a process of its own (siderolink web); the host defaults to the loopback. TLS is "
-        "needed elsewhere.",
+        "Serve the web UI on this address, in a separate process (siderolink web); the host defaults to the loopback. Other "
+        "addresses need TLS.",
         _ADMIN,
         metavar="[HOST:]PORT",
         shown="not served",
@@ -123,21 +123,19 @@ class ServeConfig(SettingsPart):
         None, "Certificate chain (PEM) of --web-listen.", _ADMIN, metavar="FILE", shown="no TLS"
     )
     web_tls_key: FilePath | None = option(
-        None, "Private key (PEM) of it.", _ADMIN, metavar="FILE", shown="read from the --web-tls-cert file"
+        None, "Private key (PEM) of that certificate.", _ADMIN, metavar="FILE", shown="read from the --web-tls-cert file"
     )
     web_origin: Annotated[list[str], BeforeValidator(listed)] = option(
         [],
-        "Another name under which browsers reach the page, as behind a proxy: https://HOST[:PORT]. Repeatable.",
+        "Another name under which browsers reach the web UI, such as a proxy's: https://HOST[:PORT]. Repeatable.",
         _ADMIN,
         metavar="ORIGIN",
         shown="none",
     )
     web_forwarded_from: networks("web_forwarded_from") = option(  # type: ignore[valid-type]
-        [], "As --forwarded-from, of proxies before the page. Repeatable.", _ADMIN, metavar="NETWORK", shown="no proxy"
+        [], "Like --forwarded-from, for proxies of the web UI. Repeatable.", _ADMIN, metavar="NETWORK", shown="no proxy"
     )
-    audit_days: Annotated[float, Field(gt=0)] = option(
-        365.0, "Keep what people changed for this many days.", _ADMIN, metavar="DAYS"
-    )
+    audit_days: Annotated[float, Field(gt=0)] = option(365.0, "Keep the audit for this many days.", _ADMIN, metavar="DAYS")
 
     wireguard_endpoint: Annotated[list[HostAndPort], BeforeValidator(listed)] = option(
         [],
@@ -148,16 +146,16 @@ class ServeConfig(SettingsPart):
     )
     wireguard_listen_port: PortOrNone | None = option(
         None,
-        "UDP port to listen on, where it differs from the first endpoint's, as behind port forwarding; 0 selects a free one.",
+        "UDP port to listen on if it differs from the first endpoint's (behind port forwarding); 0 selects a free one.",
         _WIREGUARD,
         metavar="PORT",
         shown="the first endpoint's",
     )
     force_tunnel: bool = option(
-        False, "Make every machine use the gRPC tunnel, whatever it asks for.", _WIREGUARD, only_on=True
+        False, "Make every machine use the gRPC tunnel, whatever it requests.", _WIREGUARD, only_on=True
     )
     tunnel_only: bool = option(
-        False, "Serve the gRPC tunnel alone: open no UDP port, and need no endpoint.", _WIREGUARD, only_on=True
+        False, "Serve only the gRPC tunnel: open no UDP port, and need no endpoint.", _WIREGUARD, only_on=True
     )
     persistent_keepalive: Annotated[int, Field(ge=0, le=65535)] = option(
         25, "Seconds between keepalives to each machine; 0 disables them.", _WIREGUARD, metavar="SECONDS"
@@ -223,7 +221,7 @@ class ServeConfig(SettingsPart):
         shown="none",
     )
     join_token_file: FilePath | None = option(None, "File that contains the join token.", _JOIN, metavar="FILE", shown="none")
-    stored_tokens_only: bool = option(False, "Have no join token but those of `siderolink token`.", _JOIN, only_on=True)
+    stored_tokens_only: bool = option(False, "Admit only by tokens made with `siderolink token`.", _JOIN, only_on=True)
     join_tokens_mode: Annotated[JoinTokensModeChoice, LAX] | None = option(
         None,
         "How machines without a unique token join. With legacyAllowed and strict, one that supports unique tokens stays "
@@ -233,7 +231,7 @@ class ServeConfig(SettingsPart):
         shown="a join token or a known unique token is enough",
     )
     forget_after: Annotated[float, Field(gt=0)] | None = option(
-        None, "Forget machines that have been silent for this many days.", _JOIN, metavar="DAYS", shown="never"
+        None, "Remove machines that have been silent for this many days.", _JOIN, metavar="DAYS", shown="never"
     )
 
     state: FilePath | None = option(
@@ -246,19 +244,19 @@ class ServeConfig(SettingsPart):
     no_state: bool = option(False, "Keep the state in memory only.", _STATE, only_on=True)
     store: str | None = option(
         None,
-        "Remember in Postgres instead of a file: postgresql://USER@HOST:PORT/DATABASE. The password comes by "
-        "--store-password-file, by SIDEROLINK_STORE_PASSWORD, or by the systemd credential siderolink.store-password.",
+        "Keep the state in Postgres instead of a file: postgresql://USER@HOST:PORT/DATABASE. Give the password by "
+        "--store-password-file, SIDEROLINK_STORE_PASSWORD, or the systemd credential siderolink.store-password.",
         _STATE,
         metavar="URL",
         shown="a file",
     )
     store_password_file: FilePath | None = option(
-        None, "A file that holds the password of --store.", _STATE, metavar="FILE", shown="none"
+        None, "File that contains the password of --store.", _STATE, metavar="FILE", shown="none"
     )
     state_key_file: FilePath | None = option(
         None,
-        "A file with the key that seals the secrets of the state. It is made at the first start; all servers of one --store "
-        "need the same. The key comes by SIDEROLINK_STATE_KEY or by the systemd credential siderolink.state-key, too. "
+        "File with the key that seals the secrets of the state, created at the first start. All servers of one --store "
+        "need the same key. Alternatives are SIDEROLINK_STATE_KEY and the systemd credential siderolink.state-key. "
         "A --store needs one of the three.",
         _STATE,
         metavar="FILE",
@@ -266,24 +264,24 @@ class ServeConfig(SettingsPart):
     )
     unsealed_secrets: bool = option(
         False,
-        "Do without a state key on --store: who reads the database or a dump of it reads the server's key and the tokens.",
+        "Use no state key with --store: the server's key and the tokens are then readable in the database and its dumps.",
         _STATE,
         only_on=True,
     )
     max_offline: Annotated[float, Field(gt=0)] | None = option(
-        None, "With --store: end after this many seconds without the database.", _STATE, metavar="SECONDS", shown="never"
+        None, "With --store: exit after this many seconds without the database.", _STATE, metavar="SECONDS", shown="never"
     )
 
     peer_listen: HostAndPort | None = option(
         None,
-        "Address to listen on for the other servers of the same --store, by TLS with keys that they make themselves.",
+        "Address to listen on for the other servers of the same --store, by mutual TLS with generated keys.",
         _SERVERS,
         metavar="HOST:PORT",
         shown="no other servers",
     )
     peer_address: HostAndPort | None = option(
         None,
-        "Address by which the other servers reach --peer-listen. Needed where that is every address.",
+        "Address by which the other servers reach --peer-listen. Required if that is a wildcard address.",
         _SERVERS,
         metavar="HOST:PORT",
         shown="that of --peer-listen",
@@ -291,14 +289,14 @@ class ServeConfig(SettingsPart):
 
     drain_timeout: Annotated[float, Field(ge=0)] = option(
         30.0,
-        "After SIGTERM, go on for so many seconds while machines move to other servers of the --store; a second signal ends "
-        "that. A server without others stops at once.",
+        "After SIGTERM, let machines move to other servers of the --store for up to this many seconds; a second signal ends "
+        "this. Without other servers the server stops immediately.",
         _SERVERS,
         metavar="SECONDS",
     )
 
     history_days: Annotated[float, Field(gt=0)] = option(
-        30.0, "Keep what happened to machines for this many days, in the state.", _KEPT, metavar="DAYS"
+        30.0, "Keep the history of machines in the state for this many days.", _KEPT, metavar="DAYS"
     )
     history_entries: Annotated[int, Field(ge=1)] = option(
         500, "Maximum entries of one machine's history.", _KEPT, metavar="COUNT"
@@ -312,13 +310,13 @@ class ServeConfig(SettingsPart):
         shown="under the service's log directory, or beside the state file",
     )
     no_kept_reports: bool = option(
-        False, "Keep machines' lines and events in memory only, the last ones of each.", _KEPT, only_on=True
+        False, "Keep only the last lines and events of each machine, in memory.", _KEPT, only_on=True
     )
     reports_days: Annotated[float, Field(gt=0)] = option(
         7.0, "Keep machines' lines and events for this many days.", _KEPT, metavar="DAYS"
     )
     reports_machine_size: Annotated[int, Field(ge=1)] = option(
-        8, "Maximum size of one machine's lines and events, in MiB; the oldest go first.", _KEPT, metavar="MIB"
+        8, "Maximum size of one machine's lines and events, in MiB; the oldest are removed first.", _KEPT, metavar="MIB"
     )
     reports_total_size: Annotated[int, Field(ge=1)] = option(
         1024, "Maximum size of all machines' lines and events, in MiB.", _KEPT, metavar="MIB"
@@ -370,7 +368,7 @@ class ServeConfig(SettingsPart):
                 and not is_loopback(self.admin_listen)
                 and self.tls_cert is None
                 and self.admin_tls_cert is None,
-                f"API keys travel to {self.admin_listen}, which takes TLS: set --admin-tls-cert or --tls-cert",
+                f"callers send API keys to {self.admin_listen}, which needs TLS: set --admin-tls-cert or --tls-cert",
             ),
             (self.web_tls_key is not None and self.web_tls_cert is None, "--web-tls-key needs --web-tls-cert"),
             (
@@ -379,7 +377,7 @@ class ServeConfig(SettingsPart):
             ),
             (
                 self.web_listen is not None and self.web_tls_cert is None and not is_loopback(full_listen(self.web_listen)),
-                f"API keys and cookies travel to {self.web_listen}, which takes TLS: set --web-tls-cert",
+                f"browsers send API keys and cookies to {self.web_listen}, which needs TLS: set --web-tls-cert",
             ),
             (
                 self.tunnel_only and bool(self.wireguard_endpoint),
@@ -387,7 +385,7 @@ class ServeConfig(SettingsPart):
             ),
             (
                 self.tunnel_only and self.wireguard_listen_port is not None,
-                "--tunnel-only opens no UDP port: leave out --wireguard-listen-port",
+                "--tunnel-only opens no UDP port: omit --wireguard-listen-port",
             ),
             (
                 not (self.wireguard_endpoint or self.tunnel_only),
@@ -408,7 +406,7 @@ class ServeConfig(SettingsPart):
             ),
             (
                 bool(self.log_port and self.log_port == self.event_sink_port),
-                f"events and kernel logs cannot both come to port {self.log_port}: change --event-sink-port or --log-port",
+                f"events and kernel logs cannot both use port {self.log_port}: change --event-sink-port or --log-port",
             ),
         )
         for is_wrong, text in checks:
@@ -419,21 +417,21 @@ class ServeConfig(SettingsPart):
         return self
 
     def _check_peers(self) -> None:
-        """Only servers with one store have others."""
+        """Only servers of a shared store have other servers."""
         if self.peer_listen is not None and self.store is None:
-            raise ConfigurationError("servers have a --store in common, so --peer-listen needs one")
+            raise ConfigurationError("--peer-listen needs a --store, which the servers share")
         if self.peer_address is not None and self.peer_listen is None:
             raise ConfigurationError("--peer-address needs --peer-listen")
 
     def _check_ports(self) -> None:
-        """The API, listening on all addresses, takes its port on the overlay's, too."""
+        """An API that listens on all addresses occupies its port on the overlay, too."""
         api = HostPort.parse(self.api_listen, port_zero=True)
         if api.host != "::" or self.netns is not None or not api.port:
             return
         for name, port in (("--event-sink-port", self.event_sink_port), ("--log-port", self.log_port)):
             if port == api.port:
                 raise ConfigurationError(
-                    f"the API on {self.api_listen} takes port {port} on the overlay, too: change {name} or --api-listen"
+                    f"the API on {self.api_listen} also uses port {port} on the overlay: change {name} or --api-listen"
                 )
 
     @property
@@ -442,12 +440,12 @@ class ServeConfig(SettingsPart):
 
     @property
     def api_limits(self) -> Limits:
-        """Raises ConfigurationError for what HTTP/2 cannot express."""
+        """Raises ConfigurationError for values that HTTP/2 cannot express."""
         return Limits(max_connections_per_address=self.connections_per_address, **self._given(self.api_limit))
 
     @property
     def reports(self) -> ReportOptions | None:
-        """Where machines deliver reports, and how much; None receives none."""
+        """The ports and limits of machines' reports; None disables reports."""
         sink, log = self.event_sink_port or None, self.log_port or None
         if sink is None and log is None:
             return None
@@ -455,7 +453,7 @@ class ServeConfig(SettingsPart):
 
     @property
     def _keep(self) -> KeepOptions | None:
-        """Where an option or systemd says, or beside the state file; None where there is none of these."""
+        """The folder given by an option or by systemd, or one beside the state file; None without any of these."""
         if self.no_kept_reports:
             return None
         folder, name = self.reports_folder, f"{self.interface}.reports"
@@ -474,12 +472,12 @@ class ServeConfig(SettingsPart):
 
     @property
     def peers(self) -> PeerOptions | None:
-        """Where other servers reach this one. Raises ConfigurationError."""
+        """How other servers reach this one. Raises ConfigurationError."""
         return None if self.peer_listen is None else PeerOptions(listen=self.peer_listen, address=self.peer_address)
 
     @property
     def history(self) -> HistoryOptions | None:
-        """How much of what happened is kept; None keeps nothing."""
+        """The retention of the history; None disables it."""
         return None if self.no_history else HistoryOptions(max_age=self.history_days * DAY, per_machine=self.history_entries)
 
     @staticmethod
@@ -493,6 +491,6 @@ class ServeConfig(SettingsPart):
 
 
 def extra_of(name: str) -> dict[str, Any]:
-    """What `_option` noted besides default and text."""
+    """The arguments of `option` other than default and text."""
     found = ServeConfig.model_fields[name].json_schema_extra
     return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""The settings of `serve` from their three places: a file, the environment over it, and arguments over both."""
+"""The settings of `serve` from three places: a file, overridden by the environment, overridden by arguments."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ def variable(name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Settings from one place, by the names of their fields."""
+    """Settings from one place, by field name."""
 
     values: dict[str, Any]
     document: YamlDocument | None = None
@@ -37,7 +37,7 @@ class Layer:
     is_environment: bool = False
 
     def explain(self, error: ErrorDetails) -> str:
-        """One line that says where the problem is, and what it is."""
+        """One line with the place of the problem and its description."""
         if self.document is not None:
             return explain(self.document, ServeConfig, error)
         key, *inner = error["loc"]
@@ -58,7 +58,7 @@ class Layer:
 def read_serve_config(
     file: Path | None, environment: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[ServeConfig, tuple[Layer, ...]]:
-    """The settings, and the layers that they come from. Raises ConfigurationError, a line for each problem."""
+    """The settings and their layers. Raises ConfigurationError with one line per problem."""
     layers = (
         *(() if file is None else (_read_file(file),)),
         Layer(values=_with_limits(environment, is_environment=True), is_environment=True),
@@ -83,7 +83,7 @@ def read_serve_config(
 
 
 def describe_settings(settings: ServeConfig, layers: tuple[Layer, ...]) -> Iterator[str]:
-    """A line for each setting that is not at its default: the value, or a mask for a secret, and where it comes from."""
+    """One line for each setting that differs from its default: the value, or a mask for a secret, and its source."""
     for name in ServeConfig.model_fields:
         places = [layer.place(name) for layer in layers if name in layer.values]
         value = getattr(settings, name)
@@ -111,7 +111,7 @@ def _read_file(file: Path) -> Layer:
         with file.open("rb") as opened:
             data = opened.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigurationError(f"the configuration {file} cannot be read: {error.strerror} (--config)") from None
+        raise ConfigurationError(f"cannot read the configuration {file}: {error.strerror} (--config)") from None
     documents = list(read_stream(data, str(file)))
     if len(documents) > 1:
         raise ConfigurationError(f"{file}:{documents[1].line}: a second document; one is expected")
@@ -130,7 +130,7 @@ def _read_file(file: Path) -> Layer:
 
 
 def _with_limits(given: Mapping[str, Any], *, is_environment: bool) -> dict[str, Any]:
-    """The values that were given, those like ``max-machines=1000`` as a mapping."""
+    """The given values, with those like ``max-machines=1000`` as a mapping."""
     found = {name: value for name, value in given.items() if value is not None and value != []}
     for name in LIMIT_FIELDS:
         if name in found:

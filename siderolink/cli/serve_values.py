@@ -1,4 +1,4 @@
-"""The kinds of values in the settings of `serve`, as a file has them: checked texts, paths, ports, and limits by name."""
+"""The value types of `serve`'s settings in a file: validated texts, paths, ports, and limits by name."""
 
 from dataclasses import MISSING, fields
 from functools import partial
@@ -37,7 +37,7 @@ def _bounds(default: Any, name: str) -> dict[str, Any]:
 
 
 def _of_dataclass(kind: type, name: str, *, without: set[str]) -> type[SettingsPart]:
-    """A model of a dataclass whose fields are all numbers; what is not given stays at its default."""
+    """A model of a dataclass of numbers; missing values keep its defaults."""
     found: dict[str, Any] = {}
     for field in fields(kind):
         if field.name not in without and field.default is not MISSING and field.default is not None:
@@ -52,7 +52,7 @@ ReportLimitKeys = _of_dataclass(ReportOptions, "ReportLimitKeys", without={"even
 
 
 def listed(value: object) -> object:
-    """One text is a list of one."""
+    """A single text stands for a list of one."""
     return [value] if isinstance(value, str) else value
 
 
@@ -62,7 +62,7 @@ def is_host_port(text: str, *, port_zero: bool) -> str:
 
 
 def is_loopback(text: str) -> bool:
-    """Whether a host and port are this host's own."""
+    """Whether a host and port are on the loopback."""
     host = HostPort.parse(text, port_zero=True).host
     try:
         return ip_address(host).is_loopback
@@ -77,7 +77,7 @@ def is_listen(text: str) -> str:
 
 
 def full_listen(text: str) -> str:
-    """``HOST:PORT`` of what `is_listen` takes."""
+    """``HOST:PORT`` for a value accepted by `is_listen`."""
     digits = text.removeprefix(":")
     return f"127.0.0.1:{digits}" if digits.isascii() and digits.isdigit() else text
 
@@ -91,7 +91,7 @@ def are_ports(texts: list[str]) -> list[str]:
     from siderolink.server.fleet.overlay_ports import OverlayPort
 
     if "none" in texts and len(texts) > 1:
-        raise ConfigurationError("name the overlay ports, or none, not both")
+        raise ConfigurationError("give overlay ports, or none, not both")
     for text in texts:
         if text != "none":
             OverlayPort.parse(text)
@@ -99,7 +99,7 @@ def are_ports(texts: list[str]) -> list[str]:
 
 
 def written_as_text(value: object) -> object:
-    """Ports may be written as numbers."""
+    """Accept ports given as numbers."""
     return [str(item) if type(item) is int else item for item in value] if isinstance(value, list) else value
 
 
@@ -110,7 +110,7 @@ def number_as_text(value: object) -> object:
 HostAndPort = Annotated[str, AfterValidator(partial(is_host_port, port_zero=True))]
 Listen = Annotated[str, BeforeValidator(number_as_text), AfterValidator(is_listen)]
 LAX = Field(strict=False)
-"""A file has no paths or choices of its own: they are text there."""
+"""Paths and choices are text in a file."""
 FilePath = Annotated[Path, LAX]
 Port = Annotated[int, Field(ge=1, le=65535)]
 PortOrNone = Annotated[int, Field(ge=0, le=65535)]
@@ -121,9 +121,9 @@ def networks(option: str) -> Any:
 
 
 def option(default: Any, text: str, panel: str, **more: Any) -> Any:
-    """A field: its default, its help text, its place in the help, and what else the option needs to know.
+    """A field: its default, help text, help panel, and further properties of its option.
 
-    ``metavar`` is the value's placeholder, ``shown`` describes a default that is found at run time, ``only_on`` marks a switch
-    without an opposite option, ``secret`` a value that is never shown.
+    ``metavar`` is the value's placeholder, ``shown`` describes a default determined at run time, ``only_on`` marks a switch
+    without a negative form, ``secret`` a value that is never shown.
     """
     return Field(default, description=text, repr="secret" not in more, json_schema_extra={"panel": panel, **more})

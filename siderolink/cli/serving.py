@@ -1,4 +1,4 @@
-"""A server that may be replaced by a fresh one while `serve` runs: after its state was restored, or its key changed."""
+"""A server that is replaced by a fresh one while `serve` runs, after its state was restored or its key changed."""
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,10 +26,10 @@ MakeServer = Callable[[Store | None], Server]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreAddress:
-    """Where a database is, and what opens it."""
+    """The address of a database, and its credentials."""
 
     url: str
-    """Without a password."""
+    """The URL without a password."""
     password: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -37,7 +37,8 @@ class StoreAddress:
 
     @asynccontextmanager
     async def open(self, *, alone: bool = False, key: StateKey | None = None) -> AsyncIterator[Store]:
-        """`alone`: while no server uses it. `key` seals its secrets; None leaves them as they are: see `key_of_database`.
+        """Open the store. `alone`: only if no server uses it. `key` seals its secrets; None leaves them unsealed, see
+        `key_of_database`.
 
         Raises ConfigurationError or StoreError.
         """
@@ -55,10 +56,10 @@ class StoreAddress:
 def chosen_state(
     interface: str, state: Path | None, no_state: bool, url: str | None, password_file: Path | None
 ) -> Path | StoreAddress | None:
-    """The store that the options select; None keeps everything in memory. Raises ConfigurationError."""
+    """The store selected by the options; None keeps everything in memory. Raises ConfigurationError."""
     if url is not None:
         if state is not None or no_state:
-            raise ConfigurationError("give one of --store, --state and --no-state")
+            raise ConfigurationError("give only one of --store, --state and --no-state")
         return store_address(url, password_file)
     if password_file is not None:
         raise ConfigurationError("--store-password-file needs --store")
@@ -66,14 +67,14 @@ def chosen_state(
 
 
 def store_address(url: str, password_file: Path | None) -> StoreAddress:
-    """The database that was named, with its password. Raises ConfigurationError."""
+    """The address of a database, with its password. Raises ConfigurationError."""
     try:
         has_password = urlsplit(url).password is not None or "password=" in urlsplit(url).query
     except ValueError:
-        has_password = False  # no URL at all; opening it says so
+        has_password = False  # not a URL; opening it reports that
     if has_password:
         raise ConfigurationError(
-            "a password in the store's URL is seen by everyone on this host; give it by --store-password-file, "
+            "a password in the store's URL is visible to every user of this host; give it by --store-password-file, "
             "by SIDEROLINK_STORE_PASSWORD, or by the systemd credential siderolink.store-password"
         )
     password = read_secret("store-password", os.environ.get("SIDEROLINK_STORE_PASSWORD"), password_file)
@@ -82,7 +83,7 @@ def store_address(url: str, password_file: Path | None) -> StoreAddress:
 
 
 def state_key(file: Path | None) -> StateKey | None:
-    """The key that seals the secrets of the state: in this file, which is made at the first start; else from the environment or
+    """the systemd credential siderolink.state-key; None for the default, a file beside a state file. Raises SideroLinkError.
     the systemd credential siderolink.state-key; None for the default, a file beside a state file. Raises SideroLinkError.
     """
     if file is not None:
@@ -93,31 +94,31 @@ def state_key(file: Path | None) -> StateKey | None:
 
 
 def key_of_database(key: StateKey | None, *, unsealed_secrets: bool) -> StateKey | None:
-    """The key for a database; None where its secrets are to stay readable. Raises ConfigurationError for neither and both."""
+    """The key of a database; None if its secrets stay readable. Raises ConfigurationError for neither or both."""
     if unsealed_secrets and key is not None:
         raise ConfigurationError("give a state key or --unsealed-secrets, not both")
     if key is None and not unsealed_secrets:
         raise ConfigurationError(
-            "the secrets of a state in Postgres are sealed with a key that all its servers share, and none was given: "
-            "--state-key-file FILE makes one at the first start (copy that file to the other servers), and "
-            "SIDEROLINK_STATE_KEY or the systemd credential siderolink.state-key hands one over; --unsealed-secrets leaves "
+            "the secrets of a state in Postgres need a state key that all its servers share, and none was given: "
+            "--state-key-file FILE creates one at the first start (copy that file to the other servers), and "
+            "SIDEROLINK_STATE_KEY or the systemd credential siderolink.state-key provides one; --unsealed-secrets leaves "
             "the server's key and the join tokens readable in the database and in its dumps"
         )
     return key
 
 
 def open_state(state: Path | StoreAddress, key: StateKey | None) -> AbstractAsyncContextManager[Store]:
-    """A state that no server uses. Raises SideroLinkError."""
+    """Open a state that no server uses. Raises SideroLinkError."""
     return state.open(alone=True, key=key) if isinstance(state, StoreAddress) else SqlStore.open(state, key=key)
 
 
 class Serving:
-    """Runs servers, one after the other, each on the same store: a state file or a database; without one, on memory."""
+    """Runs servers one after the other on the same store: a state file, a database, or memory."""
 
     def __init__(
         self, make: MakeServer, state: Path | StoreAddress | None, on_server: OnServer, key: StateKey | None = None
     ) -> None:
-        """`on_server` is run beside each server while that lives, and is given its events from the very first.
+        """`on_server` runs alongside each server and receives its events from the first one on.
 
         `key` seals the secrets of the state.
         """
@@ -139,7 +140,7 @@ class Serving:
 
     @property
     def server(self) -> Server:
-        """Raises SideroLinkError in the moment between two servers."""
+        """The running server. Raises SideroLinkError between two servers."""
         if self._server is None:
             raise SideroLinkError("the server is restarting")
         return self._server
@@ -180,7 +181,7 @@ class Serving:
             self._server = self._store = self._scope = None
 
     async def _follow_key(self) -> None:
-        """Start again when another server of the store has given all of them a new key. Raises SideroLinkError."""
+        """Restart after another server of the store has replaced the common key. Raises SideroLinkError."""
         if self._store is None:
             return
         async with self._store.changes() as changes:
@@ -190,7 +191,7 @@ class Serving:
                     await self.take_stored_key()
 
     async def take_stored_key(self) -> Server:
-        """Start again where another key is stored than the running server has; returns the server with the stored one.
+        """Restart if the stored key differs from the running server's; returns the server with the stored key.
 
         Raises SideroLinkError.
         """
@@ -202,9 +203,9 @@ class Serving:
             return await self.replace()
 
     async def replace(self, between: Callable[[], None] = lambda: None) -> Server:
-        """Stop the server, call `between` while nothing has the state open, and return the next server once it runs.
+        """Stop the server, call `between` while the state is closed, and return the next server once it runs.
 
-        Raises SideroLinkError where `between` failed with an OSError; the next server runs all the same.
+        Raises SideroLinkError if `between` failed with an OSError; the next server runs in any case.
         """
         if self._scope is None:
             raise SideroLinkError("the server is restarting")
@@ -214,5 +215,5 @@ class Serving:
         await self._started.wait()
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise SideroLinkError(f"the state could not be replaced: {failure.strerror}")
+            raise SideroLinkError(f"cannot replace the state: {failure.strerror}")
         return self.server

@@ -1,4 +1,4 @@
-"""A machine's settings for a command: where they are found, and how changes are applied."""
+"""A machine's settings for a command: their sources, and how changes are applied."""
 
 import logging
 from collections.abc import Callable, Coroutine
@@ -25,12 +25,12 @@ log = logging.getLogger("siderolink")
 _ANSWER_SECONDS = 1.0
 """Time reserved for a result to reach its caller before the caller's deadline."""
 HOST = Path("host")
-"""Stands for the kernel command line of this host, instead of a file."""
+"""Selects this host's kernel command line instead of a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingsOptions:
-    """As given on the command line."""
+    """Options as given on the command line."""
 
     url: str | None = field(repr=False)
     config: tuple[Path, ...] = ()
@@ -42,10 +42,10 @@ class SettingsOptions:
 
 
 class SettingsReader:
-    """Reads the settings that the options name; with a URL alone, the host's own are not read."""
+    """Reads the settings that the options select. With only a URL, the host's own settings are not read."""
 
     def __init__(self, options: SettingsOptions) -> None:
-        """Raises ConfigurationError for a URL or secret that cannot be used."""
+        """Raises ConfigurationError for an invalid URL or secret."""
         unique_token = read_secret("unique-token", options.unique_token, options.unique_token_file)
         url = None if options.url is None else JoinURL.parse(options.url)
         if url is not None and url.join_token is not None and options.join_token_file is not None:
@@ -65,7 +65,7 @@ class SettingsReader:
         )
 
     def read(self) -> MachineSettings:
-        """All that was found, merged; a join token from a file completes a URL without one. Raises ConfigurationError."""
+        """All settings found, merged; a join token from a file completes a URL without one. Raises ConfigurationError."""
         settings = self.sources.read()
         if self._join_token is None or settings.url is None or settings.url.value.join_token is not None:
             return settings
@@ -73,20 +73,20 @@ class SettingsReader:
 
 
 class LinkOfSettings(Protocol):
-    """The link that settings lead to."""
+    """The link that uses the settings."""
 
     async def try_settings(self, settings: MachineSettings, *, timeout: float, keep: bool) -> Verdict:
-        """Test what they mean for the link and adopt them if they work; see `LinkSupervisor.apply`."""
+        """Test their effect on the link and adopt them if they work; see `LinkSupervisor.apply`."""
 
     async def note_trial(self, settings: MachineSettings) -> None:
-        """From now on, return to the present settings after a crash instead of these; see `SettingsTrial`."""
+        """After a crash from now on, return to the present settings instead of these; see `SettingsTrial`."""
 
 
 class FollowedSettings:
-    """Settings that are read again whenever their files change, and that the machine's API may change."""
+    """Settings that are read again when their files change, and that the machine's API may change."""
 
     def __init__(self, reader: SettingsReader) -> None:
-        """Reads them a first time. Raises ConfigurationError."""
+        """Reads the settings for the first time. Raises ConfigurationError."""
         self._reader = reader
         self._found = reader.read()
         self._applied = MachineSettings()
@@ -101,20 +101,20 @@ class FollowedSettings:
 
     @property
     def has_url_argument(self) -> bool:
-        """Whether a join URL was given as an argument, which overrides all that is found or applied."""
+        """Whether a join URL was given as an argument, which overrides every other one."""
         return self._reader.sources.explicit.url is not None
 
     @property
     def uuid_argument(self) -> str | None:
-        """The UUID that was given as an argument. Only META overrides it."""
+        """The UUID given as an argument. Only META overrides it."""
         explicit = self._reader.sources.explicit.uuid
         return None if explicit is None else explicit.value
 
     async def apply(self, documents: MachineSettings) -> Verdict:
-        """Use these documents from now on: they override what was found, and arguments override them.
+        """Use these documents from now on. They override the settings found, and arguments override them.
 
-        Where they change the link, it is tried first; if it does not work nothing changes. That takes at most `VERDICT_TIMEOUT`
-        seconds, or as many as the caller waits, so that it learns the verdict.
+        Changes of the link are tested first; if they do not work, nothing changes. Takes at most `VERDICT_TIMEOUT` seconds, or
+        less if the caller's deadline is earlier, so that it receives the verdict.
         """
         candidate = self._merge(documents, self._meta)
         verdict = Verdict(outcome="applied")
@@ -128,19 +128,19 @@ class FollowedSettings:
 
     @property
     def meta(self) -> MachineSettings:
-        """The UUID and the unique token that the server has given this machine; they override all others."""
+        """The UUID and the unique token that the server has written to this machine; they override all others."""
         return self._meta
 
     async def announce_meta(self, meta: MachineSettings) -> None:
-        """Call before META's file has a new UUID or unique token, which `write_meta` then tries."""
+        """Call before META's file gets a new UUID or unique token, which `write_meta` then tests."""
         if self.link is not None:
             await self.link.note_trial(self._merge(self._applied, meta))
 
     async def write_meta(self, meta: MachineSettings) -> Verdict:
-        """Use this UUID and unique token from now on; None gives way to the machine's own.
+        """Use this UUID and unique token from now on; None falls back to the machine's own.
 
-        Answers within `PROMPT_TIMEOUT` seconds: a server may hold the new Provision call until its META write has returned. A
-        change that is pending by then is kept and retried. One that is refused is to be taken back by another call.
+        Returns within `PROMPT_TIMEOUT` seconds: a server may delay the new Provision call until its META write has returned. A
+        change that is still pending then is kept and retried. A refused one must be undone by another call.
         """
         self._meta = meta
         candidate = self._merge(self._applied, meta)
@@ -152,7 +152,7 @@ class FollowedSettings:
         return verdict
 
     async def watch(self) -> None:
-        """Never returns. Reports unusable files and keeps the previous settings."""
+        """Read changed files. Reports unusable files and keeps the previous settings. Never returns."""
         await self._reader.sources.watch(self._read_files_again)
 
     async def changed(self) -> None:
@@ -160,7 +160,7 @@ class FollowedSettings:
         await self._changed.wait()
 
     async def follow(self, part: Callable[[MachineSettings], T], use: Callable[[T], Coroutine[Any, Any, None]]) -> None:
-        """Run `use` with a part of the settings, and restart it whenever that part changes. Never returns.
+        """Run `use` with a part of the settings, and restart it when that part changes. Never returns.
 
         A failure with the first value is raised. Later failures are logged and retried until `use` works or the part changes.
         """
@@ -193,14 +193,14 @@ class FollowedSettings:
             await anyio.sleep(delay)
 
     def _read_files_again(self) -> None:
-        """The first call comes when the watch begins, and repeats nothing."""
+        """Called first when the watch begins, which is not logged again."""
         self._read_again()
         if self._is_watched or self.current.problems != self._told:
-            self.tell_problems()
+            self.log_problems()
         self._is_watched = True
 
-    def tell_problems(self) -> None:
-        """Say what had to be ignored, a line each."""
+    def log_problems(self) -> None:
+        """Log ignored settings, one line each."""
         for problem in self.current.problems:
             say("setting ignored", problem)
         self._told = self.current.problems
@@ -211,7 +211,7 @@ class FollowedSettings:
         except ConfigurationError as error:
             refusal = str(error)
         if refusal is not None and refusal != self._refusal:
-            say("settings refused", f"{refusal}; what was in force stays")
+            say("settings refused", f"{refusal}; the previous ones stay in force")
         self._refusal = refusal
         self._use(self._merge(self._applied, self._meta))
 

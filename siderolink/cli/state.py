@@ -1,4 +1,4 @@
-"""`siderolink state`: back up or restore the state of a server, rotate its key, or change the key that seals its secrets."""
+"""`siderolink state`: back up or restore a server's state, rotate its WireGuard key, or change the key of its secrets."""
 
 import os
 import shutil
@@ -27,11 +27,11 @@ _CHUNK_BYTES = 32 * 1024
 def run_backup(interface: str, file: Path) -> None:
     """Copy the state to a new file. Raises SideroLinkError."""
     anyio.run(_backup, interface, file)
-    show(f"the state is in {file}; its secrets are sealed with the server's state key, which you keep apart from it")
+    show(f"backed up the state to {file}; the server's state key, which seals its secrets, is not in it: keep that separately")
 
 
 def run_restore(interface: str, file: Path) -> None:
-    """Replace the state by a copy. Raises SideroLinkError."""
+    """Replace the state with a copy. Raises SideroLinkError."""
 
     async def work() -> str:
         async with _state(interface) as stub:
@@ -42,7 +42,7 @@ def run_restore(interface: str, file: Path) -> None:
 
 
 def run_restore_offline(file: Path, state: Path, key_file: Path | None) -> None:
-    """Put a copy in the place of a state that no server has open. Raises SideroLinkError."""
+    """Replace a state that no server has open with a copy. Raises SideroLinkError."""
     key = state_key(key_file) or KeyFile(key_file_beside(state))
     copy = beside(state)
     try:
@@ -54,7 +54,7 @@ def run_restore_offline(file: Path, state: Path, key_file: Path | None) -> None:
         raise ConfigurationError(f"{file} cannot replace {state}: {error.strerror}") from None
     finally:
         copy.unlink(missing_ok=True)
-    show(f"{state} holds {machines} machines now; the previous state is kept beside it")
+    show(f"{state} now contains {machines} machines; the previous state is kept beside it")
 
 
 def _copy(file: Path, copy: Path) -> None:
@@ -67,7 +67,7 @@ def _copy(file: Path, copy: Path) -> None:
 
 
 def run_rotate_key(interface: str, *, is_confirmed: bool) -> None:
-    """Give the server, and all that share its store, a new key. Raises SideroLinkError."""
+    """Replace the key of the server and of all servers that share its store. Raises SideroLinkError."""
     if not is_confirmed:
         from siderolink.cli.admin.commands import confirm
 
@@ -77,8 +77,8 @@ def run_rotate_key(interface: str, *, is_confirmed: bool) -> None:
         async with _state(interface) as stub:
             done = await stub.rotate_key(RotateKeyRequest())
         return (
-            f"the key is {done.public_key} now, and within 5 s that of all servers of this store; machines have to join again, "
-            "which they do by themselves: those of siderolink within seconds, others within about five minutes"
+            f"the new key is {done.public_key}; all servers of this store use it within 5 s. Machines have to join again, "
+            "which they do by themselves: machines of siderolink within seconds, others within about five minutes"
         )
 
     show(anyio.run(work))
@@ -87,20 +87,20 @@ def run_rotate_key(interface: str, *, is_confirmed: bool) -> None:
 def run_rekey(state: Path | StoreAddress, key_file: Path | None, new_key_file: Path | None) -> None:
     """Seal the secrets of a stopped server's state with another key. Raises SideroLinkError.
 
-    The new key takes the place of the one in `key_file`, or of the one beside the state; with `new_key_file` it is the one
-    there, or is made there, and the old key stays where it is.
+    The new key replaces the one in `key_file`, or the one beside the state. With `new_key_file` it is read from or created in
+    that file, and the old key file stays.
     """
     old = state_key(key_file) or (KeyFile(key_file_beside(state)) if isinstance(state, Path) else None)
     if isinstance(state, Path) and not state.exists():
         raise ConfigurationError(f"there is no state file {state}")
     if new_key_file is None and not isinstance(old, KeyFile):
-        raise ConfigurationError("name the file for the new key: --new-key-file")
+        raise ConfigurationError("give a file for the new key: --new-key-file")
     made = isinstance(old, KeyFile) and new_key_file is None
     path = old.new_path if isinstance(old, KeyFile) and new_key_file is None else new_key_file
     assert path is not None
     new = KeyFile(path)
     if made:
-        path.unlink(missing_ok=True)  # left by an exchange that did not come to its commit
+        path.unlink(missing_ok=True)  # left by a change of keys that did not reach its commit
 
     async def work() -> int:
         async with open_state(state, old) as store:
@@ -112,7 +112,7 @@ def run_rekey(state: Path | StoreAddress, key_file: Path | None, new_key_file: P
         assert isinstance(old, KeyFile)
         os.replace(path, old.path)
         path = old.path
-    show(f"{count} secrets are sealed with the new key in {path} now; copies made before need the old key")
+    show(f"{count} secrets are now sealed with the new key in {path}; older backups need the old key")
 
 
 async def _check_key(store: Store, transaction: Transaction) -> None:
@@ -136,7 +136,7 @@ async def _backup(interface: str, file: Path) -> None:
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise ConfigurationError(f"{file} cannot be created: {error.strerror}") from None
+        raise ConfigurationError(f"cannot create {file}: {error.strerror}") from None
     try:
         async with await anyio.open_file(descriptor, "wb") as opened:
             async with _state(interface) as stub:
@@ -155,4 +155,4 @@ async def _chunks(file: Path) -> AsyncIterator[Chunk]:
             while data := await opened.read(_CHUNK_BYTES):
                 yield Chunk(data=data)
     except OSError as error:
-        raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from None
+        raise ConfigurationError(f"cannot read {file}: {error.strerror}") from None

@@ -25,7 +25,7 @@ app = typer.Typer(help="Back up, restore and change a server's state.", no_args_
 @app.command()
 def backup(
     file: Annotated[
-        Path, typer.Argument(help="File to create. Its secrets are sealed with the state key, which is not in it.")
+        Path, typer.Argument(help="File to create. Its secrets are sealed with the state key, which it does not contain.")
     ],
     interface: ServerInterface = "siderolink",
 ) -> None:
@@ -75,8 +75,8 @@ def rotate_key(
 ) -> None:
     """Replace the WireGuard key of the server, and of all that share its store. Every machine has to join again.
 
-    All servers take the new key within five seconds. Machines of this package join again within seconds, others when they
-    notice that the link is down, which takes them about five minutes.
+    All servers take the new key within five seconds. Machines of this package join again within seconds, others once they
+    notice that the link is down, which takes about five minutes.
     """
     from siderolink.cli.state import run_rotate_key
 

@@ -1,4 +1,4 @@
-"""A copy of a server's state: looked at before it is taken, and put in the state's place."""
+"""A copy of a server's state: validated first, then put in place of the state."""
 
 import fcntl
 import os
@@ -12,16 +12,16 @@ from siderolink.server.store.sealing import SERVER_KEY, StateKey
 from siderolink.server.store.sql import SqlStore
 
 _MAGIC = b"SQLite format 3\0"
-"""How each file of SQLite begins (its file format, section 1.3)."""
+"""The magic header of SQLite files (file format, section 1.3)."""
 
 
 def beside(state: Path) -> Path:
-    """A name for a copy on the state's own file system."""
+    """A path for a copy on the state's file system."""
     return state.with_name(f".{state.name}.{secrets.token_hex(4)}")
 
 
 async def check(path: Path, key: StateKey) -> int:
-    """How many machines a sound copy holds, whose secrets this key opens. Raises StoreError."""
+    """Validate a copy and its key; returns its number of machines. Raises StoreError."""
     try:
         async with SqlStore.open(path, key=key) as store:
             record = await store.transact(lambda transaction: transaction.server())
@@ -36,13 +36,13 @@ async def check(path: Path, key: StateKey) -> int:
 
 
 def _forget_companions(path: Path) -> None:
-    """Remove what SQLite keeps beside a file that was not closed in order."""
+    """Remove the files that SQLite leaves beside a database that was not closed properly."""
     for suffix in ("-wal", "-shm"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 def refuse_in_use(state: Path) -> None:
-    """Raises StoreError where a server has the state open, whatever else may be wrong with it."""
+    """Raises StoreError if a server has the state open, even if the state is damaged."""
     if not state.exists():
         return
     with state.open("r+b") as opened:
@@ -69,9 +69,9 @@ def put(copy: Path, state: Path) -> None:
 
 
 def _fold_log(state: Path, old: Path) -> None:
-    """Merge SQLite's write-ahead log, which a crashed server leaves behind, into the state before removing the log.
+    """Merge SQLite's write-ahead log, left by a crashed server, into the state before removing the log.
 
-    So the state, or the old state beside it, is complete at every moment. A damaged state keeps its log beside it.
+    So there is a complete state at every moment, in place or under its old name. A damaged state keeps its log.
     """
     log = Path(f"{state}-wal")
     if not log.exists():
@@ -80,7 +80,7 @@ def _fold_log(state: Path, old: Path) -> None:
     try:
         with state.open("rb") as opened:
             if opened.read(len(_MAGIC)) != _MAGIC:
-                raise sqlite3.DatabaseError  # SQLite would write the log's pages over it
+                raise sqlite3.DatabaseError  # otherwise SQLite would write the log's pages over it
         with closing(sqlite3.connect(state, timeout=0.0)) as database:
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             database.execute("PRAGMA journal_mode=DELETE").fetchall()

@@ -1,4 +1,4 @@
-"""The state moved between a file and a database, while no server runs on either."""
+"""Moves the state between a file and a database while no server uses either."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,21 +28,21 @@ _AT_ONCE = 256
 def run_migrate(
     source: str, target: str, password_file: Path | None, key_file: Path | None = None, *, unsealed_secrets: bool = False
 ) -> None:
-    """Copy a whole state to where none is yet. Raises SideroLinkError."""
+    """Copy a whole state to an empty target. Raises SideroLinkError."""
     places = [_place(name, password_file) for name in (source, target)]
     if password_file is not None and not any(isinstance(place, StoreAddress) for place in places):
         raise ConfigurationError("--store-password-file needs a postgresql:// URL")
     if isinstance(places[0], Path) and not places[0].exists():
         raise ConfigurationError(f"there is no state file {places[0]}")
     if isinstance(places[1], Path) and places[1].exists():
-        raise ConfigurationError(f"{places[1]} exists; the state is moved to a new file only")
+        raise ConfigurationError(f"{places[1]} exists; the target must be a new file")
     key = state_key(key_file)
     if isinstance(places[1], StoreAddress):
         key_of_database(key, unsealed_secrets=unsealed_secrets)
     elif unsealed_secrets:
         raise ConfigurationError("--unsealed-secrets is for a target in Postgres: a state file is always sealed")
     machines = anyio.run(_migrate, places[0], places[1], key)
-    show(f"{target} holds the server's key and {machines} machines now; {source} is as it was. Start one of them only")
+    show(f"{target} now contains the server's key and {machines} machines; {source} is unchanged. Start only one of them")
 
 
 def _place(name: str, password_file: Path | None) -> Path | StoreAddress:
@@ -60,11 +60,11 @@ def _remove_file(path: Path) -> None:
 
 
 async def _migrate(source: Path | StoreAddress, target: Path | StoreAddress, key: StateKey | None) -> int:
-    """A key that was given is the database's, and the file's, too, unless it has one of its own beside it."""
+    """A given key applies to the database, and to the file unless the file has its own key beside it."""
     async with open_state(source, _key_of(source, key)) as old:
         record = await old.transact(lambda transaction: transaction.server())
         if record is None:
-            raise StoreError(f"{source} holds no server")
+            raise StoreError(f"{source} contains no server")
         try:
             async with open_state(target, _key_of(target, key)) as new:
                 return await _copy(old, new, record, str(target))
@@ -75,9 +75,9 @@ async def _migrate(source: Path | StoreAddress, target: Path | StoreAddress, key
 
 
 async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> int:
-    """The server's record comes last: a state without one is no state, and what an interrupted copy left in it is removed."""
+    """The server's record is written last: without it a state does not count, and the remains of a copy are removed."""
     if await new.transact(lambda transaction: transaction.server()) is not None:
-        raise StoreError(f"{target} holds a server already; it was not changed")
+        raise StoreError(f"{target} already contains a server; it was not changed")
     left = [machine.id async for machine in new.machines()]
     for first in range(0, len(left), _AT_ONCE):
         ids = left[first : first + _AT_ONCE]
@@ -110,7 +110,7 @@ async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> in
 
 
 async def _copy_tokens(old: Store, new: Store) -> None:
-    """With their uses."""
+    """Copy the tokens with their uses."""
 
     async def remove(transaction: Transaction, tokens: Sequence[JoinToken]) -> None:
         for token in tokens:
@@ -141,7 +141,7 @@ async def _copy_history(old: Store, new: Store) -> None:
 
 
 async def _copy_audit(old: Store, new: Store) -> None:
-    """The entries are numbered anew, in the same order."""
+    """The entries get new numbers, in the same order."""
     last = 0
     while page := await old.audit_entries(AuditQuery(after_seq=last, newest_first=False, limit=_AT_ONCE)):
         await new.transact(lambda transaction, page=page: _add_audit(transaction, page))  # type: ignore[misc]

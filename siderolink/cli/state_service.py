@@ -1,4 +1,4 @@
-"""The state of a running `serve`, on its local socket: copied, replaced, given a new key."""
+"""The state of a running `serve` on its local socket: backup, restore and key rotation."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -33,7 +33,7 @@ MAX_STATE_BYTES = 4 << 30
 
 
 class StateCommands(StateBase):
-    """Answers for one `serve`."""
+    """The state commands of one `serve`."""
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
@@ -75,7 +75,7 @@ class StateCommands(StateBase):
     async def rotate_key(self, message: RotateKeyRequest) -> RotateKeyResponse:
         store = self._serving.store
         if store is None:
-            raise GRPCError(Status.FAILED_PRECONDITION, "this server remembers nothing, or is being started again")
+            raise GRPCError(Status.FAILED_PRECONDITION, "this server has no stored state, or is restarting")
         with _reporting_errors():
             async with self._lock:
                 await self._serving.server.audit.record(actor(), "state.rotate_key", "state")
@@ -96,7 +96,7 @@ class StateCommands(StateBase):
 
 @contextmanager
 def _reporting_errors() -> Iterator[None]:
-    """Tell the caller, who is this host's administrator, what went wrong."""
+    """Return the reason of a failure to the caller, who is this host's administrator."""
     try:
         yield
     except SideroLinkError as error:

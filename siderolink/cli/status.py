@@ -18,21 +18,21 @@ from siderolink.common.text import one_line
 
 
 def run_status(*, as_json: bool) -> int:
-    """Print the status of every running `serve` and `join`; 1 where one of them does not answer. Raises SideroLinkError."""
-    asked = anyio.run(ask_all, backend_options=loop_options())
-    for line in (*asked.notes, *asked.failures):
+    """Print the status of every running `serve` and `join`; returns 1 if one does not answer. Raises SideroLinkError."""
+    result = anyio.run(ask_all, backend_options=loop_options())
+    for line in (*result.notes, *result.failures):
         tell(f"siderolink: {one_line(line)}")
     if as_json:
-        show(json.dumps([to_json(answer) for answer in asked.answers], indent=2))
+        show(json.dumps([to_json(answer) for answer in result.answers], indent=2))
     else:
-        show_all(asked.answers, nothing_runs=not asked.failures)
-    return 1 if asked.failures else 0
+        show_all(result.answers, nothing_runs=not result.failures)
+    return 1 if result.failures else 0
 
 
 def show_all(answers: Sequence[StatusResponse], *, nothing_runs: bool) -> None:
     if not answers and nothing_runs:
         show("no `siderolink serve` or `siderolink join` is running on this host")
-    # A pipe has no width of its own: nothing is cut or folded there.
+    # A pipe has no width of its own: nothing is cut or wrapped there.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     for answer in answers:
         _show(console, answer)
@@ -84,7 +84,7 @@ def _reports_to_json(reports: Reports) -> dict[str, Any]:
 
 
 def describe_reports(reports: Reports) -> str:
-    """One line: accepted reports, and any losses."""
+    """One line: accepted reports, and losses, if any."""
     more = {
         "events waiting": reports.events_waiting,
         "log lines waiting": reports.lines_waiting,

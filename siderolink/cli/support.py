@@ -1,7 +1,7 @@
-"""`siderolink support-bundle`: one file for whoever helps, free of secrets.
+"""`siderolink support-bundle`: one archive for troubleshooting, without secrets.
 
-Every text passes `Redactor` first, and is looked through once more before the file is written: where a known secret is found in
-it nonetheless, there is no file.
+Every text passes through `Redactor` and is searched once more before the archive is written: if it still contains a known
+secret, no archive is written.
 """
 
 import base64
@@ -42,10 +42,10 @@ from siderolink.common.text import printable
 
 MASK: Final = "…"
 SHORTEST: Final = 6
-"""Secrets of fewer characters are not looked for: they would be found in ordinary words."""
+"""Shorter secrets are not searched for, because they would match ordinary words."""
 LOG_LINES: Final = 2000
 MOST_BYTES: Final = 8 * 1024 * 1024
-"""Of one part; the rest is cut off."""
+"""Maximum size of one part; the rest is cut off."""
 COMMAND_TIMEOUT: Final = 20.0
 
 _SECRET_VARIABLES: Final = (
@@ -72,7 +72,7 @@ _SECRET_FILES: Final = (
 SERVE_SETTINGS: Final = "/etc/siderolink/serve.yaml"
 HISTORY_ENTRIES: Final = 1000
 _PATTERNS: Final = (
-    # a setting in a file, or in a text within JSON: the whole rest of its line
+    # a setting in a file, or in text inside JSON: the rest of its line
     re.compile(
         r"(?im)((?:^|\\n)[ \t]*-?[ \t]*[\w-]*(?:token|secret|password|private[_-]?key|api[_-]?key)[ \t]*:[ \t]+)\S(?:(?!\\n).)*"
     ),
@@ -87,13 +87,13 @@ _PATTERNS: Final = (
     re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.DOTALL),
     re.compile(r"(://[^/\s:@]+:)[^/\s@]+(?=@)"),
 )
-"""What is masked wherever it stands; the first group stays."""
+"""Patterns to mask; the first group is kept."""
 
 Part = Callable[[], str]
 
 
 class Redactor:
-    """Masks what looks like a secret, and secrets that are known."""
+    """Masks known secrets, and texts that look like secrets."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
@@ -127,7 +127,7 @@ def _forms(secret: str) -> Iterable[str]:
 
 
 def known_secrets(environment: Mapping[str, str], files: Iterable[Path]) -> list[str]:
-    """Tokens, API keys, passwords and keys that this host's siderolink may use, as far as they can be read."""
+    """Tokens, API keys, passwords and keys that this host's siderolink may use, as far as readable."""
     found = []
     for name in _SECRET_VARIABLES:
         value = environment.get(name, "")
@@ -165,7 +165,7 @@ def _keys_of_contexts() -> list[str]:
 
 
 def history() -> str:
-    """What happened to the machines of each server that runs here, the newest first."""
+    """The history of each running server's machines, newest first."""
 
     async def work() -> dict[str, object]:
         found: dict[str, object] = {}
@@ -182,7 +182,7 @@ async def _history_of(interface: str) -> object:
         async with connect(find_target(TargetOptions(interface=interface))) as connection:
             return [fields_of(entry) for entry in await read_history(connection, ListHistoryRequest(), HISTORY_ENTRIES)]
     except SideroLinkError as error:
-        return f"it could not be read: {error}"
+        return f"not available: {error}"
 
 
 def versions() -> str:
@@ -194,14 +194,14 @@ def versions() -> str:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    # values may be secrets; that a variable is set is enough
+    # values may be secret, so only the names are included
     found["environment"] = ", ".join(sorted(name for name in os.environ if name.startswith("SIDEROLINK_")))
     return json.dumps(found, indent=2)
 
 
 def status() -> str:
-    asked = anyio.run(ask_all, backend_options=loop_options())
-    found = {"answers": [to_json(answer) for answer in asked.answers], "notes": asked.notes, "failures": asked.failures}
+    result = anyio.run(ask_all, backend_options=loop_options())
+    found = {"answers": [to_json(answer) for answer in result.answers], "notes": result.notes, "failures": result.failures}
     return json.dumps(found, indent=2)
 
 
@@ -213,7 +213,7 @@ def doctor() -> str:
 
 
 def configuration() -> str:
-    """What `siderolink config show` says."""
+    """The output of `siderolink config show`."""
     from siderolink.cli.config import run_show
     from siderolink.cli.settings import SettingsOptions
 
@@ -229,7 +229,7 @@ def journal(unit: str) -> str:
 
 
 def log_file(path: Path) -> str:
-    """The last lines."""
+    """The last lines of the file."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - MOST_BYTES))
         return "\n".join(file.read(MOST_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:])
@@ -253,7 +253,7 @@ def metrics(listen: str) -> str:
 def run_support_bundle(
     output: Path, *, unit: str, log: Path | None, metrics_at: str | None, secret_files: tuple[Path, ...]
 ) -> None:
-    """Write the file, readable by its owner alone. Raises ConfigurationError where that cannot be."""
+    """Write the archive, readable only by its owner. Raises ConfigurationError if that fails."""
     redactor = Redactor(known_secrets(os.environ, (*map(Path, _SECRET_FILES), *secret_files)))
     parts: dict[str, Part] = {
         "versions.json": versions,
@@ -269,24 +269,24 @@ def run_support_bundle(
     texts = {name: redactor.clean(_make(name, part))[:MOST_BYTES] for name, part in parts.items()}
     for name, text in texts.items():
         if redactor.holds_secret(text):
-            raise ConfigurationError(f"{name} would hold a secret: the bundle is not written")
+            raise ConfigurationError(f"{name} would contain a secret: the bundle was not written")
     try:
         write(output, texts)
     except OSError as error:
-        raise ConfigurationError(f"{output} cannot be written: {error.strerror}") from None
-    show(f"{output} holds {', '.join(texts)}; tokens and private keys are masked. Look through it before you send it.")
+        raise ConfigurationError(f"cannot write {output}: {error.strerror}") from None
+    show(f"{output} contains {', '.join(texts)}; tokens and private keys are masked. Review it before you send it.")
 
 
 def _make(name: str, part: Part) -> str:
-    """Collect each part; one that fails does not affect the others."""
+    """Collect one part. A failure does not affect the others."""
     try:
         return part()
     except (SideroLinkError, OSError, subprocess.SubprocessError) as error:
-        return f"{name} could not be made: {error}\n"
+        return f"{name} is not available: {error}\n"
 
 
 def write(output: Path, texts: Mapping[str, str]) -> None:
-    """As a compressed tar archive. Raises OSError, also where there is such a file."""
+    """Write a compressed tar archive. Raises OSError, also if the file exists."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for name, text in texts.items():

@@ -1,4 +1,4 @@
-"""`siderolink top`: the links and peers of this host, live, for people without a browser."""
+"""`siderolink top`: a live view of the links and peers of this host in a terminal."""
 
 import sys
 import time
@@ -26,17 +26,17 @@ from siderolink.common.pb.siderolink.control import Peer, StatusResponse
 from siderolink.common.text import one_line
 
 UP_FOR: Final = 275.0
-"""Seconds since the last handshake for which a link is up."""
+"""Seconds after the last handshake during which a link counts as up."""
 HISTORY: Final = 20
-"""Rates that the sparkline shows."""
+"""Number of rates in the sparkline."""
 TIMELINE: Final = 500
-"""Entries of a machine's history that can be scrolled to."""
+"""Maximum entries in a machine's timeline."""
 BARS: Final = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(slots=True)
 class Row:
-    """One peer as it is shown."""
+    """One displayed peer."""
 
     name: str
     path: str
@@ -46,7 +46,7 @@ class Row:
     history: Sequence[float]
     interface: str = ""
     node_uuid: str = ""
-    """The machine's, at a server; empty elsewhere."""
+    """The machine's UUID, at a server; otherwise empty."""
     public_key: str = ""
     limits: Sequence[str] = ()
     """The machine's limits that drop something now."""
@@ -74,13 +74,13 @@ class _Seen:
 
 
 class Rates:
-    """Bytes per second of each peer, from one look to the next."""
+    """Each peer's bytes per second between two polls."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], _Seen] = {}
 
     def rows(self, answers: Iterable[StatusResponse], now: float) -> list[Row]:
-        """`now` is seconds on a clock that nobody sets. Peers that are gone are forgotten."""
+        """`now` is monotonic, in seconds. Removed peers are dropped."""
         kept: dict[tuple[str, str], _Seen] = {}
         found = []
         for answer in answers:
@@ -106,7 +106,7 @@ class Rates:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One character for each value, as high as it is against the highest."""
+    """One character per value, with a height relative to the highest."""
     highest = max(values, default=0.0)
     if not highest:
         return BARS[0] * len(values)
@@ -114,7 +114,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def choose(rows: Iterable[Row], *, order: Order, containing: str, count: int) -> list[Row]:
-    """The first `count` rows whose name, UUID or path holds a text; the busiest, or those silent for longest, first."""
+    """The first `count` rows whose name, UUID or path contains a text: the busiest first, or the longest silent."""
     found = [row for row in rows if containing.lower() in f"{row.name} {row.node_uuid} {row.path}".lower()]
     keys: dict[Order, Callable[[Row], tuple[float, str]]] = {
         Order.RATE: lambda row: (-row.received_rate - row.sent_rate, row.name),
@@ -124,10 +124,10 @@ def choose(rows: Iterable[Row], *, order: Order, containing: str, count: int) ->
     return sorted(found, key=keys[order])[:count]
 
 
-def render(asked: Asked, rows: Sequence[Row], shown: Sequence[Row], now: float, selected: str = "") -> Group:
-    """The rows; `now` is Unix time."""
-    lines = [Text(one_line(line)) for line in (*asked.notes, *asked.failures)]
-    for answer in asked.answers:
+def render(result: Asked, rows: Sequence[Row], shown: Sequence[Row], now: float, selected: str = "") -> Group:
+    """Render the rows; `now` is Unix time."""
+    lines = [Text(one_line(line)) for line in (*result.notes, *result.failures)]
+    for answer in result.answers:
         kind = " ".join(filter(None, (answer.device_kind, answer.transport)))
         reason = f", {answer.reason}" if answer.reason else ""
         lines.append(Text(one_line(f"{answer.interface}: {answer.role}, {answer.state}{reason}  {kind}")))
@@ -148,7 +148,7 @@ def render(asked: Asked, rows: Sequence[Row], shown: Sequence[Row], now: float, 
 
 
 def render_timeline(row: Row, entries: Sequence[HistoryEntry], problem: str, count: int, scrolled: int) -> Group:
-    """What happened to one machine, the newest first."""
+    """Render one machine's history, newest entry first."""
     uuid = f" ({row.node_uuid})" if row.node_uuid not in ("", row.name) else ""
     state = f"{row.path or 'no path'}, handshake {describe_age(row.last_handshake)}  {sparkline(row.history)}"
     lines = [Text(one_line(f"{row.name}{uuid}: {state}"))]
@@ -166,20 +166,22 @@ def render_timeline(row: Row, entries: Sequence[HistoryEntry], problem: str, cou
 
 
 class _Screen:
-    """The last status, and how to show it."""
+    """The last status, and its rendering."""
 
     def __init__(self, console: Console, view: ViewState) -> None:
         self._console = console
         self.view = view
         self._rates = Rates()
-        self._asked = Asked()
+        self._result = Asked()
         self._rows: list[Row] = []
         self._entries: Sequence[HistoryEntry] = ()
         self._problem = ""
 
     @property
     def _page(self) -> int:
-        return max(1, self._console.height - 4 - len(self._asked.answers) - len(self._asked.notes) - len(self._asked.failures))
+        return max(
+            1, self._console.height - 4 - len(self._result.answers) - len(self._result.notes) - len(self._result.failures)
+        )
 
     def _chosen(self) -> list[Row]:
         return choose(self._rows, order=self.view.order, containing=self.view.containing, count=len(self._rows))
@@ -187,10 +189,10 @@ class _Screen:
     def _selected(self) -> Row | None:
         return next((row for row in self._rows if row.key == self.view.selected), None)
 
-    async def look(self) -> None:
-        """Ask again."""
-        self._asked = await ask_all()
-        self._rows = self._rates.rows(self._asked.answers, time.monotonic())
+    async def poll(self) -> None:
+        """Query the status again."""
+        self._result = await ask_all()
+        self._rows = self._rates.rows(self._result.answers, time.monotonic())
         if self.view.is_timeline:
             await self._ask_history()
 
@@ -214,11 +216,11 @@ class _Screen:
             self._problem = str(error)
 
     def all(self) -> Group:
-        """Every row that is wanted."""
-        return render(self._asked, self._rows, self._chosen(), time.time())
+        """All selected rows."""
+        return render(self._result, self._rows, self._chosen(), time.time())
 
     def shown(self) -> Group:
-        """The rows that fit on the screen, and a line about the keys."""
+        """The rows that fit on the screen, and a line of key bindings."""
         view, row = self.view, self._selected()
         if view.is_timeline and row is not None:
             count = max(1, self._console.height - 4)
@@ -227,7 +229,7 @@ class _Screen:
         chosen = self._chosen()
         at = next((number for number, one in enumerate(chosen) if one.key == view.selected), 0)
         first = max(0, at - self._page + 1)
-        body = render(self._asked, self._rows, chosen[first : first + self._page], time.time(), view.selected)
+        body = render(self._result, self._rows, chosen[first : first + self._page], time.time(), view.selected)
         return Group(body, Text(self._help(), style="dim"))
 
     def _help(self) -> str:
@@ -238,15 +240,15 @@ class _Screen:
 
 
 def run_top(*, seconds: float, order: Order, containing: str, once: bool) -> None:
-    """Show until stopped; `once` prints after two looks and ends. Raises ConfigurationError."""
-    # a pipe has no size of its own: nothing is cut there
+    """Run until stopped; `once` prints after two polls and exits. Raises ConfigurationError."""
+    # a pipe has no size: nothing is cut there
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     screen = _Screen(console, ViewState(order=order, containing=containing))
 
     async def print_once() -> None:
-        await screen.look()
+        await screen.poll()
         await anyio.sleep(seconds)
-        await screen.look()
+        await screen.poll()
         console.print(screen.all())
 
     async def watch() -> None:
@@ -255,7 +257,7 @@ def run_top(*, seconds: float, order: Order, containing: str, once: bool) -> Non
             Live(console=console, screen=console.is_terminal, auto_refresh=False) as live,
         ):
             while not screen.view.is_over:
-                await screen.look()
+                await screen.poll()
                 live.update(screen.shown(), refresh=True)
                 next_at = anyio.current_time() + seconds
                 while not screen.view.is_over and (left := next_at - anyio.current_time()) > 0:

@@ -1,4 +1,4 @@
-"""The keys of `siderolink top`: read from the terminal, and what they change of the view."""
+"""The key bindings of `siderolink top`: reading keys, and their effect on the view."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ _READ: Final = 1024
 
 
 class Order(StrEnum):
-    """What the rows are sorted by."""
+    """The sort order of the rows."""
 
     RATE = "rate"
     HANDSHAKE = "handshake"
@@ -29,7 +29,7 @@ class Order(StrEnum):
 
 
 class Key(StrEnum):
-    """Keys that are no characters."""
+    """Keys other than characters."""
 
     UP = "<up>"
     DOWN = "<down>"
@@ -57,7 +57,7 @@ _PAGES: Final = {Key.PAGE_DOWN: 1, " ": 1, Key.PAGE_UP: -1}
 
 
 def split_keys(text: str) -> Iterator[str]:
-    """What one read of a terminal holds. An escape that begins no known sequence is the key; the rest of it is passed over."""
+    """The keys in one read of a terminal. An escape without a known sequence is the escape key; the rest is ignored."""
     while text:
         known = next((sequence for sequence in _SEQUENCES if text.startswith(sequence)), None)
         if known is not None:
@@ -80,21 +80,21 @@ def split_keys(text: str) -> Iterator[str]:
 
 @dataclass(slots=True)
 class ViewState:
-    """What is shown, as far as keys change it."""
+    """The part of the view that keys change."""
 
     order: Order = Order.RATE
     containing: str = ""
     is_typing: bool = False
-    """The next characters are the filter's."""
+    """Whether typed characters go to the filter."""
     selected: str = ""
     """The key of the selected row; empty for the first one."""
     is_timeline: bool = False
     scrolled: int = 0
-    """Entries of the timeline that are passed over."""
+    """Number of timeline entries scrolled past."""
     is_over: bool = False
 
     def press(self, key: str, rows: Sequence[str], page: int) -> None:
-        """Do what a key means. `rows` are the keys of the rows that are shown or could be scrolled to, `page` how many fit."""
+        """Handle a key. `rows` are the keys of the displayed or scrollable rows, `page` is how many fit."""
         if self.is_typing:
             self._type(key)
         elif self.is_timeline:
@@ -146,7 +146,7 @@ class ViewState:
 
 
 class Keyboard(AbstractContextManager["Keyboard"]):
-    """The terminal of standard input, without echo and line by line, for as long as the context lasts."""
+    """The terminal of standard input, without echo and line buffering, until the context ends."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -172,13 +172,13 @@ class Keyboard(AbstractContextManager["Keyboard"]):
             data = os.read(self._descriptor, _READ)
         except OSError:
             data = b""
-        if not data:  # the terminal is gone
+        if not data:  # the terminal was closed
             self._loop.remove_reader(self._descriptor)
         self._keys.extend(split_keys(data.decode(errors="ignore")))
         self._pressed.set()
 
     async def pressed(self, seconds: float) -> list[str]:
-        """The keys that were pressed, after waiting for one for so long."""
+        """Keys pressed so far; waits up to `seconds` for the first one."""
         if not self._keys:
             self._pressed = anyio.Event()
             with anyio.move_on_after(seconds):

@@ -1,6 +1,6 @@
-"""Remembers the settings that work while others are being tried, so that a crash meanwhile comes back with the old ones.
+"""Stores the working settings while others are being tested, so that a crash during the test returns to the old ones.
 
-Files and META hold the new settings already when their trial begins; a restart would join by them alone.
+Files and META already contain the new settings when their test begins; a restart alone would use only those.
 """
 
 import hashlib
@@ -23,22 +23,22 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinSettings:
-    """Everything in the settings that decides about the link."""
+    """All settings that affect the link."""
 
     url: JoinURL
     uuid: str
     unique_token: str = field(repr=False)
     roots: str | None = field(default=None, repr=False)
-    """Trusted roots (PEM), besides the system's."""
+    """Trusted roots (PEM), in addition to the system's."""
 
     def encode(self) -> bytes:
-        """As JSON, with the secrets."""
+        """Encode as JSON, including secrets."""
         found = {"url": self.url.encode(), "uuid": self.uuid, "unique_token": self.unique_token, "roots": self.roots}
         return json.dumps({"version": _FORMAT, **found}).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> "JoinSettings | None":
-        """None for what `encode` of this release does not write."""
+        """None for data that this release's `encode` does not write."""
         try:
             found = json.loads(data)
             texts = {name: str(found[name]) for name in ("url", "uuid", "unique_token")}
@@ -51,47 +51,47 @@ class JoinSettings:
 
 
 class SettingsTrial:
-    """The note of a running trial: a private file that is named after the new settings and holds the old ones."""
+    """The note of a running test: a private file named after the new settings, containing the old ones."""
 
     def __init__(self, folder: Path | None, machine: str) -> None:
-        """`machine` tells the machines apart that share a folder.
+        """`machine` distinguishes machines that share a folder.
 
-        Without a folder nothing is kept, and a crash comes back with whatever files and META hold.
+        Without a folder nothing is stored, and after a crash the contents of files and META apply.
         """
         self._folder = folder
         self._prefix = f"trial-{_digest(machine.encode())[:12]}-"
         self._noted: JoinSettings | None = None
 
     async def begin(self, new: JoinSettings, old: JoinSettings) -> None:
-        """Note that `new` is about to be tried beside `old`. A note that cannot be written is logged, and missing."""
+        """Note that `new` is about to be tested alongside `old`. A failure to write the note is logged."""
         if self._folder is None or self._noted == new:
             return
         await self.end()
         try:
             await anyio.to_thread.run_sync(_write, self._file(self._folder, new), old.encode())
         except OSError as error:
-            log.warning("the settings that work cannot be kept in %s during a trial: %s", self._folder, error.strerror or error)
+            log.warning("cannot store the working settings in %s during a trial: %s", self._folder, error.strerror or error)
             return
         self._noted = new
 
     async def end(self) -> None:
-        """The trial is over: the link runs by the new settings, or nobody wants them any more."""
+        """The test is over: the link uses the new settings, or they were withdrawn."""
         self._noted = None
         if self._folder is None:
             return
         try:
             await anyio.to_thread.run_sync(_remove, self._folder, self._prefix)
         except OSError as error:
-            log.warning("notes of trials in %s cannot be removed: %s", self._folder, error.strerror or error)
+            log.warning("cannot remove the notes of trials in %s: %s", self._folder, error.strerror or error)
 
     async def interrupted(self, new: JoinSettings) -> JoinSettings | None:
-        """The settings that worked when a trial of `new` was interrupted; None if none was."""
+        """The settings that worked before an interrupted test of `new`; None if there was none."""
         if self._folder is None:
             return None
         try:
             data = await anyio.to_thread.run_sync(read_private, self._file(self._folder, new), _LARGEST_FILE)
         except SideroLinkError as error:
-            log.warning("the settings before an interrupted trial are lost: %s", error)
+            log.warning("lost the settings from before an interrupted trial: %s", error)
             return None
         old = None if data is None else JoinSettings.decode(data)
         if old is not None:

@@ -12,7 +12,7 @@ from siderolink.cli.logs import say
 async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> None:
     """Call `changed` whenever one of the files changes. Returns only if they cannot be watched.
 
-    Folders are watched, as files are replaced by renaming, and as mounted secrets are links that change.
+    Watches the folders, because files are replaced by renaming, and mounted secrets are symbolic links that change.
     """
     before = _fingerprints(files)
     folders = {file.absolute().parent for file in files}
@@ -24,7 +24,7 @@ async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> Non
                 changed()
     except PermissionError:
         names = ", ".join(sorted(map(str, folders)))
-        say("not watched", f"{names}: this user may not list it; tell of changes by SIGHUP", level=logging.WARNING)
+        say("not watched", f"{names}: this user may not list it; send SIGHUP after changes", level=logging.WARNING)
 
 
 def _fingerprints(files: Sequence[Path]) -> list[tuple[int, int, int]]:

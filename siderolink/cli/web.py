@@ -1,4 +1,4 @@
-"""The page's process, and how `serve` keeps one."""
+"""The web UI's process."""
 
 import os
 from functools import partial
@@ -70,7 +70,7 @@ def _reload(certificate: ServerCertificate) -> None:
 
 
 async def _end_with_parent(scope: anyio.CancelScope) -> None:
-    """Standard input is a pipe from the process that started this one, and ends with it."""
+    """Standard input is a pipe from the parent process, which closes when the parent exits."""
     reading = os.dup(0)
     try:
         os.set_blocking(reading, False)

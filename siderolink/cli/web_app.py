@@ -1,4 +1,4 @@
-"""`siderolink web`: the page of a server."""
+"""`siderolink web`: the web UI of a server."""
 
 from pathlib import Path
 from typing import Annotated
@@ -36,8 +36,8 @@ def web(
     origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="Under which name browsers reach the page, where neither --listen nor the certificate says it, as behind a "
-            "proxy: https://HOST[:PORT]. Repeatable.",
+            help="Name under which browsers reach the web UI if neither --listen nor the certificate has it, such as a "
+            "proxy's: https://HOST[:PORT]. Repeatable.",
             metavar="ORIGIN",
         ),
     ] = None,
@@ -63,7 +63,7 @@ def web(
     except ModuleNotFoundError as error:
         if error.name not in ("jinja2", "markupsafe", "starlette", "uvicorn"):
             raise
-        raise ConfigurationError("the page needs more packages: pip install 'siderolink[web]'") from None
+        raise ConfigurationError("the web UI needs more packages: pip install 'siderolink[web]'") from None
     run_web(
         call.options,
         listen=listen,

@@ -1,4 +1,4 @@
-"""How `serve` keeps the page's process."""
+"""Runs the web UI as a child process of `serve`."""
 
 import os
 import sys
@@ -14,13 +14,13 @@ from siderolink.common.errors import ConfigurationError, SideroLinkError
 
 
 def check_page() -> None:
-    """Raises ConfigurationError where the page's packages are missing."""
+    """Raises ConfigurationError if the web UI's packages are missing."""
     if any(find_spec(name) is None for name in ("jinja2", "starlette", "uvicorn")):
         raise ConfigurationError("--web-listen needs more packages: pip install 'siderolink[web]'")
 
 
 def page_arguments(options: ServeConfig, socket: Path) -> Iterator[str]:
-    """The options of `siderolink web` for the page of a server with this local socket."""
+    """The options of `siderolink web` for a server with this local socket."""
     assert options.web_listen is not None
     yield from ("--server", f"unix://{socket}", "--listen", options.web_listen)
     if options.web_tls_cert is not None:
@@ -35,7 +35,7 @@ def page_arguments(options: ServeConfig, socket: Path) -> Iterator[str]:
 
 
 async def keep_page(options: ServeConfig, socket: Path) -> None:
-    """Run `siderolink web` as a child until cancelled. Raises SideroLinkError when it ends by itself."""
+    """Run `siderolink web` as a child until cancelled. Raises SideroLinkError if it exits by itself."""
     command = [sys.executable, "-m", "siderolink", "web", "--with-parent", *page_arguments(options, socket)]
     environment = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
     async with await anyio.open_process(command, stdin=PIPE, stdout=None, stderr=None, env=environment) as process:
@@ -50,4 +50,4 @@ async def keep_page(options: ServeConfig, socket: Path) -> None:
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
-    raise SideroLinkError(f"the page ended with status {status}")
+    raise SideroLinkError(f"the web UI exited with status {status}")

@@ -1,6 +1,6 @@
 """`siderolink wireguard`: a bare interface, in the foreground or in the background.
 
-Background, LOG_LEVEL and WG_PROCESS_FOREGROUND are as scripts know them that run other userspace implementations.
+Background mode, LOG_LEVEL and WG_PROCESS_FOREGROUND work as in other userspace implementations, which scripts rely on.
 """
 
 import logging
@@ -26,9 +26,9 @@ _SILENT: Final = "silent"
 def run_wireguard(
     name: str, *, background: bool, as_json: bool = False, level: str | None = None, metrics: MetricsOptions | None = None
 ) -> None:
-    """Run until stopped, or until the interface is deleted. In the background, the caller returns once the interface is there.
+    """Run until stopped, or until the interface is deleted. In background mode the caller returns once the interface exists.
 
-    Raises SideroLinkError, and SystemExit where the work goes on in another process.
+    Raises SideroLinkError; also SystemExit in the process that leaves the work to another one.
     """
     wanted = os.environ.get("LOG_LEVEL", "").lower()
     if level is None:
@@ -47,7 +47,7 @@ def run_wireguard(
 
 
 class InterfaceSource:
-    """A bare interface, as the control socket shows it."""
+    """A bare interface, as the source of the control socket."""
 
     def __init__(self, device: "UserspaceDevice") -> None:
         self._device = device
@@ -86,7 +86,7 @@ def _run(name: str, ready: Callable[[], None], metrics: MetricsOptions | None) -
         async with open_interface(name, on_event) as interface, AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(control_socket(name, [ControlService(InterfaceSource(interface.device))]))
-            except SideroLinkError as error:  # the interface works without
+            except SideroLinkError as error:  # the interface works without it
                 say(name, f"`siderolink status` will not show this interface: {error}", level=logging.WARNING)
             if metrics is not None:
                 from siderolink.cli.metrics import endpoint, sources
@@ -100,8 +100,8 @@ def _run(name: str, ready: Callable[[], None], metrics: MetricsOptions | None) -
 
 
 def _leave_foreground(*, keep_output: bool) -> Callable[[], None]:
-    """Go on in a process of its own. The one that was called ends when that says it is ready, by the function returned here,
-    or has ended; then it ends alike."""
+    """Continue in a separate process. The original process exits when that one calls the returned function, or has itself
+    exited, with the same status."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:

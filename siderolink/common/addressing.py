@@ -1,4 +1,4 @@
-"""The overlay's addresses: which prefix, which address is whose, and how a tunnel's address is written."""
+"""The overlay's addresses: prefixes, assignment, and the text form of tunnel addresses."""
 
 import hashlib
 import os
@@ -10,10 +10,10 @@ from ipaddress import AddressValueError, IPv6Address, IPv6Network
 from siderolink.common.errors import ConfigurationError
 
 TUNNEL_PORT = 50888
-"""The port beside a machine's virtual address; it names no socket."""
+"""The port next to a machine's virtual address; it belongs to no socket."""
 
 OVERLAYS = IPv6Network("fd00::/8")
-"""Where all overlays lie: the unique local addresses (RFC 4193)."""
+"""The range that contains all overlays: unique local addresses (RFC 4193)."""
 
 _PREFIX_LENGTH = 64
 _OVERLAY_MARK = 0x03
@@ -32,16 +32,16 @@ def _prefix(installation_id: str, mark: int) -> IPv6Network:
 
 
 def overlay_prefix(installation_id: str = "") -> IPv6Network:
-    """The /64 of one installation's overlay; the empty id's is the one in common use."""
+    """The /64 of one installation's overlay; the empty id selects the commonly used one."""
     return _prefix(installation_id, _OVERLAY_MARK)
 
 
 VIRTUAL_PREFIX = _prefix("", _VIRTUAL_MARK)
-"""Where the virtual addresses of tunnel peers lie, whatever the installation."""
+"""The range of tunnel peers' virtual addresses, the same for all installations."""
 
 
 def is_overlay_address(host: str) -> bool:
-    """Whether a host is an address that only an overlay, or a site's own network, leads to."""
+    """Whether a host is an address reachable only in an overlay or a site's own network."""
     try:
         return IPv6Address(host) in OVERLAYS
     except AddressValueError:
@@ -49,7 +49,7 @@ def is_overlay_address(host: str) -> bool:
 
 
 def is_machine_overlay(host: str) -> bool:
-    """Whether a host is an address as overlays have them, of any installation: only the link leads to it."""
+    """Whether a host is an overlay address of any installation, reachable only over the link."""
     try:
         packed = IPv6Address(host).packed
     except AddressValueError:
@@ -58,15 +58,15 @@ def is_machine_overlay(host: str) -> bool:
 
 
 def server_address(prefix: IPv6Network) -> IPv6Address:
-    """The server's own address: the prefix's first."""
+    """The server's address: the first of the prefix."""
     return prefix.network_address + 1
 
 
 def random_address(prefix: IPv6Network, entropy: Callable[[int], bytes] = os.urandom) -> IPv6Address:
-    """A machine's address: 64 random bits below a /64, never the server's, never the subnet-router anycast address.
+    """A random address for a machine: 64 random bits in a /64, never the server's or the subnet-router anycast address.
 
-    `entropy` gives as many random bytes as asked for. Raises ConfigurationError for a prefix that is not a /64, or
-    when `entropy` gives nothing usable. The caller sees to it that no other machine has the address.
+    `entropy` returns the requested number of random bytes. Raises ConfigurationError for a prefix that is not a /64, or if
+    `entropy` returns nothing usable. The caller must check that no other machine has the address.
     """
     if prefix.prefixlen != _PREFIX_LENGTH:
         raise ConfigurationError(f"the overlay is a /{_PREFIX_LENGTH}, not {prefix}")
@@ -78,9 +78,9 @@ def random_address(prefix: IPv6Network, entropy: Callable[[int], bytes] = os.ura
 
 
 def swap_endpoints(endpoints: Sequence[str]) -> list[str]:
-    """The server endpoints between their order of preference and their order on the wire: first and last change places.
+    """Convert server endpoints between order of preference and wire order: first and last are swapped.
 
-    Old machines read only the last value of the list. The swap is its own inverse.
+    Old machines read only the last value of the list. The conversion is its own inverse.
     """
     swapped = list(endpoints)
     if len(swapped) > 1:
@@ -89,7 +89,7 @@ def swap_endpoints(endpoints: Sequence[str]) -> list[str]:
 
 
 def format_address(address: IPv6Address) -> str:
-    """The text that `str` gives for an address without a zone, by the C library: a join needs it several times."""
+    """Equal to `str` for an address without a zone, but faster (by the C library), because a join needs it several times."""
     return socket.inet_ntop(socket.AF_INET6, address.packed)
 
 
@@ -99,7 +99,7 @@ def format_peer_addr_port(address: IPv6Address, port: int = TUNNEL_PORT) -> str:
 
 
 def parse_peer_addr_port(text: str) -> tuple[IPv6Address, int]:
-    """Read ``[address]:port``. Raises ConfigurationError for anything else, zones included."""
+    """Parse ``[address]:port``. Raises ConfigurationError for anything else, including zones."""
     match = _ADDR_PORT.fullmatch(text)
     if match is None:
         raise ConfigurationError("a tunnel address has the form [IPv6 address]:port")
@@ -109,5 +109,5 @@ def parse_peer_addr_port(text: str) -> tuple[IPv6Address, int]:
         raise ConfigurationError("a tunnel address has the form [IPv6 address]:port, with a valid address") from None
     port = int(match[2])
     if not 0 < port < 65536:
-        raise ConfigurationError(f"a port is a number from 1 to 65535, not {port}")
+        raise ConfigurationError(f"a port must be a number from 1 to 65535, not {port}")
     return address, port

@@ -1,4 +1,4 @@
-"""Where a server is administered, and the connection to it."""
+"""The address of a server's admin API, and the connection to it."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,23 +14,23 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.text import one_line
 
 SOURCE_METADATA = "siderolink-source"
-"""Where the caller of a relay comes from; the local socket believes it of root and of the server's own user."""
+"""The address of a relay's caller; the local socket trusts it from root and the server's own user."""
 ANSWER_LIMITS = Limits.for_answers(16 * 1024 * 1024)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """Where a server is administered: a TLS address, or a local socket."""
+    """The address of an admin API: a TLS address or a local socket."""
 
     host: str | None = None
     port: int | None = None
     path: Path | None = None
     is_plain: bool = False
-    """Without TLS, on the loopback alone."""
+    """Without TLS; only on the loopback."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``https://HOST[:PORT]``, ``HOST:PORT`` or ``unix:///PATH``; ``http://`` for the loopback alone.
+        """Parse ``https://HOST[:PORT]``, ``HOST:PORT`` or ``unix:///PATH``; ``http://`` only for the loopback.
 
         Raises ConfigurationError.
         """
@@ -43,7 +43,7 @@ class ServerAddress:
         if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):
             return cls(path=Path(parts.path))
         if parts.username is not None or parts.password is not None:
-            raise ConfigurationError("an address holds no secret; give the API key by SIDEROLINK_API_KEY or --api-key-file")
+            raise ConfigurationError("an address must not contain a secret; set SIDEROLINK_API_KEY or --api-key-file")
         is_plain = parts.scheme == "http" and _is_loopback(parts.hostname or "")
         if parts.scheme != "https" and not is_plain:
             raise ConfigurationError(f"{what}: an API key travels by TLS only; write https://HOST:PORT or unix:///PATH")
@@ -74,7 +74,7 @@ async def open_admin_channel(
     connect_timeout: float = 10.0,
     limits: Limits = ANSWER_LIMITS,
 ) -> AsyncIterator[GrpcChannel]:
-    """A channel to the admin API; nothing is dialled before the first call.
+    """A channel to the admin API, opened with the first call.
 
     Raises ConfigurationError for an unusable CA file.
     """

@@ -1,4 +1,4 @@
-"""When to retry: growing, jittered delays, and a trigger that ends a delay early."""
+"""Retry delays: growing, with jitter, and a trigger that ends them early."""
 
 import random
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import anyio
 class Backoff:
     """Full jitter: each delay is uniform between `floor` and a bound that grows from `first` by `factor` up to `cap` (seconds).
 
-    With a factor of 1.5 nobody waits longer than what was tried has failed already; with 2, twice as long.
+    With a factor of 1.5 the delay is at most as long as the attempts so far have taken; with 2, twice as long.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Backoff:
         self._failures = 0
 
     def next(self) -> float:
-        """The seconds to wait after one more failure; 0 for the first one where `at_once`."""
+        """The delay in seconds after another failure; 0 for the first one with `at_once`."""
         failures = self._failures - (1 if self._at_once else 0)
         self._failures += 1
         if failures < 0:
@@ -42,18 +42,18 @@ class Backoff:
 
 
 class RetryTrigger:
-    """Lets any number of retry loops sleep, and wakes them early when a retry is likely to succeed."""
+    """Lets any number of retry loops sleep, and wakes them when a retry is likely to succeed."""
 
     def __init__(self) -> None:
         self._event = anyio.Event()
 
     def fire(self) -> None:
-        """Wake everyone who sleeps now."""
+        """Wake all sleeping loops."""
         self._event.set()
         self._event = anyio.Event()
 
     async def sleep(self, seconds: float) -> bool:
-        """Sleep; True if the trigger ended it early."""
+        """Sleep; returns True if the trigger ended it early."""
         event = self._event
         with anyio.move_on_after(seconds):
             await event.wait()

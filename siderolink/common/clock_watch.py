@@ -1,6 +1,6 @@
-"""Clocks that an event loop does not have: one that runs while the host sleeps, and word of a wall clock that was set.
+"""Clocks missing in event loops: one that runs while the host sleeps, and notice of changes of the wall clock.
 
-Both are timers of the kernel (timerfd_create(2)).
+Both are kernel timers (timerfd_create(2)).
 """
 
 import asyncio
@@ -15,7 +15,7 @@ _CLOEXEC_NONBLOCK: Final = os.O_CLOEXEC | os.O_NONBLOCK
 _ABSOLUTE: Final = 1
 _CANCEL_ON_SET: Final = 2
 _FAR: Final = 1 << 40
-"""Seconds; no clock is ever there."""
+"""A time in seconds that no clock reaches."""
 
 
 class _Spec(ctypes.Structure):
@@ -43,7 +43,7 @@ boot_time: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME
 class BootTimer:
     """One timer on `boot_time`. Deadlines that pass while the host sleeps fire when it wakes.
 
-    An event loop's own timers stand still meanwhile. They are used where the kernel has no other.
+    An event loop's own timers stop meanwhile. They are the fallback where the kernel has no such timer.
     """
 
     def __init__(self, on_due: Callable[[], None]) -> None:
@@ -52,14 +52,14 @@ class BootTimer:
         self._handle: asyncio.TimerHandle | None = None
         self._descriptor = int(_libc.timerfd_create(time.CLOCK_BOOTTIME, _CLOEXEC_NONBLOCK))
         if self._descriptor >= 0:
-            self._loop.add_reader(self._descriptor, self._read)
+            self._loop.add_reader(self._descriptor, self._on_readable)
 
     def fileno(self) -> int:
         """The timer's descriptor; -1 without one."""
         return self._descriptor
 
     def set(self, at: float) -> None:
-        """Call back once at this time, immediately if it has passed. Replaces the previous time."""
+        """Call back once at this time, or immediately if it has passed. Replaces the previous time."""
         if self._descriptor >= 0:
             _set_timer(self._descriptor, _ABSOLUTE, max(at, 1e-6))  # zero would disarm it
             return
@@ -68,7 +68,7 @@ class BootTimer:
         self._handle = self._loop.call_later(max(0.0, at - boot_time()), self._on_due)
 
     def close(self) -> None:
-        """Does nothing the second time."""
+        """Idempotent."""
         if self._handle is not None:
             self._handle.cancel()
         if self._descriptor >= 0:
@@ -76,26 +76,26 @@ class BootTimer:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _read(self) -> None:
+    def _on_readable(self) -> None:
         try:
             os.read(self._descriptor, 8)
-        except BlockingIOError:  # it was set again in the meantime
+        except BlockingIOError:  # it was set again meanwhile
             return
         self._on_due()
 
 
 class ClockWatch:
-    """Calls `on_jump` when the wall clock was set or the host has woken. On a kernel without such timers it never does."""
+    """Calls `on_jump` when the wall clock was set or the host has woken up. Never, if the kernel has no such timers."""
 
     def __init__(self, on_jump: Callable[[], None]) -> None:
         self._on_jump = on_jump
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(_libc.timerfd_create(time.CLOCK_REALTIME, _CLOEXEC_NONBLOCK))
         if self._descriptor >= 0 and self._arm():
-            self._loop.add_reader(self._descriptor, self._read)
+            self._loop.add_reader(self._descriptor, self._on_readable)
 
     def close(self) -> None:
-        """Does nothing the second time."""
+        """Idempotent."""
         if self._descriptor >= 0:
             self._loop.remove_reader(self._descriptor)
             os.close(self._descriptor)
@@ -104,7 +104,7 @@ class ClockWatch:
     def _arm(self) -> bool:
         return _set_timer(self._descriptor, _ABSOLUTE | _CANCEL_ON_SET, _FAR)
 
-    def _read(self) -> None:
+    def _on_readable(self) -> None:
         try:
             os.read(self._descriptor, 8)
         except BlockingIOError:
@@ -116,5 +116,5 @@ class ClockWatch:
 
 
 def seconds_asleep() -> float:
-    """How long the host has slept since it was started; only differences mean something."""
+    """How long the host has slept since boot; only differences are meaningful."""
     return boot_time() - time.clock_gettime(time.CLOCK_MONOTONIC)

@@ -1,4 +1,4 @@
-"""Warns once about missing host features without which everything works, only slower."""
+"""Warns once about each missing host feature that only costs speed."""
 
 import logging
 from functools import cache
@@ -8,5 +8,5 @@ _logger = logging.getLogger("siderolink")
 
 @cache
 def say_once(lack: str) -> None:
-    """Log that the data plane is slower here than it could be, and why."""
+    """Log the reason why the data plane is slower than it could be."""
     _logger.warning("the data plane runs at reduced speed: %s", lack)

@@ -18,7 +18,7 @@ class KeyFormatError(ConfigurationError):
 
 
 class DeviceError(SideroLinkError):
-    """Raised when a WireGuard interface cannot be made or has gone away."""
+    """Raised when a WireGuard interface cannot be created or was deleted."""
 
 
 class DeviceUnavailableError(DeviceError):
@@ -30,7 +30,7 @@ class InterfaceInUseError(DeviceError):
 
 
 class OverlayInUseError(DeviceError):
-    """Raised when another interface of this host already has an address in the overlay: both servers would have one address."""
+    """Raised when another interface of this host already has an address in the overlay, which would be the same one."""
 
 
 class AddressInUseError(SideroLinkError):
@@ -42,7 +42,7 @@ class JoinError(SideroLinkError):
 
 
 class ServerUnreachableError(JoinError):
-    """Raised when the server's API cannot be reached, or does not answer in time. Trying again later may help."""
+    """Raised when the server's API cannot be reached or does not answer in time. A later retry may succeed."""
 
 
 class JoinRefusedError(JoinError):

@@ -1,25 +1,25 @@
-"""Words between a machine and its server inside the WireGuard session: a machine's goodbye, and a server's wish to be left.
+"""Messages between a machine and its server inside the WireGuard session: a machine's goodbye, and a server's request to move.
 
-The goodbye: a machine that stops cleanly tells the server so.
+The goodbye: a machine announces an orderly stop to the server.
 
 One UDP datagram from the machine's overlay address to GOODBYE_PORT at the server's overlay address, answered by the same bytes.
-The session authenticates it, so nobody else can say goodbye for a machine. Afterwards the server lets the machine's next start
-take its row at once, also with another key and without a unique token. A server that does not know the message answers with
-ICMPv6 "port unreachable" or not at all, and nothing depends on the answer.
+The session authenticates it, so nobody else can say goodbye for a machine. Afterwards the server admits the machine's next
+start to its row immediately, even with another key and without a unique token. A server without support answers with ICMPv6
+"port unreachable" or not at all; nothing depends on the answer.
 
     bytes 0-3   the magic b"SLby"
     byte  4     version, 1
-    byte  5     flags: bit 0 asks the server to forget the machine (trial joins); other bits are sent as zero and ignored
+    byte  5     flags: bit 0 asks the server to remove the machine (trial joins); other bits are sent as zero and ignored
     bytes 6-37  the sender's WireGuard public key; a goodbye for another key than the session's is ignored
 
-The move: a server that drains asks a machine to go to another server of the same store. One UDP datagram from GOODBYE_PORT at
-the server's overlay address to the same port at the machine's, which asks the API anew and takes its answer. It is not
-answered; machines that do not know it stay until the server is gone.
+The move: a draining server asks a machine to move to another server of the same store. One UDP datagram from GOODBYE_PORT at
+the server's overlay address to the same port at the machine's, which then calls the API again and uses its answer. It is not
+answered; machines without support stay until the server stops.
 
     bytes 0-3   the magic b"SLmv"
     byte  4     version, 1
     byte  5     sent as zero and ignored
-    bytes 6-37  the server's WireGuard public key; a move by another key than the session's is ignored
+    bytes 6-37  the server's WireGuard public key; a move with another key than the session's is ignored
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from siderolink.common.keys import KEY_BYTES, PublicKey
 from siderolink.common.overlay_socket import bind_overlay
 
 GOODBYE_PORT = 50887
-"""UDP, at the server's overlay address."""
+"""UDP port at the server's overlay address."""
 
 _HEADER = b"SLby\x01"
 _MOVE_HEADER = b"SLmv\x01"
@@ -50,12 +50,12 @@ _ANSWER_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goodbye:
-    """One goodbye."""
+    """A goodbye message."""
 
     public_key: PublicKey
-    """The key of the session that ends."""
+    """The key of the ending session."""
     forget: bool = False
-    """Delete the machine's row, because it was a trial join."""
+    """Whether to remove the machine's row, because it was a trial join."""
 
     def encode(self) -> bytes:
         """The datagram, GOODBYE_BYTES long."""
@@ -63,7 +63,7 @@ class Goodbye:
 
     @classmethod
     def parse(cls, data: bytes) -> Self | None:
-        """Read a datagram; None for anything but a goodbye of version 1."""
+        """Parse a datagram; None for anything but a goodbye of version 1."""
         if len(data) != GOODBYE_BYTES or not data.startswith(_HEADER):
             return None
         return cls(public_key=PublicKey(data[6:]), forget=bool(data[5] & _FORGET))
@@ -71,10 +71,10 @@ class Goodbye:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoveAway:
-    """A server asks a machine to go to another one."""
+    """A server's request to move to another server."""
 
     public_key: PublicKey
-    """The server's."""
+    """The server's key."""
 
     def encode(self) -> bytes:
         """The datagram, as long as a goodbye."""
@@ -82,7 +82,7 @@ class MoveAway:
 
     @classmethod
     def parse(cls, data: bytes) -> Self | None:
-        """Read a datagram; None for anything but a move of version 1."""
+        """Parse a datagram; None for anything but a move of version 1."""
         if len(data) != GOODBYE_BYTES or not data.startswith(_MOVE_HEADER):
             return None
         return cls(public_key=PublicKey(data[6:]))
@@ -119,10 +119,10 @@ def _moves(sock: socket.socket, server: IPv6Address) -> Iterator[MoveAway]:
 async def say_goodbye(
     goodbye: Goodbye, *, source: IPv6Address, server: IPv6Address, interface: str, namespace: str | None = None
 ) -> bool:
-    """Send a goodbye from the machine's overlay address; call it while the link still carries packets.
+    """Send a goodbye from the machine's overlay address; call this while the link still carries packets.
 
-    `namespace` is where the interface is. True if the server answered. Takes 0.6 s at most and never raises for a network or
-    a server that does not answer.
+    `namespace` is the interface's. Returns whether the server answered. Takes at most 0.6 s, and raises neither for network
+    errors nor for a missing answer.
     """
     message = goodbye.encode()
     loop = asyncio.get_running_loop()
@@ -138,7 +138,7 @@ async def say_goodbye(
                 with anyio.move_on_after(_ANSWER_SECONDS):
                     if await _received(loop, sock) == message:
                         return True
-        except OSError:  # unreachable, or the server does not know the message
+        except OSError:  # unreachable, or the server does not support the message
             return False
     return False
 

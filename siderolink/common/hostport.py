@@ -1,4 +1,4 @@
-"""A host and a port, as people write them: ``192.0.2.1:51820``, ``[2001:db8::1]:51820``, ``siderolink.example:51820``."""
+"""A host and a port in text form: ``192.0.2.1:51820``, ``[2001:db8::1]:51820``, ``siderolink.example:51820``."""
 
 import re
 import socket
@@ -12,22 +12,22 @@ from siderolink.common.errors import ConfigurationError
 
 _LONGEST = 253 + 6
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-# A name whose last label is a number would be taken for an IPv4 address by resolvers (RFC 3696, section 2).
+# Resolvers treat a name whose last label is a number as an IPv4 address (RFC 3696, section 2).
 _NAME = re.compile(rf"(?=.{{1,253}}\Z)(?!(?:.*\.)?[0-9]+\.?\Z){_LABEL}(?:\.{_LABEL})*\.?\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class HostPort:
-    """Where to dial or to listen; `host` is an address without brackets, or a name."""
+    """An address to dial or to listen on; `host` is an IP address without brackets, or a name."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str, *, port_zero: bool = False) -> Self:
-        """Read ``host:port``. Raises ConfigurationError; port 0 only where `port_zero`."""
+        """Parse ``host:port``. Raises ConfigurationError. Port 0 is only allowed with `port_zero`."""
         if len(text) > _LONGEST:
-            raise ConfigurationError(f"a host and port have at most {_LONGEST} characters, not {len(text)}")
+            raise ConfigurationError(f"a host and port may have at most {_LONGEST} characters, not {len(text)}")
         host, colon, digits = text.rpartition(":")
         if not colon or not host:
             raise ConfigurationError(f"{text!r} is not host:port")
@@ -44,7 +44,7 @@ class HostPort:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     async def resolve(self) -> list[tuple[IPv4Address | IPv6Address, int]]:
-        """Its addresses now, in the resolver's order. Raises OSError where there are none."""
+        """Its present addresses, in the resolver's order. Raises OSError if there are none."""
         try:
             return [(ip_address(self.host), self.port)]
         except ValueError:

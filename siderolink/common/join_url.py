@@ -1,4 +1,4 @@
-"""The join URL: where a server's API is, with which token to join, and whether to ask for the tunnel.
+"""The join URL: the address of a server's API, the join token, and whether to request the tunnel.
 
 ``grpc://host:port?grpc_tunnel=true&jointoken=…``: plaintext with the scheme ``grpc``, TLS with any other; without a scheme,
 ``grpc``; without a port, 443.
@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 from siderolink.common.errors import JoinURLError
 
 MAX_LENGTH = 8192
-"""The longest URL read, in characters; a kernel command line holds at most half of that."""
+"""Maximum length in characters; a kernel command line has at most half of that."""
 
 DEFAULT_PORT = 443
 TOKEN_PARAMETER = "jointoken"
@@ -42,9 +42,9 @@ def _has_control(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class JoinURL:
-    """A join URL's parts. Printing one hides its token; `encode` does not.
+    """The parts of a join URL. `str` and `repr` hide the token; `encode` does not.
 
-    Raises JoinURLError for parts which no URL can hold.
+    Raises JoinURLError for parts that cannot be in a URL.
     """
 
     host: str
@@ -52,7 +52,7 @@ class JoinURL:
     port: int = DEFAULT_PORT
     tls: bool = True
     join_token: str | None = None
-    """None when there is none; never empty."""
+    """None if there is none; never empty."""
     tunnel: bool = False
     """Whether the machine requests the tunnel."""
 
@@ -70,9 +70,9 @@ class JoinURL:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a URL. Raises JoinURLError, whose message never repeats the token.
+        """Parse a URL. Raises JoinURLError, whose message never contains the token.
 
-        The first value of a repeated parameter counts; unknown parameters are ignored.
+        The first value of a repeated parameter is used; unknown parameters are ignored.
         """
         if len(text) > MAX_LENGTH:
             _refuse(f"it is longer than {MAX_LENGTH} characters")
@@ -98,11 +98,11 @@ class JoinURL:
 
     @property
     def authority(self) -> str:
-        """``host:port``, an IPv6 address in brackets."""
+        """``host:port``, with brackets around an IPv6 address."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def encode(self) -> str:
-        """The whole URL, token included: a secret where there is one."""
+        """The complete URL including the token: a secret if there is one."""
         return self._write(None if self.join_token is None else quote(self.join_token, safe=""))
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ class _Key:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the base64 form. Raises KeyFormatError; the message never repeats the text."""
+        """Parse the base64 form. Raises KeyFormatError, whose message never contains the text."""
         if len(text) != 44:
             raise KeyFormatError(f"a WireGuard key is 44 characters of base64, not {len(text)}")
         try:
@@ -55,13 +55,13 @@ class _Key:
 
 
 class PublicKey(_Key):
-    """A peer's name: its Curve25519 public key. Prints as base64."""
+    """A peer's identity: its Curve25519 public key. Prints as base64."""
 
     __slots__ = ()
 
     @property
     def is_low_order(self) -> bool:
-        """True for the few encodings whose exchange gives zeros with every private key (RFC 7748, section 6.1)."""
+        """Whether it is one of the few encodings whose exchange yields zeros with every private key (RFC 7748, section 6.1)."""
         from siderolink.common.wireguard.noise.primitives import is_low_order
 
         return is_low_order(self._raw)
@@ -93,7 +93,7 @@ class PrivateKey(_Key):
         return cls(X25519PrivateKey.generate().private_bytes_raw())
 
     def clamped(self) -> Self:
-        """The same key as Curve25519 reads it (RFC 7748, section 5), which is how it is shown."""
+        """The same key as used by Curve25519 (RFC 7748, section 5), which is the form to display."""
         raw = bytearray(self._raw)
         raw[0] &= 248
         raw[31] = raw[31] & 127 | 64

@@ -1,7 +1,7 @@
-"""The events by which a machine reports what it does: eight types, each in an Any of ``type.googleapis.com/machine.X``.
+"""Events reported by machines: eight types, each in an Any of ``type.googleapis.com/machine.X``.
 
-A machine chooses what is in an event, so decoding stops after a number of fields: an event of 240 KB can hold
-120,000 conditions, and each becomes an object a hundred times its size.
+A machine chooses an event's content, so decoding stops after a number of fields: an event of 240 KB can contain
+120,000 conditions, each of which becomes an object a hundred times its size.
 """
 
 import dataclasses
@@ -51,9 +51,9 @@ MachineEventPayload = (
 )
 
 MAX_FIELDS = 256
-"""Fields of one event that are decoded, those of messages within included; the rest is left out."""
+"""Maximum fields decoded of one event, including nested messages; the rest is ignored."""
 SUMMARY_FIELDS = 32
-"""The same for a line of text."""
+"""The same for a one-line summary."""
 
 _PREFIX: Final = "type.googleapis.com/machine."
 _KINDS: dict[str, type[MachineEventPayload]] = {
@@ -73,7 +73,7 @@ _KINDS: dict[str, type[MachineEventPayload]] = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The fields of a message that are decoded: each number's wire type, and the shape of those that are messages."""
+    """The decoded fields of a message: each number's wire type, and the shape of message fields."""
 
     wire_types: Mapping[int, int]
     messages: "Mapping[int, Shape]"
@@ -101,7 +101,7 @@ SHAPES: dict[type[MachineEventPayload], Shape] = {
 
 
 def pack_event(payload: MachineEventPayload) -> Any:
-    """The event as it travels."""
+    """Encode the event as an Any."""
     return Any(type_url=_PREFIX + type(payload).__name__, value=bytes(payload))
 
 
@@ -115,7 +115,7 @@ def unpack_event(data: Any, max_fields: int = MAX_FIELDS) -> MachineEventPayload
         return None
     try:
         payload = kind.parse(_first_fields(data.value, SHAPES[kind], _Budget(max_fields)))
-    except Exception:  # the decoder raises what its parts raise
+    except Exception:  # the decoder may raise anything
         return None
     return payload if has_declared_types(payload) else None
 
@@ -139,7 +139,7 @@ def event_type(data: Any) -> str:
 
 
 class _Budget:
-    """How many fields may still be read."""
+    """The number of fields that may still be read."""
 
     def __init__(self, fields: int) -> None:
         self._left = fields
@@ -150,9 +150,9 @@ class _Budget:
 
 
 def _first_fields(data: bytes | memoryview, shape: Shape, budget: _Budget) -> bytes:
-    """The message's known fields, from as many as the budget allows. Raises MalformedWireError.
+    """The message's known fields, up to the budget. Raises MalformedWireError.
 
-    The decoder would take a string of 240 KB in the place of a number for a list of numbers, which takes it seconds.
+    The decoder would read a string of 240 KB in place of a number as a packed list, which takes it seconds.
     """
     kept = bytearray()
     view = memoryview(data)
@@ -175,7 +175,7 @@ def _first_fields(data: bytes | memoryview, shape: Shape, budget: _Budget) -> by
 
 
 def _word(value: Enum | int) -> str:
-    """An enum's value in words; its number where it has no name."""
+    """An enum's value as text; its number if it has no name."""
     name = getattr(value, "name", None)
     return name.lower().replace("_", " ") if isinstance(name, str) else str(int(value))  # type: ignore[arg-type] # an IntEnum
 

@@ -1,7 +1,7 @@
-"""Named limits of nftables in maps by IPv6 address, with a counter beside each: messages that change them, and a match.
+"""Named nftables limits in maps by IPv6 address, each with a counter: messages that change them, and a match.
 
-A limit is a token bucket of the kernel: it holds what passes in a second, and `burst` bytes more. One that exists cannot be
-changed, so another rate is another limit, to which the address goes in the same transaction.
+A limit is a token bucket in the kernel with the size of one second plus `burst` bytes. An existing limit cannot be changed, so
+a new rate is a new limit, to which the address is moved in the same transaction.
 """
 
 import struct
@@ -21,16 +21,16 @@ __all__ = [
 ]
 
 LEAST_BUCKET: Final = 128 * 1024
-"""Bytes; two super-packets pass at any rate."""
+"""Bytes; lets two super-packets pass at any rate."""
 MOST_BYTES: Final = 10**10
-"""Of a second; the kernel's arithmetic ends soon above."""
+"""Maximum per second; the kernel's arithmetic overflows soon above."""
 
 _NEW_SET, _NEW_ELEMENTS, _DELETE_ELEMENTS, _NEW_OBJECT, _GET_OBJECT, _DELETE_OBJECT = 9, 12, 14, 18, 19, 20
 _SUBSYSTEM: Final = 10 << 8
 _REQUEST, _CREATE, _EXCLUSIVE = 0x1, 0x400, 0x200
 _COUNTER, _LIMIT = 1, 4
 _OF_OBJECTS = 0x40  # NFT_SET_OBJECT
-_IPV6_TYPE = 8  # how `nft` shows the key
+_IPV6_TYPE = 8  # the key's format in `nft` output
 _BYTES, _OVER = 1, 1
 _HEADER: Final = bytes([NFPROTO_INET, 0, 0, 0])
 _REGISTER = 1
@@ -52,7 +52,7 @@ def _message(kind: int, *attributes: bytes, flags: int = 0) -> bytes:
 
 
 def make_map(table: str, name: str, kind: Kind, number: int) -> bytes:
-    """A map from IPv6 addresses to limits or counters; `number` tells the sets of a transaction apart."""
+    """A map from IPv6 addresses to limits or counters; `number` identifies the set within a transaction."""
     fields = [
         _name(1, table),
         _name(2, name),
@@ -71,7 +71,7 @@ def _make(table: str, name: str, kind: Kind, *data: bytes) -> bytes:
 
 
 def make_limit(table: str, name: str, per_second: int) -> bytes:
-    """A limit in bytes a second. Packets match it that are beyond."""
+    """A limit in bytes per second. It matches packets beyond the rate."""
     data = [
         attribute(1, struct.pack("!Q", min(per_second, MOST_BYTES))),
         attribute(2, struct.pack("!Q", 1)),
@@ -87,12 +87,12 @@ def make_counter(table: str, name: str) -> bytes:
 
 
 def remove_object(table: str, name: str, kind: Kind) -> bytes:
-    """Remove a limit or counter to which no map leads any more."""
+    """Remove a limit or counter that no map refers to."""
     return _message(_DELETE_OBJECT, _name(1, table), _name(2, name), attribute(3, _be32(_KINDS[kind])))
 
 
 def add(table: str, name: str, address: bytes, target: str) -> bytes:
-    """Let the map lead from an address to a limit or counter."""
+    """Map an address to a limit or counter."""
     element = nested(1, nested(1, attribute(1, address)), _name(9, target))
     return _message(_NEW_ELEMENTS, _name(1, table), _name(2, name), nested(3, element), flags=_CREATE | _EXCLUSIVE)
 
@@ -101,13 +101,13 @@ def remove(table: str, name: str, address: bytes) -> bytes:
     return _message(_DELETE_ELEMENTS, _name(1, table), _name(2, name), nested(3, nested(1, nested(1, attribute(1, address)))))
 
 
-# --- in rules
+# --- use in rules
 
 
 def over_mapped_limit(limits: str, counters: str, side: Literal["source", "destination"]) -> Match:
-    """IPv6 packets beyond the limit that the map has for their address; each is counted by that address's counter.
+    """IPv6 packets beyond the limit mapped to their address; each is counted by that address's counter.
 
-    An address without a limit has none to be beyond.
+    Packets of addresses without a limit never match.
     """
     return [*ipv6_address(side), _mapped(limits), *ipv6_address(side), _mapped(counters)]
 
@@ -121,11 +121,11 @@ def _mapped(name: str) -> Any:
     return genex("objref", {"set_sreg": _REGISTER, "set_name": name})
 
 
-# --- what was counted
+# --- reading counters
 
 
 def read_named_counters(requests: RequestSocket, table: str) -> Iterator[dict[str, int]]:
-    """Packets by counter's name, in parts of a read each. Raises NetlinkRefusal."""
+    """Packets by counter name, one part per read. Raises NetlinkRefusal."""
     for part in requests.dump(_SUBSYSTEM | _GET_OBJECT, _HEADER + _name(1, table) + attribute(3, _be32(_COUNTER))):
         found = (message.values(len(_HEADER)) for message in part.messages)
         yield dict(_counted(found))

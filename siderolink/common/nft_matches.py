@@ -9,7 +9,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6, Cmp
 from pyroute2.nftables.expressions import genex
 
 Match: TypeAlias = list[Any]
-"""Expressions; a packet that does not fulfil them leaves the rule."""
+"""Expressions; a packet that does not match them leaves the rule."""
 ConnectionState = Literal["invalid", "established", "related", "new"]
 """In the order of the kernel's bits."""
 
@@ -28,17 +28,17 @@ def protocol(number: int) -> Match:
 
 
 def arriving_by(interface: str) -> Match:
-    """Packets that came in by an interface."""
+    """Packets received on an interface."""
     return [_meta(Meta.NFT_META_IIFNAME), _compare(Cmp.NFT_CMP_EQ, _interface(interface))]
 
 
 def leaving_by(interface: str) -> Match:
-    """Packets that go out by an interface."""
+    """Packets leaving by an interface."""
     return [_meta(Meta.NFT_META_OIFNAME), _compare(Cmp.NFT_CMP_EQ, _interface(interface))]
 
 
 def port(first: int, last: int) -> Match:
-    """TCP or UDP packets to these ports; `protocol` must stand before."""
+    """TCP or UDP packets to these ports; must follow `protocol`."""
     load = _payload(_TRANSPORT_HEADER, 2, 2)
     if first == last:
         return [load, _compare(Cmp.NFT_CMP_EQ, struct.pack("!H", first))]
@@ -50,32 +50,32 @@ def port(first: int, last: int) -> Match:
 
 
 def icmp_type(number: int) -> Match:
-    """ICMP or ICMPv6 messages of one type; `protocol` must stand before."""
+    """ICMP or ICMPv6 messages of one type; must follow `protocol`."""
     return [_payload(_TRANSPORT_HEADER, 0, 1), _compare(Cmp.NFT_CMP_EQ, struct.pack("B", number))]
 
 
 def from_network(network: IPv4Network | IPv6Network) -> Match:
-    """Packets whose source lies in a network."""
+    """Packets with a source in a network."""
     return _address(network, offset=12 if network.version == 4 else 8)
 
 
 def to_network(network: IPv4Network | IPv6Network) -> Match:
-    """Packets whose destination lies in a network."""
+    """Packets with a destination in a network."""
     return _address(network, offset=16 if network.version == 4 else 24)
 
 
 def not_from_network(network: IPv6Network) -> Match:
-    """IPv6 packets whose source lies elsewhere."""
+    """IPv6 packets with a source outside of a network."""
     return _address(network, offset=8, operation=Cmp.NFT_CMP_NEQ)
 
 
 def not_to_network(network: IPv6Network) -> Match:
-    """IPv6 packets whose destination lies elsewhere."""
+    """IPv6 packets with a destination outside of a network."""
     return _address(network, offset=24, operation=Cmp.NFT_CMP_NEQ)
 
 
 def ipv6_address(side: Literal["source", "destination"]) -> Match:
-    """IPv6 packets, with that address loaded into the register."""
+    """IPv6 packets; loads that address into the register."""
     is_ipv6 = [_meta(Meta.NFT_META_NFPROTO), _compare(Cmp.NFT_CMP_EQ, struct.pack("B", NFPROTO_IPV6))]
     return [*is_ipv6, _payload(_NETWORK_HEADER, 8 if side == "source" else 24, 16)]
 
@@ -85,20 +85,20 @@ def ipv4() -> Match:
 
 
 def connection_in(*states: ConnectionState) -> Match:
-    """Packets whose connection is in one of these states; the kernel's connection tracking tells."""
+    """Packets whose connection, by the kernel's connection tracking, is in one of these states."""
     bits = sum(2 ** get_args(ConnectionState).index(state) for state in states)
     load = genex("ct", {"key": _CT_STATE, "dreg": _REGISTER})
     return [load, _mask(bits.to_bytes(4, sys.byteorder)), _compare(Cmp.NFT_CMP_NEQ, bytes(4))]
 
 
 def in_reply_direction() -> Match:
-    """Packets of a connection that travel against the direction of its first one."""
+    """Packets of a connection in the direction opposite to its first packet."""
     return [genex("ct", {"key": _CT_DIRECTION, "dreg": _REGISTER}), _compare(Cmp.NFT_CMP_EQ, b"\x01")]
 
 
 def not_to_this_host() -> Match:
     """Packets whose destination is not an address of this host."""
-    # pyroute2 takes the kind of result for bits; these two make up the number 3, the type of the address.
+    # pyroute2 combines these two values to 3, the type of the address.
     result = {"NFT_FIB_RESULT_UNSPEC", "NFT_FIB_RESULT_OIF"}
     destination = 2  # NFTA_FIB_F_DADDR
     load = genex("fib", {"dreg": _REGISTER, "result": result, "flags": destination})

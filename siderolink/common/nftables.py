@@ -1,8 +1,8 @@
-"""Firewall rules, written to the kernel by netlink: no `nft` program is needed.
+"""Firewall rules, written to the kernel by netlink, without the program `nft`.
 
-A table is made, replaced and removed in one transaction each, so that no packet sees half of it. It belongs to the socket that
-made it: the kernel removes it when the program ends, however it ends, and lets no other program change it. A table for what
-outlives the program is made without an owner. Only tables with our comment are ever replaced or removed.
+A table is created, replaced and removed in one transaction each, so that no packet sees a part of it. It is owned by the socket
+that created it: the kernel removes it when the program ends for any reason, and lets no other program change it. A table for
+something that outlives the program has no owner. Only tables with our comment are ever replaced or removed.
 """
 
 import errno
@@ -41,7 +41,7 @@ from siderolink.common.netlink.sockets import NETFILTER
 from siderolink.common.nft_matches import Match
 
 OUR_PREFIX = "siderolink"
-"""How the names of this package's tables begin."""
+"""Prefix of the names of this package's tables."""
 
 Hook = Literal["prerouting", "input", "forward", "output", "postrouting"]
 Verdict = Literal["accept", "drop", "return"]
@@ -53,14 +53,14 @@ _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _OWNED = 2
 _NEW = NLM_F_CREATE | NLM_F_EXCL
 _RECEIVE_BYTES = 64 * 1024
-_FLAGS_AT = 6  # in nlmsghdr; the message's number follows
+_FLAGS_AT = 6  # in nlmsghdr; followed by the message's number
 _GET_TABLE = NFNL_SUBSYS_NFTABLES << 8 | 1
 _GET_RULES = NFNL_SUBSYS_NFTABLES << 8 | 7
 _CHAIN, _EXPRESSIONS, _NAME, _DATA, _PACKETS = 2, 4, 1, 2, 2
 _TABLE_NAME, _TABLE_FLAGS, _USERDATA = 1, 2, 6
 _NFGENMSG_BYTES = 4
 _COMMENT = b"made by siderolink\0"
-"""Marks tables as ours; `nft` shows it."""
+"""The comment that marks tables as ours; `nft` shows it."""
 _KEEPS_COMMENTS = tuple(map(int, re.findall(r"[0-9]+", os.uname().release)[:2])) >= (5, 10)
 _SO_SNDBUFFORCE = 32
 _SOL_NETLINK, _CAP_ACK = 270, 10
@@ -68,7 +68,7 @@ _SOL_NETLINK, _CAP_ACK = 270, 10
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The action for packets that match all of `matches`: a verdict, or a jump to the rules named by `jump`."""
+    """The action for packets that match all of `matches`: a verdict, or a jump to the rules named `jump`."""
 
     matches: Sequence[Match]
     action: Verdict | None = None
@@ -77,7 +77,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Rules at one hook, in order; `policy` decides about packets that none of them decides."""
+    """Rules at one hook, in order; `policy` applies to packets that no rule decides."""
 
     hook: Hook
     rules: Sequence[Rule]
@@ -87,14 +87,14 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rules that others jump to; a packet that none of them decides returns to the rule behind the jump."""
+    """Rules to jump to; a packet that none of them decides continues after the jump."""
 
     name: str
     rules: Sequence[Rule]
 
 
 def is_our_table(name: str) -> bool:
-    """Whether a table of this name is one that this package makes."""
+    """Whether a table with this name is created by this package."""
     return name == OUR_PREFIX or name.startswith(f"{OUR_PREFIX}-")
 
 
@@ -102,13 +102,13 @@ class Table:
     """One table (family inet). It exists in the kernel only while it has rules."""
 
     def __init__(self, name: str, *, owned: bool = True) -> None:
-        """In the calling thread's network namespace. Without an owner, it replaces one that an earlier process left."""
+        """Uses the calling thread's network namespace. Without an owner, it replaces a table left by an earlier process."""
         self._name = name
         self._flags = _OWNED if owned else 0
         self._exists = not owned
-        """Whether there may be one: ours, or without an owner one that was left there before."""
+        """Whether the table may exist: created by us, or without an owner left by an earlier process."""
         self._is_ours = False
-        """We have made the one that is there."""
+        """Whether we created the existing table."""
         self._turns = anyio.Lock()
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
@@ -117,19 +117,19 @@ class Table:
         self._requests = RequestSocket(NETFILTER)
 
     async def replace(self, chains: Sequence[Chain], parts: Sequence[Part] = (), named: Sequence[bytes] = ()) -> None:
-        """Replace all that the table holds by these rules; `named` are messages that make what they name (nft_limits).
+        """Replace the table's content by these rules; `named` are messages that create named objects (nft_limits).
 
         Raises SideroLinkError if the kernel refuses them; the previous rules then stay.
         """
-        # A transaction waits until no packet is in the old rules any more, so it runs outside the event loop.
+        # A transaction waits until no packet uses the old rules, so it runs outside the event loop.
         with anyio.CancelScope(shield=True):
             async with self._turns:
                 await to_thread.run_sync(self._replace, chains, parts, named)
 
     async def change(self, messages: Callable[[], Sequence[bytes]]) -> None:
-        """Carry out what the function returns, which runs in a thread, in one transaction.
+        """Send the messages that the function, called in a thread, returns, in one transaction.
 
-        Raises SideroLinkError if the kernel refuses any of it; nothing is changed then.
+        Raises SideroLinkError if the kernel refuses any of them; then nothing has changed.
         """
         with anyio.CancelScope(shield=True):
             async with self._turns:
@@ -152,7 +152,7 @@ class Table:
         with self._lock:
             problem = self._try(messages())
         if problem:
-            raise SideroLinkError(f"the change of the firewall table {self._name!r} was refused: {os.strerror(problem)}")
+            raise SideroLinkError(f"the kernel refused the change of the firewall table {self._name!r}: {os.strerror(problem)}")
 
     def _replace(self, chains: Sequence[Chain], parts: Sequence[Part], named: Sequence[bytes]) -> None:
         with self._lock:
@@ -166,7 +166,7 @@ class Table:
         if problem == errno.EPERM and os.geteuid() == 0:
             raise SideroLinkError(f"another program on this host owns the firewall table {self._name!r}")
         if problem:
-            raise SideroLinkError(f"the firewall rules were refused: {os.strerror(problem)}")
+            raise SideroLinkError(f"the kernel refused the firewall rules: {os.strerror(problem)}")
 
     def _remove(self) -> int:
         if not self._may_replace():
@@ -183,9 +183,9 @@ class Table:
                 return problem
             # another program removed the table; create it again
         problem = self._try(fresh)
-        if problem == errno.EOPNOTSUPP:  # a kernel before 5.12: tables have no owners
+        if problem == errno.EOPNOTSUPP:  # kernels before 5.12 have no table owners
             problem = self._try([_table(self._name, 0), *content])
-        if problem == errno.EEXIST:  # without an owner: left by a program that was killed, on such a kernel
+        if problem == errno.EEXIST:  # on such a kernel, a table left by a killed program
             self._check_may_replace()
             problem = self._try([_delete(self._name), *fresh])
         return problem
@@ -198,17 +198,17 @@ class Table:
             )
 
     def _may_replace(self) -> bool:
-        """Whether a table of this name, if there is one, was made by this package."""
+        """Whether an existing table of this name, if any, was created by this package."""
         if self._is_ours or not _KEEPS_COMMENTS:
             return True
         try:
             found = self._requests.request(_GET_TABLE, _table_payload(self._name))
-        except NetlinkRefusal:  # there is none, or it may not be read: then the transaction fails, too, and says why
+        except NetlinkRefusal:  # it does not exist or is unreadable; the transaction then reports the error
             return True
         return all(_COMMENT in message.values(_NFGENMSG_BYTES).get(_USERDATA, b"") for message in found)
 
     def _try(self, messages: Sequence[bytes]) -> int:
-        """All or nothing, in one transaction; returns the first error's number, 0 for none."""
+        """Send the messages in one transaction; returns the first error number, 0 for none."""
         data = _batch(messages)
         try:
             if len(data) > self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2:
@@ -216,7 +216,7 @@ class Table:
             self._socket.sendto(data, (0, 0))
         except OSError as error:
             return error.errno or errno.EIO
-        # The kernel has done the work when the call returns, and its answers wait: one for each error, and one for the last.
+        # The kernel is done when the call returns, and its answers are waiting: one per error, and one for the last message.
         codes = list(self._answers())
         return next((code for code in codes if code), 0 if codes else errno.EIO)
 
@@ -226,7 +226,7 @@ class Table:
                 data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
-            except OSError as error:  # more errors than there is room for
+            except OSError as error:  # more errors than fit into the buffer
                 yield error.errno or errno.EIO
                 if error.errno != errno.ENOBUFS:
                     return
@@ -238,9 +238,9 @@ class Table:
 async def firewall(
     table: str, chains: Sequence[Chain], parts: Sequence[Part] = (), *, namespace: str | None = None
 ) -> AsyncIterator[Table]:
-    """Hold the rules, in a table of their own (family inet), for as long as the body runs.
+    """Apply the rules, in a table of their own (family inet), while the body runs.
 
-    Raises SideroLinkError where the kernel refuses them, or another program holds a table of this name.
+    Raises SideroLinkError if the kernel refuses them, or another program has a table of this name.
     """
     held = call_in(namespace, partial(Table, table))
     try:
@@ -251,7 +251,7 @@ async def firewall(
 
 
 def read_rule_counters(requests: RequestSocket, table: str) -> list[tuple[str, int]]:
-    """The chain and the packets of each counter in a table's rules; none where it cannot be read."""
+    """Chain and packets of each counter in a table's rules; none if it cannot be read."""
     found: list[tuple[str, int]] = []
     try:
         for part in requests.dump(_GET_RULES, bytes([NFPROTO_INET, 0, 0, 0]) + attribute(1, table.encode() + b"\0")):
@@ -275,7 +275,7 @@ def _packets(expressions: bytes) -> Iterator[int]:
 
 
 def _batch(messages: Sequence[bytes]) -> bytes:
-    """One transaction: the messages between a beginning and an end, numbered, the last to be acknowledged."""
+    """One transaction: numbered messages between a begin and an end message; the last one is acknowledged."""
     batch = bytearray()
     for number, message in enumerate((_bound(_BATCH_BEGIN), *messages, _bound(_BATCH_END)), 1):
         start = len(batch)

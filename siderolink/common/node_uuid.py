@@ -1,4 +1,4 @@
-"""The UUID that a machine joins with: its canonical form, and placeholder values of firmware."""
+"""The UUID of a machine: its canonical form, and placeholder values in firmware."""
 
 import re
 import uuid
@@ -18,7 +18,7 @@ _VENDORS = (
 
 
 def _orders(text: str) -> set[str]:
-    """A UUID in every byte order in use: as it is, with SMBIOS's first three fields swapped, reversed, or swapped in pairs."""
+    """A UUID in every byte order in use: unchanged, with SMBIOS's first three fields swapped, reversed, or swapped in pairs."""
     value = uuid.UUID(text)
     swapped = value.bytes[3::-1] + value.bytes[5:3:-1] + value.bytes[7:5:-1] + value.bytes[8:]
     pairs = b"".join(value.bytes[at : at + 2][::-1] for at in range(0, 16, 2))
@@ -26,13 +26,13 @@ def _orders(text: str) -> set[str]:
 
 
 PLACEHOLDERS: frozenset[str] = frozenset(form for text in _VENDORS for form in _orders(text))
-"""Vendor placeholders that many machines share, in either byte order."""
+"""Vendors' placeholders, shared by many machines, in either byte order."""
 
 
 def parse_uuid(text: str) -> str:
-    """A UUID in its one form, in lower case. Raises ConfigurationError; the message does not repeat the text."""
+    """The UUID in canonical form, in lower case. Raises ConfigurationError, whose message does not contain the text."""
     if len(text) != 36 or _UUID.fullmatch(text.lower()) is None:
-        raise ConfigurationError("a UUID is written as 8-4-4-4-12 hexadecimal digits")
+        raise ConfigurationError("a UUID must have the form 8-4-4-4-12 hexadecimal digits")
     return text.lower()
 
 

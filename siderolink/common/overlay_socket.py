@@ -1,8 +1,8 @@
-"""Sockets that only receive from the overlay: bound to an overlay address and its interface.
+"""Sockets reachable only from the overlay: bound to an overlay address and its interface.
 
-An address alone would not do. Linux takes a packet for any of its addresses by any of its interfaces, so that a neighbour on
-the LAN could reach a socket on the overlay address, and with a forged source, too. What arrives by the WireGuard interface was
-authenticated, and its source is the one address that the peer may use.
+The address alone is not enough. Linux accepts a packet for any of its addresses on any interface, so a neighbour on the LAN
+could reach a socket on the overlay address, even with a forged source. Packets from the WireGuard interface are authenticated,
+and their source is the one address that the peer may use.
 """
 
 import asyncio
@@ -33,11 +33,10 @@ async def bind_overlay(
     patience: float = PATIENCE_SECONDS,
     namespace: str | None = None,
 ) -> socket.socket:
-    """A socket at the address that hears `interface` alone: listening for TCP, or open for UDP. Port 0 takes a free one.
+    """A socket at the address that only receives from `interface`: listening for TCP, or open for UDP. Port 0: a free one.
 
-    The address may still be on its way to the interface: that is waited for, `patience` seconds at most. `namespace`
-    is where the interface is. Raises
-    AddressInUseError or ConfigurationError.
+    Waits up to `patience` seconds for the address to appear on the interface. `namespace` is the interface's.
+    Raises AddressInUseError or ConfigurationError.
     """
     until = time.monotonic() + patience
     while True:
@@ -49,16 +48,16 @@ async def bind_overlay(
                 raise AddressInUseError(f"{where} is in use by another process; choose another port") from error
             if error.errno not in _NOT_YET or time.monotonic() >= until:
                 raise ConfigurationError(f"cannot listen at {where}: {error.strerror or error}") from error
-        # neither an address that is not usable yet nor an interface that is not there yet tells a socket of its coming
+        # there is no notification for an address becoming usable, or an interface appearing
         await anyio.sleep(RETRY_SECONDS)
 
 
 async def dial_overlay(
     source: IPv6Address, target: IPv6Address, port: int, interface: str, *, namespace: str | None = None
 ) -> socket.socket:
-    """A TCP connection from an address of this host's overlay to another one there, by `interface` alone.
+    """A TCP connection between two addresses of the overlay, only by `interface`.
 
-    `namespace` is where the interface is. Raises OSError, TimeoutError after `DIAL_SECONDS`, or ConfigurationError.
+    `namespace` is the interface's. Raises OSError, TimeoutError after `DIAL_SECONDS`, or ConfigurationError.
     """
     sock = call_in(namespace, partial(_bind, source, 0, interface, udp=False, listen=False))
     try:

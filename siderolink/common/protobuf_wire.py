@@ -1,4 +1,4 @@
-"""Protobuf's wire format, where the generated models do not help: varints, undecoded fields, values of the wrong kind."""
+"""Protobuf's wire format for cases that the generated models do not cover: varints, undecoded fields, and type checks."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _GROUPS = (3, 4)
-"""Wire types (protobuf.dev, "Encoding"); groups are refused."""
+"""Wire types (protobuf.dev, "Encoding"); groups are rejected."""
 MAX_KEY_BYTES = 5
-"""A field's key and a length are 32-bit numbers."""
+"""Field keys and lengths are 32-bit numbers."""
 MAX_VARINT_BYTES = 10
 
 _INTEGERS = ("enum", "int32", "int64", "uint32", "uint64", "sint32", "sint64", "fixed32", "fixed64", "sfixed32", "sfixed64")
@@ -29,11 +29,11 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
 
 
 class MalformedWireError(ValueError):
-    """Raised when bytes are not protobuf's wire format; the text says what is wrong."""
+    """Raised when bytes are not valid protobuf wire format; the message has the reason."""
 
 
 def encode_varint(value: int) -> bytes:
-    """A non-negative number as a varint."""
+    """Encode a non-negative number as a varint."""
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)
@@ -43,7 +43,7 @@ def encode_varint(value: int) -> bytes:
 
 
 def read_varint(data: bytes | memoryview, pos: int, max_bytes: int = MAX_VARINT_BYTES) -> tuple[int, int]:
-    """The varint at `pos`, of at most `max_bytes` bytes, and where it ends. Raises MalformedWireError."""
+    """The varint at `pos`, of at most `max_bytes` bytes, and its end. Raises MalformedWireError."""
     value = shift = 0
     for index in range(pos, min(pos + max_bytes, len(data))):
         byte = data[index]
@@ -55,7 +55,7 @@ def read_varint(data: bytes | memoryview, pos: int, max_bytes: int = MAX_VARINT_
 
 
 def encode_in_parts(message: betterproto2.Message, field: str, size: int) -> Iterator[bytes]:
-    """Encode a message in pieces, each with at most `size` items of its repeated field; joined, they are the message."""
+    """Encode a message in pieces with at most `size` items of its repeated field each; concatenated, they are the message."""
     model = type(message)
     items = list(getattr(message, field))
     names = [found.name for found in dataclasses.fields(cast("type[DataclassInstance]", model)) if found.name != field]
@@ -65,7 +65,7 @@ def encode_in_parts(message: betterproto2.Message, field: str, size: int) -> Ite
 
 
 def read_key(data: bytes | memoryview, pos: int) -> tuple[int, int, int]:
-    """A field's number and wire type, and where its value begins. Raises MalformedWireError."""
+    """A field's number and wire type, and the start of its value. Raises MalformedWireError."""
     key, pos = read_varint(data, pos, MAX_KEY_BYTES)
     if not key >> 3 or key > 0xFFFF_FFFF:
         raise MalformedWireError("a field has no number")
@@ -73,7 +73,7 @@ def read_key(data: bytes | memoryview, pos: int) -> tuple[int, int, int]:
 
 
 def value_bounds(data: bytes | memoryview, pos: int, wire_type: int) -> tuple[int, int]:
-    """Where the value at `pos` begins, behind its length if it has one, and where it ends. Raises MalformedWireError."""
+    """Start (after a length, if any) and end of the value at `pos`. Raises MalformedWireError."""
     if wire_type == VARINT:
         return pos, read_varint(data, pos)[1]
     if wire_type == BYTES:
@@ -88,7 +88,7 @@ def value_bounds(data: bytes | memoryview, pos: int, wire_type: int) -> tuple[in
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether the bytes are fields from the first to the last, whatever they mean. Takes time for each field."""
+    """Whether the bytes consist of complete fields, of any meaning. Takes time for each field."""
     pos = 0
     try:
         while pos < len(data):
@@ -100,7 +100,7 @@ def is_whole(data: bytes) -> bool:
 
 
 def count_fields(data: bytes | memoryview, most: int, kind: type | None = None) -> int:
-    """Fields of a message, counted up to `most` + 1 without decoding any; with its model, those of messages within, too.
+    """The number of fields, counted up to `most` + 1 without decoding; with `kind`, including those of nested messages.
 
     Raises MalformedWireError.
     """
@@ -119,13 +119,13 @@ def count_fields(data: bytes | memoryview, most: int, kind: type | None = None) 
 
 
 _SMALL_BYTES = 512
-"""Messages up to this length cost little whatever is in them."""
+"""Messages up to this length are cheap, whatever they contain."""
 
 
 def refuse_strings_as_numbers(kind: type, data: bytes | memoryview) -> None:
-    """Raises MalformedWireError where a string stands in the place of a single number, in the message or in those within.
+    """Raises MalformedWireError if a string stands in place of a single number, in the message or a nested one.
 
-    The generated decoders read it as a packed list first, which takes them several microseconds for each byte.
+    The generated decoders would read it as a packed list first, at several microseconds per byte.
     """
     if len(data) <= _SMALL_BYTES or not issubclass(kind, betterproto2.Message):
         return
@@ -144,14 +144,14 @@ def refuse_strings_as_numbers(kind: type, data: bytes | memoryview) -> None:
 
 @cache
 def _numbers_and_messages(kind: type[betterproto2.Message]) -> tuple[frozenset[int], dict[int, type]]:
-    """The numbers of a model's fields that are single numbers, and of those that are messages, with their models."""
+    """A model's single-number fields, and its message fields with their models."""
     model: Any = kind
     numbers: set[int] = set()
     messages: dict[int, type] = {}
     for each in dataclasses.fields(model):
         declared = each.metadata["betterproto"]
         if declared.proto_type == "message":
-            # a time is shown as Python's own, and is a message of two numbers on the wire
+            # a time appears as a Python type, but is a message of two numbers on the wire
             messages[declared.number] = declared.unwrap() if declared.unwrap else model._betterproto.cls_by_field[each.name]
         elif declared.proto_type not in ("string", "bytes", "map") and not declared.repeated:
             numbers.add(declared.number)
@@ -162,7 +162,7 @@ _PREPARED: set[type] = set()
 
 
 def models_within(kind: type) -> Iterator[type[betterproto2.Message]]:
-    """A model, what it is derived from, and the models of its fields, without those that were prepared."""
+    """A model, its bases, and the models of its fields, except those already prepared."""
     if kind in _PREPARED or kind is betterproto2.Message or not issubclass(kind, betterproto2.Message):
         return
     _PREPARED.add(kind)
@@ -174,7 +174,7 @@ def models_within(kind: type) -> Iterator[type[betterproto2.Message]]:
 
 
 def prepare(kind: type[betterproto2.Message]) -> None:
-    """Do what the generated code does at a model's first use: some milliseconds, and for the first model of all many more."""
+    """Do the work of the generated code at a model's first use: some milliseconds, and many more for the very first model."""
     kind.FromString(bytes(kind()))
 
 

@@ -1,16 +1,16 @@
-"""Bounded queues between a producer that must never wait and a consumer that may be slow.
+"""Bounded queues between a producer that must never block and a possibly slow consumer.
 
 ============== =========================== ==============================================================
 class          consumer                    when it is full
 ============== =========================== ==============================================================
-Subscription   one reader of a Broadcast   DROP_OLDEST: the oldest items go, the reader is told how many.
-                                           DROP_ALL: everything goes, the reader is told to start over.
-DeliveryQueue  the one task that delivers  The oldest items go; `lost` counts them.
+Subscription   one reader of a Broadcast   DROP_OLDEST: the oldest items are dropped, the reader gets their number.
+                                           DROP_ALL: all items are dropped, the reader starts over.
+DeliveryQueue  the one task that delivers  The oldest items are dropped; `lost` counts them.
 LineQueue      a writer thread             The newest item is refused; `dropped` counts them.
 ============== =========================== ==============================================================
 
-All are bounded in items, and in bytes where items have a size. An item that alone exceeds the bytes is kept while it is the
-only one, except in LineQueue.
+All are bounded in items, and in bytes if items have a size. A single item larger than the byte limit is kept while it is alone,
+except in LineQueue.
 """
 
 import asyncio
@@ -26,20 +26,20 @@ import anyio
 T = TypeVar("T")
 
 Lost = Callable[[int], T]
-"""Makes the item that tells a reader how many items it lost."""
+"""Creates the item that reports the number of lost items to a reader."""
 
 
 class Overflow(Enum):
     """What a subscription drops when its reader is too slow."""
 
     DROP_OLDEST = auto()
-    """The oldest items: for readers to whom each item means something by itself."""
+    """The oldest items, for readers to which each item is independent."""
     DROP_ALL = auto()
-    """Everything that waits: for readers that rebuild what they know from a fresh listing anyway."""
+    """All waiting items, for readers that then read the complete state again."""
 
 
 class Subscription(AsyncIterator[T]):
-    """The items that one reader has not read yet; iteration ends when the broadcast does."""
+    """The unread items of one reader; iteration ends with the broadcast."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Subscription(AsyncIterator[T]):
         self._size = 0
         self._lost = 0
         self._reader: asyncio.Future[None] | None = None
-        """What the reader waits for while nothing is queued."""
+        """Awaited by the reader while nothing is queued."""
         self._ended = False
         for item, size in past:
             self.add(item, size)
@@ -72,7 +72,7 @@ class Subscription(AsyncIterator[T]):
             self._wake()
 
     def take_waiting(self, most: int | None = None) -> list[T]:
-        """All that waits now, or the `most` oldest items, without waiting for more."""
+        """All waiting items, or the `most` oldest ones, without waiting for more."""
         found: list[T] = []
         if self._lost and self._lost_item is not None:
             lost, self._lost = self._lost, 0
@@ -82,7 +82,7 @@ class Subscription(AsyncIterator[T]):
         return found
 
     def end(self) -> None:
-        """Let the reader finish what waits, then stop."""
+        """Stop after the reader has taken the waiting items."""
         self._ended = True
         self._wake()
 
@@ -100,7 +100,7 @@ class Subscription(AsyncIterator[T]):
                 raise StopAsyncIteration
 
     async def wait(self) -> bool:
-        """Wait until there is something to take; False once there never will be."""
+        """Wait until there is an item; returns False once there never will be one."""
         while not self._waiting and not (self._lost and self._lost_item is not None):
             if self._ended:
                 return False
@@ -137,9 +137,9 @@ class Subscription(AsyncIterator[T]):
 
 
 class Broadcast(Generic[T]):
-    """Gives each item to every subscription that someone still holds, and the last `history` items to new subscriptions.
+    """Publishes each item to every referenced subscription, and the last `history` items to new subscriptions.
 
-    A reader may lag by `limit` items and `max_bytes`; `lost` makes the item that tells it what it missed.
+    A reader may lag by `limit` items and `max_bytes`; `lost` creates the item that reports what it missed.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Broadcast(Generic[T]):
         self._ended = False
 
     def subscribe(self, limit: int | None = None) -> Subscription[T]:
-        """The kept history, then everything from now on."""
+        """The kept history, then everything published from now on."""
         found = Subscription(
             self._history,
             limit=self._limit if limit is None else limit,
@@ -174,7 +174,7 @@ class Broadcast(Generic[T]):
         return found
 
     def publish(self, item: T, size: int = 0) -> None:
-        """Hand out an item of `size` bytes. Never blocks."""
+        """Publish an item of `size` bytes. Never blocks."""
         self._history.append((item, size))
         for held in tuple(self._subscriptions):
             subscription = held()
@@ -183,11 +183,11 @@ class Broadcast(Generic[T]):
 
     @property
     def has_readers(self) -> bool:
-        """Whether anyone holds a subscription."""
+        """Whether any subscription is referenced."""
         return bool(self._subscriptions)
 
     def end(self) -> None:
-        """End every subscription once its reader has what waits."""
+        """End every subscription once its reader has taken the waiting items."""
         self._ended = True
         for held in tuple(self._subscriptions):
             subscription = held()
@@ -200,11 +200,11 @@ class Broadcast(Generic[T]):
 
 
 class DeliveryQueue(Generic[T]):
-    """Items on their way to one place. Nothing leaves it before it is acknowledged, except the oldest when it is full."""
+    """Items to be delivered to one destination. Items leave it only when acknowledged, or as the oldest of a full queue."""
 
     def __init__(self, *, max_items: int, max_bytes: int) -> None:
         self.lost = 0
-        """How many items were dropped because too many waited."""
+        """Number of items dropped because the queue was full."""
         self._items: deque[tuple[T, int]] = deque()
         self._size = 0
         self._max_items, self._max_bytes = max_items, max_bytes
@@ -216,12 +216,12 @@ class DeliveryQueue(Generic[T]):
 
     @property
     def first(self) -> int:
-        """The number of the oldest item; numbers rise by one with each `put`."""
+        """The number of the oldest item; numbers increase by one with each `put`."""
         return self._first
 
     @property
     def end(self) -> int:
-        """The number that the next item will have."""
+        """The number of the next item."""
         return self._first + len(self._items)
 
     def put(self, item: T, size: int) -> None:
@@ -234,16 +234,16 @@ class DeliveryQueue(Generic[T]):
         self._changed.set()
 
     def get(self, number: int) -> T:
-        """The item of that number, which must still be queued."""
+        """The item with this number, which must still be queued."""
         return self._items[number - self._first][0]
 
     def acknowledge(self, number: int) -> None:
-        """Remove every item before `number`: they were delivered."""
+        """Remove every item before `number`, because they were delivered."""
         while self._items and self._first < number:
             self._drop_first()
 
     def put_back(self, items: Sequence[tuple[T, int]]) -> None:
-        """Queue the last acknowledged items again, oldest first; as many of the newest as there is room for."""
+        """Queue the last acknowledged items again, oldest first; as many of the newest as fit."""
         for item, size in reversed(items):
             if len(self._items) >= self._max_items or self._size + size > self._max_bytes:
                 break
@@ -265,11 +265,11 @@ class DeliveryQueue(Generic[T]):
 
 
 class LineQueue(Generic[T]):
-    """Items from any thread for one thread. `put` never blocks: a full queue refuses the item, and counts it."""
+    """Items from any thread for one thread. `put` never blocks: a full queue refuses the item and counts it."""
 
     def __init__(self, *, max_items: int, max_bytes: int) -> None:
         self.dropped = 0
-        """How many items were refused because the queue was full."""
+        """Number of items refused because the queue was full."""
         self._items: deque[tuple[T, int]] = deque()
         self._size = 0
         self._max_items, self._max_bytes = max_items, max_bytes
@@ -280,7 +280,7 @@ class LineQueue(Generic[T]):
         return len(self._items)
 
     def put(self, item: T, size: int) -> bool:
-        """Queue an item of `size` bytes; False when there is no room for it. Never blocks."""
+        """Queue an item of `size` bytes; returns False if it does not fit. Never blocks."""
         with self._changed:
             if self._ended or len(self._items) >= self._max_items or self._size + size > self._max_bytes:
                 self.dropped += 1
@@ -304,7 +304,7 @@ class LineQueue(Generic[T]):
             return found
 
     def end(self) -> None:
-        """Refuse further items; the consumer finishes what waits."""
+        """Refuse further items; the consumer finishes the waiting ones."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()

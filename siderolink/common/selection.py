@@ -1,4 +1,4 @@
-"""What selects and orders machines in lists, here and where they are shown: labels and versions."""
+"""Selection and sorting of machines, in the server and in its clients: labels and versions."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -19,12 +19,12 @@ Requirement = Callable[[Labels], bool]
 
 
 def version_order(text: str) -> str:
-    """A version, fit for sorting: 1.9 comes before 1.10."""
+    """A sort key for a version: 1.9 sorts before 1.10."""
     return ".".join(part.zfill(6) if part.isdigit() else part for part in text.lstrip("v").split("."))
 
 
 def is_of_version(version: str, wanted: str) -> bool:
-    """Whether a version is the wanted one, or begins with it: v1.10 takes 1.10.3."""
+    """Whether a version equals `wanted` or begins with it: v1.10 matches 1.10.3."""
     version, wanted = version.lstrip("v"), wanted.lstrip("v")
     return version == wanted or version.startswith((f"{wanted}.", f"{wanted}-"))
 
@@ -33,40 +33,40 @@ def _check_key(key: str) -> str:
     prefix, has_prefix, name = key.rpartition("/")
     if len(name) > 63 or _LABEL_NAME.fullmatch(name) is None:
         raise ConfigurationError(
-            f"a label's name has 1 to 63 letters, digits, dots, dashes and underscores, not {one_line(key, limit=80)!r}"
+            f"a label's name must have 1 to 63 letters, digits, dots, dashes and underscores, not {one_line(key, limit=80)!r}"
         )
     if has_prefix and (len(prefix) > 253 or _LABEL_PREFIX.fullmatch(prefix) is None):
-        raise ConfigurationError(f"a label's prefix is a DNS name, not {one_line(prefix, limit=80)!r}")
+        raise ConfigurationError(f"a label's prefix must be a DNS name, not {one_line(prefix, limit=80)!r}")
     return key
 
 
 def _check_value(value: str) -> str:
     if value and (len(value) > 63 or _LABEL_NAME.fullmatch(value) is None):
         raise ConfigurationError(
-            f"a label's value has at most 63 letters, digits, dots, dashes and underscores, not {one_line(value, limit=80)!r}"
+            f"a label's value may have 63 letters, digits, dots, dashes and underscores, not {one_line(value, limit=80)!r}"
         )
     return value
 
 
 def changed_labels(labels: Labels, set_labels: Labels, remove: Iterable[str]) -> dict[str, str]:
-    """The labels with some set and others removed. Raises ConfigurationError."""
+    """The labels after setting some and removing others. Raises ConfigurationError."""
     changed = {key: value for key, value in labels.items() if key not in set(remove)}
     changed |= {_check_key(key): _check_value(value) for key, value in set_labels.items()}
     if len(changed) > MAX_LABELS:
-        raise ConfigurationError(f"at most {MAX_LABELS} labels")
+        raise ConfigurationError(f"there may be at most {MAX_LABELS} labels")
     return changed
 
 
 class Selector:
-    """A label selector, as kubectl knows it: ``a=b,c!=d,e,!f,g in (h,i),j notin (k)``. The empty one takes everything."""
+    """A label selector as in kubectl: ``a=b,c!=d,e,!f,g in (h,i),j notin (k)``. The empty one matches everything."""
 
     def __init__(self, text: str) -> None:
         """Raises ConfigurationError."""
         if len(text) > MAX_SELECTOR_LENGTH:
-            raise ConfigurationError(f"a selector has at most {MAX_SELECTOR_LENGTH} characters")
+            raise ConfigurationError(f"a selector may have at most {MAX_SELECTOR_LENGTH} characters")
         parts = [part for part in _split(text) if part]
         if len(parts) > MAX_REQUIREMENTS:
-            raise ConfigurationError(f"a selector has at most {MAX_REQUIREMENTS} requirements")
+            raise ConfigurationError(f"a selector may have at most {MAX_REQUIREMENTS} requirements")
         self._requirements = [_requirement(part) for part in parts]
 
     def matches(self, labels: Labels) -> bool:

@@ -1,4 +1,4 @@
-"""Task groups for the inside of a context manager: they end with it, and never hide a lone error in a group."""
+"""Task groups inside context managers: they end with it, and raise a single error without a group."""
 
 import asyncio
 import logging
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def background_tasks() -> AsyncIterator[TaskGroup]:
-    """Tasks that are cancelled when the body is left, however it is left.
+    """Tasks that are cancelled when the body ends, for any reason.
 
-    An error of a task cancels the body and is raised here. A single error, of a task or of the body, is raised as itself; only
-    several at once come as a group.
+    An error in a task cancels the body and is raised here. A single error, of a task or of the body, is raised itself; only
+    several ones are raised as a group.
     """
     try:
         async with anyio.create_task_group() as group:
@@ -39,9 +39,9 @@ async def background_tasks() -> AsyncIterator[TaskGroup]:
 
 
 async def keep_running(what: str, work: Callable[[], Awaitable[object]]) -> None:
-    """Run `work` until it returns or this task is cancelled; start it again, after a growing delay, when it raises.
+    """Run `work` until it returns or this task is cancelled; restart it after a growing delay when it raises.
 
-    For parts whose failure must not end the whole: the log has the traceback and `what` failed.
+    For parts whose failure must not affect the whole. The log names `what` and has the traceback.
     """
     backoff = Backoff(first=1.0, cap=60.0)
     while True:
@@ -55,10 +55,10 @@ async def keep_running(what: str, work: Callable[[], Awaitable[object]]) -> None
 
 
 async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Run the work in a task of its own and, if this one is cancelled, wait for it before the cancellation goes on.
+    """Run the work in a separate task; if this one is cancelled, wait for the work before the cancellation continues.
 
-    For what must not stop halfway. anyio's shields do not do: a caller of the API that hangs up is cancelled by asyncio, which
-    passes them.
+    For work that must not stop halfway. anyio's shields are not enough: API calls of disconnected callers are cancelled by
+    asyncio, which ignores them.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -69,12 +69,12 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # nobody is left to be told
+            task.exception()  # nobody awaits it anymore
         raise
 
 
 def uninterrupted(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Let each call of the method run `to_its_end`."""
+    """Run each call of the method with `to_its_end`."""
 
     @wraps(method)
     async def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -84,7 +84,7 @@ def uninterrupted(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Co
 
 
 def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """What `items` holds now, in lists of `size`: for work that lets other tasks run after each."""
+    """The present content of `items`, in lists of `size`, for work that yields to other tasks in between."""
     found = list(items)
     for start in range(0, len(found), size):
         yield found[start : start + size]

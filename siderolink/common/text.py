@@ -1,4 +1,4 @@
-"""Text from outside, made fit for a person's terminal or a log."""
+"""Foreign text made safe for terminals and logs."""
 
 from collections.abc import Iterable
 
@@ -15,8 +15,8 @@ def one_line(text: str, *, secrets: Iterable[str | None] = (), limit: int = LONG
 
 
 def printable(text: str) -> str:
-    """The text with its line ends and tabs, and a space for every other character that could steer a terminal.
+    """The text with its line ends and tabs, and every other terminal control character replaced by a space.
 
-    Those are controls, escapes, and characters that change the direction of writing.
+    These are controls, escapes, and characters that change the writing direction.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)

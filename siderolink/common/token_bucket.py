@@ -1,11 +1,11 @@
-"""A token bucket: a burst, then a rate."""
+"""A token bucket: allows a burst, then a rate."""
 
 import time
 from collections.abc import Callable
 
 
 class TokenBucket:
-    """Holds at most `burst` units and gains `rate` of them each second. A rate of 0 disables the limit."""
+    """Contains at most `burst` units and gains `rate` units per second. A rate of 0 disables the limit."""
 
     __slots__ = ("_burst", "_clock", "_level", "_rate", "_seen_at")
 
@@ -15,7 +15,7 @@ class TokenBucket:
         self._seen_at = clock()
 
     def take(self, units: float) -> bool:
-        """Take the units if they are there; False leaves the bucket as it is."""
+        """Take units if available; otherwise returns False and takes nothing."""
         if not self._rate:
             return True
         self._refill()
@@ -25,14 +25,14 @@ class TokenBucket:
         return True
 
     def charge(self, units: float) -> None:
-        """Take the units even if they are not there; the bucket is empty until the debt is paid."""
+        """Take units even if not available; the bucket stays empty until the debt is repaid."""
         if self._rate:
             self._refill()
             self._level -= units
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is less than one unit."""
+        """Whether less than one unit is available."""
         if not self._rate:
             return False
         self._refill()

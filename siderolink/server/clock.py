@@ -1,4 +1,4 @@
-"""The server's two clocks, in one place so that tests can turn them by hand, and deadlines by them."""
+"""The server's clocks, which tests can replace and step by hand, and deadlines measured by them."""
 
 import heapq
 import time
@@ -14,20 +14,20 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """Seconds since some moment, never going back; Unix time in seconds, twice; and how to wait."""
+    """A monotonic clock in seconds, two clocks of Unix time, and sleeping."""
 
     monotonic: Callable[[], float] = time.monotonic
     host_time: Callable[[], float] = time.time
-    """This host's, by which a device tells when it heard a peer."""
+    """This host's Unix time, by which a device reports when it heard a peer."""
     time: Callable[[], float] = time.time
-    """The store's, which is its database's where several servers share it."""
+    """The store's Unix time; with several servers, their database's."""
     sleep: Callable[[float], Awaitable[None]] = anyio.sleep
 
 
 class Deadlines(Generic[K]):
     """At most one deadline per key, by a clock that the caller reads.
 
-    The cost depends on how many are due, not on how many there are.
+    The cost depends on the number of due deadlines, not on their total.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Deadlines(Generic[K]):
         self._at.pop(key, None)
 
     def pop_due(self, now: float) -> K | None:
-        """Take out one key whose deadline has come; None if none has."""
+        """Remove and return one key whose deadline has passed; None if there is none."""
         self._drop_stale()
         if not self._heap or self._heap[0][0] > now:
             return None
@@ -69,7 +69,7 @@ class Deadlines(Generic[K]):
         return key
 
     def take_due(self, now: float, most: int) -> list[K]:
-        """Take out the keys whose deadlines have come, the earliest first and `most` at most."""
+        """Remove and return up to `most` keys whose deadlines have passed, earliest first."""
         due: list[K] = []
         while len(due) < most and (key := self.pop_due(now)) is not None:
             due.append(key)

@@ -73,7 +73,7 @@ class Parts:
 
 
 class Composition:
-    """Makes the parts of one server, in order of their dependencies."""
+    """Creates the parts of one server in the order of their dependencies."""
 
     _prefix: IPv6Network
     _address: IPv6Address
@@ -139,7 +139,7 @@ class Composition:
                 background_tasks() as tasks,
                 self._echoes(device, fleet, tasks) as echoes,
             ):
-                # Follow changes before reading the rows, so that none is missed; and do both before the API listens.
+                # Follow changes before reading the rows, so that none is missed. The API listens only after both.
                 await tasks.start(fleet.reconciler.follow)
                 await fleet.reconciler.load()
                 await device.settle()
@@ -173,7 +173,7 @@ class Composition:
         )
 
     def _membership(self, device: Device, clock: Clock) -> Membership | None:
-        """This server among the others; None where no other can use the store."""
+        """This server's membership among the servers of a shared store; None for a store that cannot be shared."""
         if not self._store.is_shared:
             return None
         from siderolink.server.store.sql.tables import HEAD
@@ -189,7 +189,7 @@ class Composition:
         )
 
     def _endpoints(self, device: Device) -> tuple[HostPort, ...]:
-        """Where machines reach this server's WireGuard."""
+        """The addresses of this server's WireGuard for machines."""
         return tuple(
             endpoint if endpoint.port else replace(endpoint, port=device.listen_port or 0)
             for endpoint in self._options.endpoints
@@ -200,9 +200,9 @@ class Composition:
         if self._options.peers is None:
             return None
         if fleet.membership is None:
-            raise ConfigurationError("there are no other servers: only a store in Postgres is shared")
+            raise ConfigurationError("the option peers needs a store in Postgres: other stores cannot be shared")
         peers = Peers(fleet.membership, shared_key, self._store, Clock(time=self._store.time))
-        fleet.liveness.word = peers.questions
+        fleet.liveness.word = peers.queries
         return peers
 
     def _is_leaving(self) -> bool:
@@ -396,13 +396,13 @@ class Composition:
     async def _meet_others(
         self, peers: Peers, device: Device, fleet: Fleet, administration: Administration
     ) -> AsyncIterator[None]:
-        """Listen to the other servers, ask them, and tell them where this one is."""
+        """Listen for the other servers, enable queries to them, and publish this server's address to them."""
         options, membership = self._options.peers, fleet.membership
         assert options is not None
         assert membership is not None
         clock = Clock(time=self._store.time)
         service = PeerService(fleet.directory, device, clock, fleet.liveness.heard_at, fleet.limits)
         async with peers.listen(options.listen, service, self._admin_services, administration.api_keys) as port:
-            administration.machines.other_servers = peers.questions
+            administration.machines.other_servers = peers.queries
             membership.describe(peer_address=options.dialled(port), peer_fingerprint=peers.identity.fingerprint)
             yield

@@ -1,6 +1,6 @@
 """The counters and health checks of a running server, for embedders and for `--metrics-listen`.
 
-Values are read on demand from counters that exist anyway. Totals never decrease while one server runs.
+Values are read on demand from existing counters. Totals never decrease while a server runs.
 """
 
 import time
@@ -28,22 +28,22 @@ from siderolink.server.store import MachineAdmission
 from siderolink.server.store.measured import MeasuredStore, StoreCounters
 
 LINKS_AT_ONCE: Final = 500
-"""Machines looked at before other tasks run."""
+"""Machines visited before other tasks run."""
 STORE_TIMEOUT: Final = 2.0
-"""Seconds in which the store has to answer a health check."""
+"""Time limit in seconds for the store's answer to a health check."""
 FULL_FOR: Final = 60.0
-"""Seconds for which a store is reported as full after a write failed for lack of space."""
+"""How long, in seconds, a store is reported as full after a write failed for lack of space."""
 
 
 class Transport(StrEnum):
-    """How a machine was told to send its datagrams."""
+    """The transport assigned to a machine."""
 
     UDP = "udp"
     TUNNEL = "tunnel"
 
 
 class MachineGroup(NamedTuple):
-    """The groups that machines are counted in."""
+    """The dimensions by which machines are counted."""
 
     state: LinkState
     transport: Transport
@@ -57,24 +57,24 @@ class ReportCounters:
     events: int
     lines: int
     kept_bytes: int
-    """Memory that the kept events and lines take."""
+    """Memory used by the events and lines kept."""
     drops: Mapping[str, int]
-    """By `ReportDrop`, and by what the event sink refused."""
+    """By `ReportDrop`, and by the event sink's refusals."""
     file_bytes: int = 0
-    """Size of the files in which they are kept."""
+    """Size of the files in which reports are kept."""
     not_kept: Mapping[str, int] = field(default_factory=dict)
-    """Reports that were accepted and could not be kept in files, by reason."""
+    """Reports that were accepted but could not be written to files, by reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerCounters:
-    """One server's counters. Mappings by reason hold only reasons that came up."""
+    """One server's counters. Mappings by reason contain only reasons that occurred."""
 
     machines: Mapping[MachineGroup, int]
     claims: int
-    """Provision calls for known machines by other keys, which no handshake has proved yet."""
+    """Provision calls for known machines by other keys that no handshake has proved yet."""
     events: Mapping[tuple[type[ServerEvent], str], int]
-    """Events by type; the second part tells apart: new and known joins, first and renewed handshakes, reasons, bases."""
+    """Events by type and a second part: new or known (joins), first or renewed (handshakes), the reason, or the basis."""
     token_joins: Mapping[str, int]
     """Joins by the id of the token (`Machine.join_token_id`)."""
     token_machines: Mapping[str, int]
@@ -88,11 +88,11 @@ class ServerCounters:
     streams: int
     """Open tunnel streams."""
     queued_bytes: int
-    """Data waiting for room in them."""
+    """Bytes waiting to be sent on tunnel streams."""
     limit_drops: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """What machines' own limits dropped, by machine's id and limit's name; of machines with any."""
+    """Drops by machines' own limits, by machine id and limit name; only machines with drops."""
     limits_biting: Mapping[str, int] = field(default_factory=dict)
-    """How many machines each limit bites now."""
+    """Number of machines that each limit affects now."""
     limited_machines: int = 0
     """How many machines any of their limits bites now."""
     forwards: ForwardCounters | None = None
@@ -100,9 +100,9 @@ class ServerCounters:
     device: DeviceCounters
     store: StoreCounters
     reports: ReportCounters | None
-    """None where the server receives no reports."""
+    """None if the server receives no reports."""
     history: HistoryCounters | None
-    """None where the server keeps none."""
+    """None if the server keeps no history."""
 
     @property
     def accepted_machines(self) -> int:
@@ -117,11 +117,11 @@ class HealthCheck:
     name: str
     is_good: bool
     text: str
-    """The result as display text."""
+    """The result, for display."""
 
 
 async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) -> ServerCounters:
-    """For `Server.counters`."""
+    """Implements `Server.counters`."""
     directory = parts.fleet.directory
     links = await count_links(directory)
     return ServerCounters(
@@ -150,7 +150,7 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
 
 @dataclass(slots=True)
 class LinkCounts:
-    """Totals over the links of a directory."""
+    """Totals over all links of a directory."""
 
     machines: Counter[MachineGroup] = field(default_factory=Counter)
     streams: int = 0
@@ -158,7 +158,7 @@ class LinkCounts:
 
 
 async def count_links(directory: Directory) -> LinkCounts:
-    """Count all links in parts, letting other tasks run in between."""
+    """Count all links in parts, yielding to other tasks in between."""
     found = LinkCounts()
     for links in in_parts(directory, LINKS_AT_ONCE):
         await checkpoint()
@@ -207,7 +207,7 @@ def drops(parts: Parts) -> dict[str, int]:
 
 
 async def check_health(parts: Parts, store: MeasuredStore) -> tuple[HealthCheck, ...]:
-    """For `Server.health`."""
+    """Implements `Server.health`."""
     checks = (_check_device(parts), _check_listener(parts), await _check_store(store))
     return checks if parts.fleet.membership is None else (*checks, _check_clock(parts.fleet.membership))
 
@@ -221,7 +221,7 @@ def _check_device(parts: Parts) -> HealthCheck:
     interface = parts.device.read_interface()
     name = parts.device.name
     if interface is None:
-        return HealthCheck(name="device", is_good=False, text=f"the interface {name} is gone")
+        return HealthCheck(name="device", is_good=False, text=f"the interface {name} does not exist")
     text = f"the interface {name} is {'up' if interface.is_up else 'down'}"
     return HealthCheck(name="device", is_good=interface.is_up, text=text)
 

@@ -20,18 +20,18 @@ class LeaveReason(StrEnum):
     REMOVED = "removed"
     BANNED = "banned"
     NO_HANDSHAKE = "no handshake"
-    """It joined and never completed a WireGuard handshake."""
+    """It joined but never completed a WireGuard handshake."""
     NEVER_ACCEPTED = "never accepted"
-    """It was pending, and its link went down."""
+    """It was pending when its link went down."""
     DENIED = "denied"
     EVICTED = "evicted"
-    """It never shook hands, and gave way to another that joined."""
+    """It never completed a handshake, and was evicted to make room for another machine."""
     AT_ITS_WISH = "at its wish"
-    """It asked to be forgotten, inside its session."""
+    """It asked to be removed, inside its session."""
     LONG_GONE = "long gone"
     """It was silent for longer than `forget_after`."""
     REMOVED_ELSEWHERE = "removed elsewhere"
-    """Another server with the same store removed or banned it."""
+    """Another server of the same store removed or banned it."""
 
 
 class DownReason(StrEnum):
@@ -43,11 +43,11 @@ class DownReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineJoined:
-    """A Provision call was answered that made a new link; a repeated call within one link makes no event."""
+    """A Provision call created a new link. Repeated calls for an existing link cause no event."""
 
     machine: Machine
     is_new: bool
-    """True where the machine was not known before."""
+    """Whether the machine was unknown before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +56,16 @@ class HandshakeCompleted:
 
     machine: Machine
     is_first: bool
-    """True where it brings the link up: the first since the join or since LinkDown."""
+    """Whether the link comes up with it: the first handshake since the join or since LinkDown."""
     source: str | None = None
-    """The address that it came from, where that is known."""
+    """The source address, if known."""
     is_tunnel: bool = False
-    """Whether it came by a tunnel stream."""
+    """Whether it arrived over a tunnel stream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkDown:
-    """The machine was silent for too long, or said goodbye. The link may come up again on its own."""
+    """The machine was silent for too long, or said goodbye. The link may come up again by itself."""
 
     machine: Machine
     reason: DownReason = DownReason.SILENT
@@ -73,7 +73,7 @@ class LinkDown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineLeft:
-    """The machine is forgotten: its peer, its addresses and its streams are gone."""
+    """The machine was removed, with its peer, addresses and streams."""
 
     machine: Machine
     reason: LeaveReason
@@ -85,16 +85,16 @@ class JoinRefused:
 
     reason: JoinRefusal
     node_uuid: str | None
-    """The UUID that was claimed, where it was well-formed."""
+    """The UUID in the call, if well-formed."""
     source: str
-    """Where the call came from."""
+    """The caller's address."""
     known_source: str | None = None
     """The last source of the conflicting machine, if any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineRekeyed:
-    """A machine's row went to another key, which a handshake proved: the machine started again, or was taken over."""
+    """A machine's row went to another key, proved by a handshake: the machine restarted, or another one took over."""
 
     machine: Machine
     old_key: PublicKey | None
@@ -103,23 +103,23 @@ class MachineRekeyed:
     old_source: str | None
     """The last source of the old key."""
     source: str | None
-    """Where the new one shook hands."""
+    """The source of the new key's handshake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimRefused:
-    """A claim's handshake completed too late: the machine was heard meanwhile, or another claim was first."""
+    """A claim's handshake completed too late: the machine was heard meanwhile, or another claim was proved first."""
 
     machine: Machine
     source: str
-    """Where the call came from."""
+    """The caller's address."""
     known_source: str | None
     """The last source of the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UniqueTokenBound:
-    """A unique token was bound to a machine's row: from now on it decides who that machine is."""
+    """A unique token was bound to a machine's row and identifies the machine from now on."""
 
     machine: Machine
     source: str | None
@@ -135,28 +135,28 @@ class AdmissionChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitReached:
-    """One of a machine's own limits began to drop what it sends or is sent."""
+    """One of a machine's own limits began to drop its traffic or reports."""
 
     machine: Machine
     limit: str
-    """By what name the drops are counted (docs/drops.md)."""
+    """The name under which the drops are counted (docs/drops.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitOver:
-    """That limit has dropped nothing for a minute."""
+    """The limit has dropped nothing for a minute."""
 
     machine: Machine
     limit: str
     dropped: int
-    """Packets, lines, events or connections, since LimitReached."""
+    """Packets, lines, events or connections dropped since LimitReached."""
     seconds: float
-    """For how long it dropped some."""
+    """Seconds from the first to the last drop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventsLost:
-    """This reader was too slow; the oldest `count` events were dropped."""
+    """This subscriber was too slow; the oldest `count` events were dropped."""
 
     count: int
 
@@ -178,7 +178,7 @@ ServerEvent = (
 
 
 EventStream = Subscription[ServerEvent]
-"""The events published since its creation. A slow reader receives EventsLost."""
+"""The events published since the subscription. A slow subscriber receives EventsLost."""
 
 
 class EventHub(Broadcast[ServerEvent]):
@@ -187,9 +187,9 @@ class EventHub(Broadcast[ServerEvent]):
     def __init__(self) -> None:
         super().__init__(limit=DEFAULT_EVENT_LIMIT, lost=lambda count: EventsLost(count=count))
         self.counts: Counter[tuple[type[ServerEvent], str]] = Counter()
-        """How often each event happened; a second part tells reasons and bases apart, else it is empty."""
+        """Number of events by type and a second part: the reason or basis, or empty."""
         self.joins_by_token: Counter[str] = Counter()
-        """MachineJoined by the id of the join token that admitted the machine."""
+        """Number of MachineJoined by the id of the join token that admitted the machine."""
 
     def publish(self, item: ServerEvent, size: int = 0) -> None:
         self.counts[type(item), _kind(item)] += 1
@@ -214,29 +214,29 @@ def _kind(event: ServerEvent) -> str:
             return ""
 
 
-# --- events in words
+# --- text form of events
 
 LIMIT_BURST = 20
-"""Limits of one name that began or ceased to bite, logged one by one within ten seconds."""
+"""Maximum number of LimitReached and LimitOver events per limit that are logged individually within ten seconds."""
 REFUSAL_BURST = 20
-"""Refused joins, for each reason, that are logged one by one within ten seconds."""
+"""Maximum number of JoinRefused events per reason that are logged individually within ten seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """An event in words."""
+    """The text form of an event."""
 
     name: str
     text: str
     subject: str = ""
-    """The UUID of the machine that it is about."""
+    """The UUID of the machine concerned."""
     level: int = logging.INFO
     fields: Mapping[str, object] = field(default_factory=dict)
     sample: tuple[str, int] | None = None
 
 
 def describe_event(event: ServerEvent) -> Description:
-    """An event of a server."""
+    """The text form of a server's event."""
     match event:
         case MachineJoined(machine=machine):
             way = "tunnel" if machine.tunnel else "udp"

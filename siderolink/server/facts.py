@@ -1,4 +1,4 @@
-"""What a server tells of itself by the admin API."""
+"""What a server reports about itself through the admin API."""
 
 import time
 from collections import Counter
@@ -27,7 +27,7 @@ class Facts:
         self._started_at = time.time()
 
     def events(self) -> EventStream:
-        """What happens from now on."""
+        """Subscribe to events from now on."""
         return self._events.subscribe(self._options.limits.event_limit)
 
     def info(self) -> ServerInfo:
@@ -55,7 +55,7 @@ class Facts:
         )
 
     def servers(self) -> list[FleetServer]:
-        """The servers that share the store, this one first."""
+        """The servers of the store, this one first."""
         parts, info = self._parts(), self.info()
         membership, owners, directory = parts.fleet.membership, parts.fleet.owners, parts.fleet.directory
         if membership is None or owners is None:
@@ -79,7 +79,7 @@ class Facts:
         ]
 
     async def figures(self) -> ServerStatus:
-        """What the server does now, in figures. Other tasks run meanwhile."""
+        """Current figures of the server. Yields to other tasks meanwhile."""
         parts = self._parts()
         counters = await read_counters(parts, self._events, self._store)
         machines, links, transports = Counter[str](), Counter[str](), Counter[str]()

@@ -1,9 +1,9 @@
-"""The history: what happened to machines in the last days, kept in the store.
+"""The history: the events of machines in the last days, kept in the store.
 
-publish()  ->  a queue: never blocks  ->  happenings, like ones counted together  ->  entries in the store, every few seconds
+publish()  ->  a queue: never blocks  ->  occurrences, identical ones counted  ->  entries in the store, every few seconds
 
-So neither a join nor a packet waits for it. What the store does not take waits as far as there is room; the rest is counted.
-Happenings are plain tuples, since there is one for each join; they become entries when they are written.
+So neither a join nor a packet waits for it. While the store does not accept writes, entries wait up to a limit; those beyond
+are only counted. Occurrences are plain tuples because there is one per join; they become entries when they are written.
 """
 
 import logging
@@ -42,46 +42,46 @@ from siderolink.server.store.tokens import GIVEN_TOKEN, TokenColumn
 log = logging.getLogger(__name__)
 
 QUEUE_LIMIT = 65_536
-"""Events that may wait to be noted; when every machine joins at once there are three of each."""
+"""Events that may wait to be recorded; when all machines join at once there are three for each."""
 _AT_ONCE = 500
 _CLOSE_SECONDS = 1.0
 _DIGEST_BYTES = 6
 _TEXT_LIMIT = 256
 _TOKENS = 10_000
 _GATHER_SECONDS = 0.1
-"""How long events are gathered before they are noted together."""
+"""How long events are gathered before they are recorded together."""
 
 FindMachine = Callable[[str], Awaitable[Machine | None]]
-"""The machine of a name, id, UUID or public key; None if none is known by it."""
+"""Finds a machine by name, id, UUID or public key; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryOptions:
-    """How much is kept, in the store."""
+    """Retention and write intervals of the history."""
 
     max_age: float = 30 * 86_400.0
     """Seconds."""
     per_machine: int = 500
-    """Entries of one machine; the newest stay. Joins that were refused are bounded together, by ten times as many."""
+    """Maximum entries per machine; the newest are kept. Refused joins share a bound ten times as large."""
     total: int = 200_000
-    """Entries of all; one takes about 250 bytes."""
+    """Maximum entries of all machines; one takes about 250 bytes."""
     write_after: float = 2.0
-    """Seconds until an entry is written; what repeats itself meanwhile is one entry with a count."""
+    """Seconds until an entry is written; repetitions until then are counted in one entry."""
     write_refusals_after: float = 60.0
-    """The same for refused joins, of which strangers can make many."""
+    """The same for refused joins, which strangers can cause in large numbers."""
     max_waiting: int = 20_000
-    """Entries that wait while the store does not answer."""
+    """Maximum entries that wait while the store does not answer."""
     max_refusals: int = 1000
-    """Different refused joins that are noted one by one within `write_refusals_after`; the rest is one number."""
+    """Different refused joins recorded individually within `write_refusals_after`; further ones are only counted."""
     prune_every: float = 600.0
     """Seconds."""
     prune_after: int = 10_000
-    """Entries after which it is done before its time."""
+    """Number of new entries after which pruning does not wait for `prune_every`."""
 
     def __post_init__(self) -> None:
         for name in ("max_age", "per_machine", "total", "max_waiting", "max_refusals"):
             if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} of the history is at least 1, not {getattr(self, name)}")
+                raise ConfigurationError(f"{name} of the history must be at least 1, not {getattr(self, name)}")
 
 
 DEFAULT_HISTORY = HistoryOptions()
@@ -93,17 +93,17 @@ class HistoryCounters:
 
     written: int
     lost: int
-    """Entries for which there was no room while the store did not answer, and events that were not noted in time."""
+    """Entries dropped because too many waited for the store, and events that were not recorded in time."""
     waiting: int
     failures: int
-    """Writes that the store did not take."""
+    """Failed writes."""
     pruned: int
-    """Old entries, or too many, that were deleted."""
+    """Entries deleted because they were too old or too many."""
 
 
 @dataclass(slots=True)
 class _Known:
-    """What the last handshake and the last join of a machine said; empty where it is not known."""
+    """The data of a machine's last handshake and last join; empty if unknown."""
 
     source: str = ""
     transport: str = ""
@@ -111,7 +111,7 @@ class _Known:
 
 
 class _Happening(NamedTuple):
-    """An entry without its time: what repeats itself is equal."""
+    """An entry without its time, so that repetitions are equal."""
 
     machine_id: str
     node_uuid: str
@@ -125,22 +125,22 @@ class _Happening(NamedTuple):
 
 
 _Counted = tuple[_Happening, float, int]
-"""A happening, when it first happened, and how often."""
+"""An occurrence, its first time, and its number of repetitions."""
 
 
 class _Waiting:
-    """Happenings on their way to the store; one that repeats another is counted with it."""
+    """Occurrences to be written; repetitions are counted."""
 
     def __init__(self, limit: int) -> None:
         self._found: dict[_Happening, tuple[float, int]] = {}
-        """The time of the first, and how many."""
+        """The first time and the count."""
         self._limit = limit
 
     def __len__(self) -> int:
         return len(self._found)
 
     def add(self, happening: _Happening, at: float, count: int = 1) -> bool:
-        """False where there is no room for another one."""
+        """Returns False if the limit is reached."""
         known = self._found.get(happening)
         if known is not None:
             at, count = min(at, known[0]), count + known[1]
@@ -154,7 +154,7 @@ class _Waiting:
 
 
 def _change_of(event: UniqueTokenBound | AdmissionChanged | LimitReached | LimitOver) -> tuple[HistoryKind, str, str]:
-    """Kind, detail and source of the entry for an event that leaves the link as it is."""
+    """Kind, detail and source of the entry for an event that does not change the link."""
     match event:
         case UniqueTokenBound(source=source):
             return HistoryKind.BOUND, "its unique token", source or ""
@@ -182,11 +182,11 @@ class History:
         self._wake, self._grown = anyio.Event(), anyio.Event()
         self._written_since_pruned = 0
         self._token_ids: dict[str, str] = {}
-        """Ids of stored tokens by the first digits of the digest of what was presented."""
+        """Ids of stored tokens by the first digits of the presented token's digest."""
         self._token_names: dict[str, str] = {}
         self._written = self._lost = self._failures = self._pruned = 0
 
-    # --- what is known
+    # --- queries
 
     async def entries(
         self,
@@ -199,9 +199,9 @@ class History:
         after_seq: int | None = None,
         limit: int = 1000,
     ) -> Sequence[HistoryEntry]:
-        """The history of one machine or of all: the newest entries first, with `after_seq` the oldest first.
+        """The history of one machine or of all: newest entries first; with `after_seq` oldest first.
 
-        A machine is named by its id, UUID or public key; a machine that is gone by its id or UUID. Raises StoreError.
+        `machine` is an id, UUID or public key; for a removed machine its id or UUID. Raises StoreError.
         """
         await self.write()
         query = HistoryQuery(
@@ -210,7 +210,7 @@ class History:
         return await self._store.history(query if machine is None else await self._of(machine, query))
 
     async def delete(self, machine: str | None, *, until: float | None = None) -> int:
-        """Delete what is kept of a machine, known or gone, or of all, from before a time; tells how many entries.
+        """Delete entries of one machine (known or removed) or of all, up to a time; returns their number.
 
         Raises StoreError.
         """
@@ -219,7 +219,7 @@ class History:
         return await self._store.delete_history(query if machine is None else await self._of(machine, query))
 
     async def _of(self, name: str, query: HistoryQuery) -> HistoryQuery:
-        """The query for one machine: its row's entries, and what was noted under its UUID."""
+        """The query for one machine: its row's entries and those under its UUID."""
         machine = await self._find(name)
         if machine is not None:
             return replace(query, machine_id=machine.id, node_uuid=machine.node_uuid)
@@ -239,10 +239,10 @@ class History:
             pruned=self._pruned,
         )
 
-    # --- what happens
+    # --- recording
 
     async def know(self, machines: Iterable[Machine]) -> None:
-        """Take the rows at the start as the state that later changes are compared with."""
+        """Take the rows at the start as the state with which later events are compared."""
         for part in in_parts(machines, _AT_ONCE):
             for machine in part:
                 transport = "udp" if machine.last_endpoint else "tunnel" if machine.last_source else ""
@@ -251,7 +251,7 @@ class History:
             await checkpoint()
 
     async def run(self) -> None:
-        """Note events and write them, until cancelled."""
+        """Record events and write them, until cancelled."""
         async with background_tasks() as tasks:
             tasks.start_soon(self._write_often)
             tasks.start_soon(self._prune_often)
@@ -263,7 +263,7 @@ class History:
                     await checkpoint()
 
     def note(self, event: ServerEvent) -> None:
-        """Queue the entries for an event; most handshakes make none. Never blocks."""
+        """Queue an event's entries; most handshakes have none. Never blocks."""
         match event:
             case MachineJoined() | HandshakeCompleted():
                 self._note_link(event)
@@ -339,7 +339,7 @@ class History:
         self._queue(happening)
 
     def _token_digits(self, machine: Machine) -> str:
-        """Also remembers the token's id, so that entries can be written with the token's current name."""
+        """The first digits of the join token's digest. Also remembers the token's id, to write its current name later."""
         if machine.join_token_digest is None:
             return ""
         digits = machine.join_token_digest[:_DIGEST_BYTES].hex()
@@ -355,7 +355,7 @@ class History:
             self._lost += 1
         self._wake.set()
 
-    # --- the store
+    # --- writing
 
     async def _write_often(self) -> None:
         refusals_at = anyio.current_time() + self._options.write_refusals_after
@@ -366,17 +366,17 @@ class History:
             if anyio.current_time() >= refusals_at:
                 self._move_refusals()
                 refusals_at = anyio.current_time() + self._options.write_refusals_after
-            await self._write_and_tell()
+            await self._write_or_warn()
             if len(self._waiting) or len(self._refusals):
                 self._wake.set()
 
-    async def _write_and_tell(self) -> None:
+    async def _write_or_warn(self) -> None:
         try:
             await self._write_waiting()
         except StoreError as error:
             self._failures += 1
             if not self._is_failing:
-                log.warning("the history could not be stored; it is tried again: %s", error)
+                log.warning("cannot store the history, retrying: %s", error)
             self._is_failing = True
         else:
             self._is_failing = False
@@ -390,7 +390,7 @@ class History:
 
     @uninterrupted
     async def write(self) -> None:
-        """Write queued entries. Raises StoreError; entries that were not written stay queued."""
+        """Write queued entries. Raises StoreError; unwritten entries stay queued."""
         for event in self._events.take_waiting():
             self.note(event)
         self._move_refusals()
@@ -410,7 +410,7 @@ class History:
                 self._grown.set()
 
     async def _add_to(self, transaction: Transaction, batch: Sequence[_Counted]) -> None:
-        """Add entries, with the names that their join tokens have now."""
+        """Add entries with the current names of their join tokens."""
         for digits in {happening.token_digits for happening, _, _ in batch} & self._token_ids.keys():
             token_id = self._token_ids[digits]
             if token_id not in self._token_names:
@@ -443,23 +443,23 @@ class History:
             with anyio.move_on_after(self._options.prune_every):
                 await self._grown.wait()
             self._written_since_pruned = 0
-            self._token_names.clear()  # they may have been renamed
+            self._token_names.clear()  # tokens may have been renamed
             try:
                 await self.prune()
             except StoreError as error:
-                log.warning("old entries of the history could not be deleted; it is tried again: %s", error)
+                log.warning("cannot delete old history entries, retrying: %s", error)
 
     async def prune(self) -> None:
-        """Delete what is too old or too much. Raises StoreError."""
+        """Delete entries that are too old or too many. Raises StoreError."""
         options = self._options
         since = self._store.time() - options.max_age
         bounds = HistoryBounds(since=since, per_machine=options.per_machine, total=options.total)
         self._pruned += await self._store.prune_history(bounds)
 
     async def aclose(self) -> None:
-        """Write queued entries for at most a second, even if this task was cancelled."""
+        """Write queued entries, for at most a second, even if this task was cancelled."""
         for event in self._events.take_waiting():
             self.note(event)
         self._move_refusals()
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
-            await self._write_and_tell()
+            await self._write_or_warn()

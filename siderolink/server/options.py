@@ -1,4 +1,4 @@
-"""The server's options, checked before anything is opened."""
+"""The server's options, validated before anything is opened."""
 
 import ssl
 from dataclasses import dataclass, field, replace
@@ -25,27 +25,27 @@ MAX_AUDIT_RETENTION = 1e10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdminOptions:
-    """The admin API beside the local socket of `serve`, and the audit."""
+    """The admin API in addition to the local socket of `serve`, and the audit."""
 
     listen: str | tuple[str, int] | None = None
-    """host:port for callers with API keys; port 0 selects a free one; None listens nowhere."""
+    """host:port for callers with API keys; port 0 selects a free one; None disables it."""
     tls: ssl.SSLContext | None = None
-    """The server's certificate; needed unless `listen` is a loopback address."""
+    """The server's certificate; required unless `listen` is a loopback address."""
     audit_retention: float | None = 365 * 86_400.0
-    """Seconds for which the audit is kept; None keeps it for ever."""
+    """Seconds for which audit entries are kept; None keeps them forever."""
     api_url: str | None = None
-    """The URL by which machines reach the server's API, without a token: for those who are shown a token. None for the address
-    that it listens on, where that is one."""
+    """The URL by which machines reach the server's API, without a token; it is completed and shown with each new token. None
+    derives it from the API's listen address if that is a single one."""
 
     def __post_init__(self) -> None:
         if self.api_url is not None and JoinURL.parse(self.api_url).join_token is not None:
-            raise ConfigurationError("the API's URL is told with each token that is shown; leave the join token out of it")
+            raise ConfigurationError("api_url must not contain a join token; tokens are added when they are shown")
         if self.listen is not None:
             _check_listen(self.listen)
             if self.tls is None and not _is_loopback(_address(self.listen).host):
-                raise ConfigurationError("the admin API needs TLS, unless it listens on a loopback address: keys travel there")
+                raise ConfigurationError("the admin API carries API keys: use TLS, or listen on a loopback address")
         if self.audit_retention is not None and not 0 < self.audit_retention <= MAX_AUDIT_RETENTION:
-            raise ConfigurationError("the audit is kept for a number of seconds above 0, or for ever (None)")
+            raise ConfigurationError("audit_retention must be a number of seconds above 0, or None to keep the audit forever")
 
     @property
     def address(self) -> HostPort | None:
@@ -54,28 +54,28 @@ class AdminOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerOptions:
-    """Where the other servers of one store reach this one."""
+    """How the other servers of the store reach this one."""
 
     listen: str
     """host:port; port 0 selects a free one."""
     address: str | None = None
-    """host:port that they dial; None for `listen`."""
+    """host:port for the other servers to dial; None for `listen`."""
 
     def __post_init__(self) -> None:
         listen = HostPort.parse(self.listen, port_zero=True)
         if self.address is not None:
             HostPort.parse(self.address)
         elif _is_any(listen.host):
-            raise ConfigurationError(f"other servers cannot dial {listen.host}: say by which address they reach this one")
+            raise ConfigurationError(f"other servers cannot dial {listen.host}: give the address for them to dial")
 
     def dialled(self, port: int) -> str:
-        """host:port that they dial, where the listener has this port."""
+        """host:port for the other servers to dial, given the listener's port."""
         return self.address or str(replace(HostPort.parse(self.listen, port_zero=True), port=port))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
-    """All that a server can be told; see Server for the meaning of each."""
+    """All options of a server; see Server for their meaning."""
 
     api_listen: str | tuple[str, int]
     wireguard_endpoints: tuple[str, ...] = ()
@@ -110,11 +110,11 @@ class ServerOptions:
         _check_endpoints(self.wireguard_endpoints, self.force_tunnel)
         _check_token(self.join_token, self.allow_any_token, self.policy.stored_tokens_only)
         if len((self.installation_id or "").encode()) > MAX_INSTALLATION_ID_BYTES:
-            raise ConfigurationError(f"an installation id has at most {MAX_INSTALLATION_ID_BYTES} bytes")
+            raise ConfigurationError(f"an installation id may have at most {MAX_INSTALLATION_ID_BYTES} bytes")
         if self.wireguard_listen_port is not None and not 0 <= self.wireguard_listen_port <= 65535:
-            raise ConfigurationError(f"a port is a number from 0 to 65535, not {self.wireguard_listen_port}")
+            raise ConfigurationError(f"a port must be a number from 0 to 65535, not {self.wireguard_listen_port}")
         if not 0 <= self.persistent_keepalive <= 65535:
-            raise ConfigurationError(f"a persistent keepalive is 0 to 65535 seconds, not {self.persistent_keepalive}")
+            raise ConfigurationError(f"a persistent keepalive must be 0 to 65535 seconds, not {self.persistent_keepalive}")
         self.proxies  # noqa: B018  # raises where they cannot be used
         if len(self.open_ports or ()) > MAX_PORTS:
             raise ConfigurationError(f"at most {MAX_PORTS} overlay_ports can be opened")
@@ -139,9 +139,9 @@ class ServerOptions:
         return None if self.overlay_ports is None else tuple(map(OverlayPort.parse, self.overlay_ports))
 
     def join_url(self, token: str, port: int) -> str:
-        """The URL by which machines join with a token, where the API has this port.
+        """The URL by which machines join with this token, given the API's port.
 
-        Empty where nobody said by which address they reach it, and it listens on all of them, or behind a proxy.
+        Empty if the API listens on all addresses or behind a proxy and `api_url` is not set.
         """
         if self.admin.api_url is not None:
             url = JoinURL.parse(self.admin.api_url)
@@ -153,7 +153,7 @@ class ServerOptions:
 
     @property
     def device_listen_port(self) -> int | None:
-        """The UDP port of the device: the configured one, else the first endpoint's; None disables UDP."""
+        """The UDP port of the device: the configured one, or else the first endpoint's; None disables UDP."""
         if self.wireguard_listen_port is not None:
             return self.wireguard_listen_port
         return self.endpoints[0].port if self.endpoints else None
@@ -181,7 +181,7 @@ def _check_listen(listen: str | tuple[str, int]) -> None:
     if isinstance(listen, str):
         HostPort.parse(listen, port_zero=True)
     elif not 0 <= listen[1] <= 65535:
-        raise ConfigurationError(f"a port is a number from 0 to 65535, not {listen[1]}")
+        raise ConfigurationError(f"a port must be a number from 0 to 65535, not {listen[1]}")
 
 
 def _check_endpoints(endpoints: tuple[str, ...], force_tunnel: bool) -> None:
@@ -197,8 +197,6 @@ def _check_token(join_token: str | None, allow_any_token: bool, stored_tokens_on
     if allow_any_token and join_token:
         raise ConfigurationError("give a join_token or allow_any_token=True, not both")
     if stored_tokens_only and (join_token or allow_any_token):
-        raise ConfigurationError(
-            "stored_tokens_only=True admits by stored tokens alone; give no join_token, no allow_any_token"
-        )
+        raise ConfigurationError("stored_tokens_only=True admits stored tokens only; do not give join_token or allow_any_token")
     if not (allow_any_token or stored_tokens_only or join_token):
         raise ConfigurationError("a server without a join_token would admit everyone; give one, or set allow_any_token=True")

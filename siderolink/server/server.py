@@ -1,4 +1,4 @@
-"""The server: one device, one store, two gRPC services, put together."""
+"""The server: one device, one store and two gRPC services, assembled."""
 
 import contextlib
 import ssl
@@ -47,7 +47,7 @@ from siderolink.server.store.measured import MeasuredStore
 
 
 class _Lifetime:
-    """The one run of a server: its parts exist between `start` and `stop`."""
+    """The single run of a server: its parts exist between `start` and `stop`."""
 
     def __init__(self) -> None:
         self._running: AbstractAsyncContextManager[Parts] | None = None
@@ -55,7 +55,7 @@ class _Lifetime:
 
     @property
     def live(self) -> Parts:
-        """Raises SideroLinkError while the server is not running."""
+        """The running parts. Raises SideroLinkError while the server is not running."""
         if self.parts is None:
             raise SideroLinkError("the server is not running; use it inside its `async with`")
         return self.parts
@@ -89,15 +89,15 @@ class _Measured:
         self._facts = Facts(lambda: self._lifetime.live, options, self._store, self._events)
 
     async def counters(self) -> ServerCounters:
-        """All counters of this server. Other tasks run meanwhile, even with many machines."""
+        """All counters of this server. Yields to other tasks meanwhile, even with many machines."""
         return await read_counters(self._lifetime.live, self._events, self._store)
 
     async def health(self) -> tuple[HealthCheck, ...]:
-        """Whether the device, the API's listener and the store work now."""
+        """The present health of the device, the API's listener and the store."""
         return await check_health(self._lifetime.live, self._store)
 
     def refusals(self) -> dict[str, int]:
-        """How often the API refused something, by named reason (docs/drops.md)."""
+        """How often the API refused something, by published reason (docs/drops.md)."""
         total: Counter[str] = Counter()
         for refusals in (
             join_refusals(self._lifetime.live),
@@ -108,16 +108,16 @@ class _Measured:
         return dict(total)
 
     def drops(self) -> dict[str, int]:
-        """How many datagrams and packets were dropped, by named reason (docs/drops.md)."""
+        """How many datagrams and packets were dropped, by published reason (docs/drops.md)."""
         return drops(self._lifetime.live)
 
 
 class _Administered(_Measured):
-    """Machines, and the administration of a server."""
+    """The machines of a server, and its administration."""
 
     @property
     def administration(self) -> Administration:
-        """All that administrators do, with roles: machines, bans, API keys, the audit."""
+        """All administrative operations, with roles: machines, bans, API keys, the audit."""
         return self._lifetime.live.administration
 
     @property
@@ -127,12 +127,12 @@ class _Administered(_Measured):
 
     @property
     def audit(self) -> AuditLog:
-        """What was changed by whom."""
+        """The audit: who changed what."""
         return self.administration.audit
 
     @cached_property
     def tokens(self) -> Tokens:
-        """The join tokens: made, shown, revoked, and so on, also while the server does not run."""
+        """The join tokens: create, show, revoke and so on; also usable while the server is not running."""
 
         def on_changed(token: JoinToken, is_gone: bool) -> None:
             if self._lifetime.parts is not None:
@@ -145,22 +145,22 @@ class _Administered(_Measured):
 
     @property
     def facts(self) -> Facts:
-        """What the server tells of itself by the admin API."""
+        """What the server reports about itself through the admin API."""
         return self._facts
 
     @property
     def admin_port(self) -> int | None:
-        """The TCP port of the admin API; None where it does not listen."""
+        """The TCP port of the admin API; None if it does not listen."""
         api = self._lifetime.live.admin_api
         return None if api is None else api.port
 
     @property
     def peers(self) -> Peers | None:
-        """The other servers of the store, for calls that are passed on; None without the option `peers`."""
+        """The other servers of the store, for relayed calls; None without the option `peers`."""
         return self._lifetime.live.peers
 
     async def machines(self, limit: int | None = None) -> list[MachineStatus]:
-        """All accepted machines, or up to `limit` of them. Other tasks run meanwhile."""
+        """All accepted machines, or up to `limit` of them. Yields to other tasks meanwhile."""
         live = self._lifetime.live
         links = [link for link in live.fleet.directory if link.machine.is_accepted]
         return await statuses(live.device, links[:limit], live.fleet.limits)
@@ -176,26 +176,25 @@ class _Administered(_Measured):
         return await self._lifetime.live.fleet.machines.named(name)
 
     async def remove(self, machine_id: str) -> bool:
-        """Forget a machine and end its link. It may join again, as a new one. False if it is not known."""
+        """Remove a machine and end its link. It may join again as a new one. Returns False if it is unknown."""
         return await self._lifetime.live.fleet.machines.remove(machine_id, actor=EMBEDDER)
 
     async def ban(self, machine: str, *, kind: BanKind | None = None) -> bool:
-        """Ban a machine, named by its UUID, id or public key, and end its link. Returns False if no such machine was known.
+        """Ban a machine, given its UUID, id or public key, and end its link. Returns False if the machine is unknown.
 
-        `kind` selects what is banned, the UUID by default. Raises ConfigurationError if the text names nothing
-        that can be banned.
+        `kind` selects what is banned, by default the UUID. Raises ConfigurationError if the text is nothing that can be banned.
         """
         return (await self.administration.bans.add(machine, kind=kind)).machine is not None
 
     async def unban(self, name: str, *, kind: BanKind = BanKind.UUID) -> None:
-        """Lift the ban of a UUID, key or unique token. Ignores what is not banned."""
+        """Lift the ban of a UUID, key or unique token. Does nothing if it is not banned."""
         with contextlib.suppress(NotFoundError):
             await self.administration.bans.lift(name, kind=kind)
 
     async def accept(self, machine_id: str, *, forget_token: bool = False) -> Machine:
-        """Accept a pending or denied machine. `forget_token` unbinds an accepted machine's token, so that a new one is bound.
+        """Accept a pending or denied machine. `forget_token` unbinds an accepted machine's token, to bind a new one.
 
-        Raises SideroLinkError if there is no such machine, or another accepted machine has its UUID.
+        Raises SideroLinkError if there is no such machine, or if another accepted machine has its UUID.
         """
         return await self.administration.machines.accept(machine_id, forget_token=forget_token)
 
@@ -209,27 +208,27 @@ class _Administered(_Measured):
 
 
 class Server(_Administered, AbstractAsyncContextManager["Server"]):
-    """A SideroLink server. Machines join through its API, and this host reaches them at their overlay addresses.
+    """A SideroLink server. Machines join through its API; this host reaches them at their overlay addresses.
 
         async with Server(api_listen="[::]:4000", wireguard_endpoints=["192.0.2.1:50180"], join_token="…") as server:
             async for event in server.events():
                 ...
 
-    Creating one checks the options, raises ConfigurationError, and opens nothing. Entering raises DeviceUnavailableError,
-    InterfaceInUseError, AddressInUseError or StoreError; leaving, even by an error or a cancellation, ends every stream and
+    The constructor validates the options (ConfigurationError) and opens nothing. Entering raises DeviceUnavailableError,
+    InterfaceInUseError, AddressInUseError or StoreError; leaving, even by an error or a cancellation, ends all streams and
     removes the interface.
 
     Options:
 
     api_listen: host:port of the API; port 0 selects a free one.
-    wireguard_endpoints: host:port to give to machines, preferred ones first; port 0 means the device's port.
-    wireguard_listen_port: the device's UDP port, if it differs from the first endpoint's (behind port forwarding).
-    join_token: the token that machines must present, beside those of `tokens`; with JoinPolicy(stored_tokens_only=True)
-        there is none but those, and allow_any_token=True admits everyone.
-    installation_id: selects the overlay's prefix. Empty selects the common one; None uses the stored one.
+    wireguard_endpoints: host:port to give to machines, in order of preference; port 0 means the device's port.
+    wireguard_listen_port: the device's UDP port if it differs from the first endpoint's (behind port forwarding).
+    join_token: the token that machines must present, in addition to those of `tokens`. With
+        JoinPolicy(stored_tokens_only=True) only stored tokens admit; allow_any_token=True admits everyone.
+    installation_id: selects the overlay's prefix. Empty selects the common prefix; None uses the stored id.
     private_key: the WireGuard key; None uses the stored one, or generates one.
     force_tunnel: make every machine use the tunnel; needs no wireguard_endpoints.
-    authorize: hook that decides on each join after the token was accepted.
+    authorize: hook that decides about each join after its token was accepted.
     store: the store of machines; None keeps them in memory.
     persistent_keepalive: seconds between keepalives to each machine; 0 disables them.
     keep_interface: with the kernel's WireGuard, keep the interface when the server stops and adopt it at the next
@@ -237,16 +236,16 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
     namespace: network namespace of the interface and of listeners on the overlay; the API and UDP stay in the caller's
         namespace. A name known to ``ip netns``, or a path.
     reports: ports on the overlay address for machines' events and kernel log lines; None disables both.
-    history: how much of what happened to machines is kept in the store; None keeps nothing.
+    history: how many events of machines are kept in the store; None keeps none.
     dial: after a start, dial known machines at their last UDP endpoints.
-    overlay_ports: the ports that machines may connect to at the overlay address (``8080``, ``"53/udp"``), besides those
-        of `reports`; None opens all. Pings and replies to this host's connections always pass.
-    proxy_protocol_from: networks of proxies that begin each connection to the API with a PROXY protocol header, version 1 or 2.
-        Connections from elsewhere, and those without the header, are refused.
+    overlay_ports: ports at the overlay address that machines may connect to (``8080``, ``"53/udp"``), besides those of
+        `reports`; None opens all. Pings, and replies to this host's connections, always pass.
+    proxy_protocol_from: networks of proxies that begin each connection to the API with a PROXY protocol header (version 1 or
+        2). Other connections, and those without the header, are refused.
     forwarded_from: networks of proxies whose X-Forwarded-For is trusted: the client is the rightmost address outside them.
-    policy: which machines need a unique token, and when a silent machine is forgotten.
-    admin: the admin API for callers with API keys, and how long the audit is kept (docs/administration.md).
-    peers: where the other servers of the same store reach this one; None for a server alone (docs/several-servers.md).
+    policy: which machines need a unique token, and when a silent machine is removed.
+    admin: the admin API for callers with API keys, and how long audit entries are kept (docs/administration.md).
+    peers: how other servers of the same store reach this one; None for a single server (docs/several-servers.md).
     """
 
     def __init__(
@@ -309,7 +308,7 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
         )
         super().__init__(replace(options, admin=admin or AdminOptions(), peers=peers))
 
-    # --- life
+    # --- lifetime
 
     async def __aenter__(self) -> Self:
         services = admin_services(lambda: self.administration, lambda: self.facts)
@@ -326,7 +325,7 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
         finally:
             self._events.end()
 
-    # --- what it is
+    # --- identity
 
     @property
     def address(self) -> IPv6Address:
@@ -351,7 +350,7 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
 
     @property
     def wireguard_endpoints(self) -> tuple[str, ...]:
-        """The WireGuard endpoints given to machines, preferred ones first."""
+        """The WireGuard endpoints given to machines, in order of preference."""
         return tuple(str(endpoint) for endpoint in self._lifetime.live.endpoints)
 
     @property
@@ -359,14 +358,14 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
         return self._lifetime.live.device
 
     def still_admits(self, machine: Machine) -> bool | None:
-        """Whether the join token that the machine last presented would still admit it; None if it presented none."""
+        """Whether the join token that the machine last presented would admit it now; None if it presented none."""
         digest = machine.join_token_digest
         if digest is None or self._lifetime.parts is None:
             return None if digest is None else self._join_token.admits(digest)
         return self._lifetime.parts.administration.admits(machine)
 
     def set_join_token(self, join_token: str) -> None:
-        """Require another token for future joins. Existing links stay.
+        """Require another token for future joins. Existing links stay up.
 
         Raises ConfigurationError for an empty one.
         """
@@ -375,14 +374,14 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
         self._join_token.expect(join_token)
 
     async def remember(self) -> None:
-        """Flush last-seen notes, which are otherwise written a few seconds later, to the store."""
+        """Write pending last-seen notes to the store now; otherwise this happens a few seconds later."""
         await self._lifetime.live.fleet.last_seen.write()
 
     async def drain(self, timeout: float = 30.0) -> int:
-        """Before stopping one of several servers of a store: let its machines go to the others, for so many seconds at most.
+        """Move this server's machines to the other servers of the store before stopping it, for up to `timeout` seconds.
 
-        The other servers leave this one out of their answers, its health is NOT_SERVING, and machines of this package move at
-        once. Tells how many links are still up here; 0 at once where there is no other server.
+        The other servers leave this one out of their answers, its health becomes NOT_SERVING, and machines running this package
+        move immediately. Returns how many links are still up here; 0 at once if there is no other server.
         """
         return await self._lifetime.live.draining.run(timeout)
 
@@ -392,12 +391,12 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
         return self._lifetime.live.draining.has_begun
 
     def events(self) -> EventStream:
-        """Subscribe to events from now on. Bounded per reader: a slow one loses its oldest events and receives EventsLost."""
+        """Subscribe to events from now on. A slow subscriber loses its oldest events and receives EventsLost."""
         return self._events.subscribe(self._options.limits.event_limit)
 
     @property
     def history(self) -> History:
-        """What happened to machines in the last days. Raises SideroLinkError without the option `history`."""
+        """The events of machines in the last days. Raises SideroLinkError without the option `history`."""
         found = self._lifetime.live.history
         if found is None:
             raise SideroLinkError("this server keeps no history; create it with history=HistoryOptions()")

@@ -1,1 +1,1 @@
-"""The page: what a browser shows of a server, and does with it. A client of the admin API in a process of its own."""
+"""The web UI: shows a server in a browser and manages it. A client of the admin API in a separate process."""

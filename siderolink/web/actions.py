@@ -1,4 +1,4 @@
-"""What people change: each form of the page, as calls of the admin API."""
+"""Changes: each form of the web UI, as calls of the admin API."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -37,31 +37,31 @@ _DAY: Final = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A form that was sent."""
+class Submission:
+    """A submitted form."""
 
     caller: Caller
     form: Mapping[str, str]
     path: Mapping[str, str]
     host: str
-    """Under which name the page is reached, without the port."""
+    """The host name by which the web UI was reached, without the port."""
 
     def text(self, name: str) -> str:
         return self.form.get(name, "").strip()
 
     def number(self, name: str) -> float | None:
-        """None where nothing was given. Raises ApiError."""
+        """The field's number; None if it is empty. Raises ApiError."""
         text = self.text(name)
         if not text:
             return None
         if not (text.isascii() and text.isdigit() and len(text) < 10):
-            raise ApiError(f"{name} is a number", 400)
+            raise ApiError(f"{name} must be a number", 400)
         return float(text)
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What is shown in the place of a redirection: a template and its values."""
+    """A template with its values, shown instead of a redirect."""
 
     template: str
     values: Mapping[str, Any]
@@ -69,7 +69,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What the next page says, and which one that is."""
+    """A message for the next page, and that page's path."""
 
     text: str
     location: str
@@ -77,14 +77,14 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A file."""
+    """A file to download."""
 
     name: str
     text: str
 
 
 Outcome = Shown | Done | Download
-Do = Callable[[Wanted], Awaitable[Outcome]]
+Do = Callable[[Submission], Awaitable[Outcome]]
 
 
 def machine_path(machine_id: str) -> str:
@@ -98,55 +98,55 @@ def token_path(token_id: str) -> str:
 # --- machines
 
 
-def _on_machine(text: str, call: Callable[[MachineServiceStub, Wanted, str], Awaitable[Any]], *, stays: bool = True) -> Do:
-    async def do(wanted: Wanted) -> Outcome:
-        name = wanted.path["machine"]
+def _on_machine(text: str, call: Callable[[MachineServiceStub, Submission, str], Awaitable[Any]], *, stays: bool = True) -> Do:
+    async def do(submission: Submission) -> Outcome:
+        name = submission.path["machine"]
         with explained():
-            found = await call(wanted.caller.stub(MachineServiceStub), wanted, name)
+            found = await call(submission.caller.stub(MachineServiceStub), submission, name)
         return Done(f"{found.name} {text}.", machine_path(name) if stays else "/machines")
 
     return do
 
 
-async def _label(stub: MachineServiceStub, wanted: Wanted, name: str) -> Any:
-    """The field holds all labels, ``key=value`` with commas or line ends between them."""
-    parts = [part.strip() for part in wanted.text("labels").replace("\n", ",").split(",")]
+async def _label(stub: MachineServiceStub, submission: Submission, name: str) -> Any:
+    """The field contains all labels, ``key=value``, separated by commas or line ends."""
+    parts = [part.strip() for part in submission.text("labels").replace("\n", ",").split(",")]
     setting = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts if part)}
     before = await stub.get_machine(MachineRequest(name=name))
     removing = [key for key in before.labels if key not in setting]
     return await stub.label_machine(LabelMachineRequest(name=name, set=setting, remove=removing))
 
 
-async def _ban_machine(wanted: Wanted) -> Outcome:
-    request = BanRequest(name=wanted.path["machine"], kind=wanted.text("kind"), reason=wanted.text("reason"))
+async def _ban_machine(submission: Submission) -> Outcome:
+    request = BanRequest(name=submission.path["machine"], kind=submission.text("kind"), reason=submission.text("reason"))
     with explained():
-        await wanted.caller.stub(BanServiceStub).ban(request)
-    return Done("The machine is banned.", "/bans")
+        await submission.caller.stub(BanServiceStub).ban(request)
+    return Done("The machine was banned.", "/bans")
 
 
-async def _delete_history(wanted: Wanted) -> Outcome:
-    name = wanted.path["machine"]
+async def _delete_history(submission: Submission) -> Outcome:
+    name = submission.path["machine"]
     with explained():
-        found = await wanted.caller.stub(HistoryServiceStub).delete_history(DeleteHistoryRequest(machine=name))
-    return Done(f"{found.entries} entries of its history are deleted.", machine_path(name))
+        found = await submission.caller.stub(HistoryServiceStub).delete_history(DeleteHistoryRequest(machine=name))
+    return Done(f"{found.entries} entries of its history were deleted.", machine_path(name))
 
 
 # --- bans
 
 
-async def _ban(wanted: Wanted) -> Outcome:
-    if not wanted.text("name"):
-        raise ApiError("name what is to be banned", 400)
-    request = BanRequest(name=wanted.text("name"), kind=wanted.text("kind"), reason=wanted.text("reason"))
+async def _ban(submission: Submission) -> Outcome:
+    if not submission.text("name"):
+        raise ApiError("enter what to ban", 400)
+    request = BanRequest(name=submission.text("name"), kind=submission.text("kind"), reason=submission.text("reason"))
     with explained():
-        found = await wanted.caller.stub(BanServiceStub).ban(request)
+        found = await submission.caller.stub(BanServiceStub).ban(request)
     return Done(f"{'' if found.ban is None else found.ban.value} is banned.", "/bans")
 
 
-async def _lift(wanted: Wanted) -> Outcome:
+async def _lift(submission: Submission) -> Outcome:
     with explained():
-        found = await wanted.caller.stub(BanServiceStub).unban(
-            UnbanRequest(value=wanted.text("value"), kind=wanted.text("kind"))
+        found = await submission.caller.stub(BanServiceStub).unban(
+            UnbanRequest(value=submission.text("value"), kind=submission.text("kind"))
         )
     return Done(f"The ban of {found.value} is lifted.", "/bans")
 
@@ -154,69 +154,75 @@ async def _lift(wanted: Wanted) -> Outcome:
 # --- join tokens
 
 
-async def _create_token(wanted: Wanted) -> Outcome:
-    days, uses = wanted.number("days"), wanted.number("uses")
+async def _create_token(submission: Submission) -> Outcome:
+    days, uses = submission.number("days"), submission.number("uses")
     request = CreateTokenRequest(
-        name=wanted.text("name"),
-        note=wanted.text("note"),
-        kind=wanted.text("kind"),
+        name=submission.text("name"),
+        note=submission.text("note"),
+        kind=submission.text("kind"),
         ttl=None if days is None else days * _DAY,
         max_uses=None if uses is None else int(uses),
-        bound_uuid=wanted.text("uuid"),
-        tunnel=wanted.text("tunnel"),
+        bound_uuid=submission.text("uuid"),
+        tunnel=submission.text("tunnel"),
     )
     with explained():
-        made = await wanted.caller.stub(TokenServiceStub).create_token(request)
-    return await _secret_page(wanted, made.token or Token(), made.secret)
+        made = await submission.caller.stub(TokenServiceStub).create_token(request)
+    return await _secret_page(submission, made.token or Token(), made.secret)
 
 
-async def _show_secret(wanted: Wanted) -> Outcome:
+async def _show_secret(submission: Submission) -> Outcome:
     with explained():
-        told = await wanted.caller.stub(TokenServiceStub).show_token_secret(TokenRequest(name=wanted.path["token"]))
-    return await _secret_page(wanted, told.token or Token(), told.secret, told.join_url)
+        told = await submission.caller.stub(TokenServiceStub).show_token_secret(TokenRequest(name=submission.path["token"]))
+    return await _secret_page(submission, told.token or Token(), told.secret, told.join_url)
 
 
-async def _download_documents(wanted: Wanted) -> Outcome:
+async def _download_documents(submission: Submission) -> Outcome:
     with explained():
-        told = await wanted.caller.stub(TokenServiceStub).show_token_secret(TokenRequest(name=wanted.path["token"]))
-    info = await _info(wanted)
-    texts = _texts(wanted, info, told.secret, _reach(wanted, info, told.join_url))
+        told = await submission.caller.stub(TokenServiceStub).show_token_secret(TokenRequest(name=submission.path["token"]))
+    info = await _info(submission)
+    texts = _texts(submission, info, told.secret, _reach(submission, info, told.join_url))
     return Download("siderolink.yaml", texts["documents"])
 
 
-async def _info(wanted: Wanted) -> ServerInfo:
+async def _info(submission: Submission) -> ServerInfo:
     with explained():
-        return await wanted.caller.stub(ServerServiceStub).get_info(GetInfoRequest())
+        return await submission.caller.stub(ServerServiceStub).get_info(GetInfoRequest())
 
 
-async def _secret_page(wanted: Wanted, token: Token, secret: str, join_url: str = "") -> Outcome:
-    info = await _info(wanted)
-    values = {"token": token, "secret": secret, "location": token_path(token.id), "reach": wanted.text("reach"), "problem": ""}
+async def _secret_page(submission: Submission, token: Token, secret: str, join_url: str = "") -> Outcome:
+    info = await _info(submission)
+    values = {
+        "token": token,
+        "secret": secret,
+        "location": token_path(token.id),
+        "reach": submission.text("reach"),
+        "problem": "",
+    }
     try:
-        reach = _reach(wanted, info, join_url)
-        values |= {"reach": reach} | _texts(wanted, info, secret, reach)
-    except ApiError as error:  # the token is there all the same
+        reach = _reach(submission, info, join_url)
+        values |= {"reach": reach} | _texts(submission, info, secret, reach)
+    except ApiError as error:  # the token exists in any case
         values |= {"problem": str(error), "join_url": "", "kernel_arguments": "", "documents": ""}
     return Shown("token_secret.html", values)
 
 
-def _reach(wanted: Wanted, info: ServerInfo, join_url: str) -> str:
-    """Where machines reach the API: as the form or the server says, or its port on the first WireGuard endpoint's host, or this
-    page's."""
-    if given := wanted.text("reach"):
+def _reach(submission: Submission, info: ServerInfo, join_url: str) -> str:
+    """Where machines reach the API: as given in the form or by the server; otherwise its port on the host of the first
+    WireGuard endpoint, or on this page's host."""
+    if given := submission.text("reach"):
         return given
     if join_url:
         return JoinURL.parse(join_url).authority
-    host = HostPort.parse(info.wireguard_endpoints[0]).host if info.wireguard_endpoints else wanted.host
+    host = HostPort.parse(info.wireguard_endpoints[0]).host if info.wireguard_endpoints else submission.host
     return str(HostPort(host, info.api_port or 443))
 
 
-def _texts(wanted: Wanted, info: ServerInfo, secret: str, reach: str) -> dict[str, str]:
+def _texts(submission: Submission, info: ServerInfo, secret: str, reach: str) -> dict[str, str]:
     """The join URL, kernel arguments and documents with a token. Raises ApiError."""
     try:
         reached = HostPort.parse(reach)
         url = JoinURL(
-            host=reached.host, port=reached.port, tls=info.has_tls, join_token=secret, tunnel=bool(wanted.text("tunnelled"))
+            host=reached.host, port=reached.port, tls=info.has_tls, join_token=secret, tunnel=bool(submission.text("tunnelled"))
         )
         parameters = on_overlay(url, IPv6Address(info.overlay_address), info.event_sink_port, info.log_port)
         return {
@@ -229,45 +235,50 @@ def _texts(wanted: Wanted, info: ServerInfo, secret: str, reach: str) -> dict[st
 
 
 def _on_token(
-    text: str, call: Callable[[TokenServiceStub, Wanted, TokenRequest], Awaitable[Token]], *, stays: bool = True
+    text: str, call: Callable[[TokenServiceStub, Submission, TokenRequest], Awaitable[Token]], *, stays: bool = True
 ) -> Do:
-    async def do(wanted: Wanted) -> Outcome:
+    async def do(submission: Submission) -> Outcome:
         with explained():
-            found = await call(wanted.caller.stub(TokenServiceStub), wanted, TokenRequest(name=wanted.path["token"]))
+            found = await call(
+                submission.caller.stub(TokenServiceStub), submission, TokenRequest(name=submission.path["token"])
+            )
         return Done(f"The token {found.name} {text}.", token_path(found.id) if stays else "/tokens")
 
     return do
 
 
-async def _renew(stub: TokenServiceStub, wanted: Wanted, request: TokenRequest) -> Token:
-    days = wanted.number("days")
+async def _renew(stub: TokenServiceStub, submission: Submission, request: TokenRequest) -> Token:
+    days = submission.number("days")
     return await stub.renew_token(RenewTokenRequest(name=request.name, ttl=None if days is None else days * _DAY))
 
 
 ACTIONS: Final[Mapping[str, Do]] = {
     "/machines/{machine}/rename": _on_machine(
-        "is its name now",
-        lambda stub, wanted, name: stub.rename_machine(RenameMachineRequest(name=name, new_name=wanted.text("name"))),
+        "is now its name",
+        lambda stub, submission, name: stub.rename_machine(RenameMachineRequest(name=name, new_name=submission.text("name"))),
     ),
     "/machines/{machine}/note": _on_machine(
-        "has the note", lambda stub, wanted, name: stub.note_machine(NoteMachineRequest(name=name, note=wanted.text("note")))
+        "has the note",
+        lambda stub, submission, name: stub.note_machine(NoteMachineRequest(name=name, note=submission.text("note"))),
     ),
     "/machines/{machine}/labels": _on_machine("has the labels", _label),
     "/machines/{machine}/tunnel": _on_machine(
-        "follows that from its next join on",
-        lambda stub, wanted, name: stub.set_machine_tunnel(SetMachineTunnelRequest(name=name, tunnel=wanted.text("tunnel"))),
+        "uses that from its next join on",
+        lambda stub, submission, name: stub.set_machine_tunnel(
+            SetMachineTunnelRequest(name=name, tunnel=submission.text("tunnel"))
+        ),
     ),
     "/machines/{machine}/accept": _on_machine(
-        "is accepted", lambda stub, wanted, name: stub.accept_machine(MachineRequest(name=name))
+        "is accepted", lambda stub, submission, name: stub.accept_machine(MachineRequest(name=name))
     ),
     "/machines/{machine}/deny": _on_machine(
-        "is denied", lambda stub, wanted, name: stub.deny_machine(MachineRequest(name=name))
+        "is denied", lambda stub, submission, name: stub.deny_machine(MachineRequest(name=name))
     ),
     "/machines/{machine}/forget": _on_machine(
-        "has no unique token any more", lambda stub, wanted, name: stub.forget_unique_token(MachineRequest(name=name))
+        "no longer has a unique token", lambda stub, submission, name: stub.forget_unique_token(MachineRequest(name=name))
     ),
     "/machines/{machine}/remove": _on_machine(
-        "is removed", lambda stub, wanted, name: stub.remove_machine(MachineRequest(name=name)), stays=False
+        "is removed", lambda stub, submission, name: stub.remove_machine(MachineRequest(name=name)), stays=False
     ),
     "/machines/{machine}/ban": _ban_machine,
     "/machines/{machine}/history": _delete_history,
@@ -276,9 +287,13 @@ ACTIONS: Final[Mapping[str, Do]] = {
     "/tokens": _create_token,
     "/tokens/{token}/secret": _show_secret,
     "/tokens/{token}/documents": _download_documents,
-    "/tokens/{token}/revoke": _on_token("is revoked", lambda stub, wanted, request: stub.revoke_token(request)),
-    "/tokens/{token}/reinstate": _on_token("is reinstated", lambda stub, wanted, request: stub.reinstate_token(request)),
+    "/tokens/{token}/revoke": _on_token("is revoked", lambda stub, submission, request: stub.revoke_token(request)),
+    "/tokens/{token}/reinstate": _on_token("is reinstated", lambda stub, submission, request: stub.reinstate_token(request)),
     "/tokens/{token}/renew": _on_token("is renewed", _renew),
-    "/tokens/{token}/default": _on_token("is the default one", lambda stub, wanted, request: stub.set_default_token(request)),
-    "/tokens/{token}/delete": _on_token("is deleted", lambda stub, wanted, request: stub.delete_token(request), stays=False),
+    "/tokens/{token}/default": _on_token(
+        "is now the default token", lambda stub, submission, request: stub.set_default_token(request)
+    ),
+    "/tokens/{token}/delete": _on_token(
+        "is deleted", lambda stub, submission, request: stub.delete_token(request), stays=False
+    ),
 }

@@ -1,4 +1,4 @@
-"""The admin API as the page calls it: each call with the key of the person who is signed in."""
+"""The admin API for the web UI: each call uses the API key of the signed-in user."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -19,11 +19,11 @@ S = TypeVar("S", bound=ServiceStub)
 
 CALL_TIMEOUT = 30.0
 MAX_FOLLOWED = 48
-"""Calls without an end on the one connection for them; a server takes 64."""
+"""Maximum endless calls on their shared connection; a server accepts 64."""
 
 
 class ApiError(SideroLinkError):
-    """Raised when the server refuses a call; `status` is what the page answers."""
+    """Raised when the server refuses a call; `status` is the HTTP status to answer with."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -31,7 +31,7 @@ class ApiError(SideroLinkError):
 
 
 class SignedOutError(ApiError):
-    """Raised when the server does not take the key, or does not any more."""
+    """Raised when the server does not accept the key, or no longer does."""
 
 
 class ServerAwayError(ApiError):
@@ -52,7 +52,7 @@ _AWAY = (Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.RESOURCE_EXHAUSTED
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn what calls raise into ApiError."""
+    """Translate errors of calls to ApiError."""
     try:
         with translate_errors("the server"):
             yield
@@ -71,7 +71,7 @@ def explained() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The admin API for one person."""
+    """The admin API for one user."""
 
     calls: GrpcChannel
     followed: GrpcChannel
@@ -79,29 +79,29 @@ class Caller:
     metadata: Mapping[str, str] = field(repr=False)
 
     def stub(self, kind: type[S]) -> S:
-        """A service's calls."""
+        """A service's stub."""
         return kind(self.calls, timeout=CALL_TIMEOUT, metadata=dict(self.metadata))
 
     @asynccontextmanager
     async def following(self, kind: type[S]) -> AsyncIterator[S]:
-        """A service's calls that go on for ever. Raises ServerAwayError when there are too many already."""
+        """A service's stub for endless calls. Raises ServerAwayError if there are too many already."""
         try:
             self.limiter.acquire_on_behalf_of_nowait(token := object())
         except anyio.WouldBlock:
-            raise ServerAwayError("too many pages follow something", 503) from None
+            raise ServerAwayError("too many live pages are open", 503) from None
         try:
             yield kind(self.followed, metadata=dict(self.metadata))
         finally:
             self.limiter.release_on_behalf_of(token)
 
     async def who(self) -> GetVersionResponse:
-        """Who has the key, and in which role. Raises ApiError."""
+        """The key's owner and role. Raises ApiError."""
         with explained():
             return await self.stub(ServerServiceStub).get_version(GetVersionRequest())
 
 
 class Api:
-    """The connections to one server; they come back by themselves."""
+    """The connections to one server; they reconnect by themselves."""
 
     def __init__(self, calls: GrpcChannel, followed: GrpcChannel, address: ServerAddress, own_key: str | None) -> None:
         self._calls, self._followed = calls, followed
@@ -110,13 +110,15 @@ class Api:
         self.address = address
 
     def caller(self, key: str, source: str) -> Caller:
-        """`source` is where the person is, for the server's audit."""
+        """`source` is the user's address, for the server's audit."""
         if not key:
-            raise ValueError("a person calls by a key")  # without one, the local socket would take the call for this process's
+            raise ValueError(
+                "a user needs an API key"
+            )  # without one, the local socket would treat the call as this process's own
         return self._caller({"authorization": f"Bearer {key}", SOURCE_METADATA: source})
 
     def own(self) -> Caller | None:
-        """For what this process itself asks: by its own key, or on the local socket as its user; None where it has neither."""
+        """For this process's own calls: by its key, or on the local socket as its user; None if it has neither."""
         if self._own_key is not None:
             return self._caller({"authorization": f"Bearer {self._own_key}"})
         return None if self.address.path is None else self._caller({})
@@ -127,6 +129,6 @@ class Api:
 
 @asynccontextmanager
 async def open_api(address: ServerAddress, ca_file: Path | None = None, own_key: str | None = None) -> AsyncIterator[Api]:
-    """Nothing is dialled before the first call. Raises ConfigurationError for an unusable CA file."""
+    """Connections are opened with their first call. Raises ConfigurationError for an unusable CA file."""
     async with open_admin_channel(address, ca_file) as calls, open_admin_channel(address, ca_file) as followed:
         yield Api(calls, followed, address, own_key)

@@ -1,4 +1,4 @@
-"""The machines as this process keeps them: followed at the server, and searched and ordered here."""
+"""A copy of the server's machines in this process: followed at the server, searched and sorted here."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 PAGE_SIZE: Final = 100
 _AGAIN: Final = 2.0
 _WAIT_SECONDS: Final = 10.0
-"""How long a page waits for the first look."""
+"""How long a page waits for the first complete list."""
 _AT_ONCE: Final = 1000
 
 ORDERS: Final[Mapping[str, Callable[[Machine], float | str]]] = {
@@ -42,17 +42,17 @@ ORDERS: Final[Mapping[str, Callable[[Machine], float | str]]] = {
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One machine; `stamp` rises with each change of what is shown of it."""
+    """One machine; `stamp` increases with each visible change."""
 
     machine: Machine
     text: str
-    """What a search looks into."""
+    """The text that searches match."""
     stamp: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """Selects and orders machines; what is empty selects all."""
+    """Selects and sorts machines; an empty field selects all."""
 
     text: str = ""
     state: str = ""
@@ -64,12 +64,12 @@ class Query:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """One page of those that a query selects."""
+    """One page of a query's result."""
 
     rows: Sequence[Row]
     total: int
     number: int
-    """Of the page, from 1."""
+    """The page's number, from 1."""
     pages: int
 
     @property
@@ -79,7 +79,7 @@ class Found:
 
 
 class Fleet:
-    """All machines of the server, as long as somebody is signed in."""
+    """All machines of the server, while any user is signed in."""
 
     def __init__(self, caller: Callable[[], Caller | None], may_go_on: Callable[[Caller], bool] = lambda caller: True) -> None:
         """`caller` gives credentials to follow by, while somebody is signed in; `may_go_on` tells whether they still count."""
@@ -87,7 +87,7 @@ class Fleet:
         self._may_go_on = may_go_on
         self._rows: dict[str, Row] = {}
         self._coming: dict[str, Row] | None = {}
-        """What the first look has told so far; None after it."""
+        """The incomplete first list; None once it is complete."""
         self._stamp = 0
         self._problem = ""
         self._whole = anyio.Event()
@@ -96,10 +96,10 @@ class Fleet:
     def __len__(self) -> int:
         return len(self._rows)
 
-    # --- followed
+    # --- following
 
     async def run(self) -> None:
-        """Follow the server, until cancelled."""
+        """Follow the server until cancelled."""
         while True:
             has_signed_out = False
             if (caller := self._caller()) is not None:
@@ -107,7 +107,7 @@ class Fleet:
                     has_signed_out = await self._follow(caller)
                 except ApiError as error:
                     self._problem = str(error)
-                    log.debug("the machines cannot be followed: %s", error)
+                    log.debug("cannot follow the machines: %s", error)
                 self._begin_again()
             self._wake = anyio.Event()
             if not has_signed_out:
@@ -115,7 +115,7 @@ class Fleet:
                     await self._wake.wait()
 
     def wake(self) -> None:
-        """Somebody has signed in."""
+        """Start following because a user has signed in."""
         self._wake.set()
 
     async def _follow(self, caller: Caller) -> bool:
@@ -134,7 +134,7 @@ class Fleet:
             self._whole = anyio.Event()
 
     def take(self, part: MachinesPart) -> None:
-        """What the server tells."""
+        """Process a part of the server's answer."""
         rows = self._rows if self._coming is None else self._coming
         self._stamp += 1
         for machine in part.machines:
@@ -150,21 +150,21 @@ class Fleet:
             self._rows, self._coming, self._problem = self._coming, None, ""
             self._whole.set()
 
-    # --- asked
+    # --- queries
 
     async def find(self, query: Query, number: int) -> Found:
-        """Raises ConfigurationError for a selector that is none, and ServerAwayError where the machines are not known yet."""
+        """Raises ConfigurationError for an invalid selector, and ServerAwayError if the machines are not loaded yet."""
         selector = Selector(query.selector) if query.selector else None
         with anyio.move_on_after(_WAIT_SECONDS):
             await self._whole.wait()
         if not self._whole.is_set():
-            raise ServerAwayError(self._problem or "the machines are being read", 503)
+            raise ServerAwayError(self._problem or "the machines are still being loaded", 503)
         order = ORDERS[query.sort.removeprefix("-")]
         taken: list[tuple[float | str, str, Row]] = []
         for part in in_parts(self._rows.values(), _AT_ONCE):
             taken += [(order(row.machine), row.machine.id, row) for row in part if _takes(query, selector, row)]
             await checkpoint()
-        taken.sort(reverse=query.sort.startswith("-"))  # ids differ, so no row is compared
+        taken.sort(reverse=query.sort.startswith("-"))  # ids differ, so rows are never compared
         await checkpoint()
         pages = max(1, -(-len(taken) // PAGE_SIZE))
         number = min(max(number, 1), pages)

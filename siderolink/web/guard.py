@@ -1,4 +1,4 @@
-"""What every request passes: its host, its origin, its size, how long it may take; and the headers of every answer."""
+"""Checks of every request: host, origin, size and duration; and the headers of every response."""
 
 import logging
 from collections import Counter
@@ -28,9 +28,9 @@ MAX_HEADERS: Final = 32 * 1024
 BODY_SECONDS: Final = 15.0
 SEND_SECONDS: Final = 30.0
 MAX_REQUESTS_PER_VISITOR: Final = 128
-"""Requests of one address that are answered at once, live pages included: behind a proxy connections say nothing."""
+"""Concurrent requests per address, including live pages. Behind a proxy, counting connections is meaningless."""
 LIVE: Final = "/live/"
-"""Where streams are."""
+"""Path prefix of streams."""
 _FORM: Final = "application/x-www-form-urlencoded"
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -49,11 +49,11 @@ _HEADERS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """Under which names the page is reached: ``https://fleet.example.com``, as browsers send them."""
+    """The origins under which the web UI is reached, as sent by browsers: ``https://fleet.example.com``."""
 
     names: frozenset[str]
     wildcards: tuple[str, ...] = ()
-    """Origins whose first label may be any: ``https://*.example.com:8096``."""
+    """Origins whose first label is arbitrary: ``https://*.example.com:8096``."""
 
     def has(self, origin: str) -> bool:
         origin = origin.lower()
@@ -65,12 +65,12 @@ class Origins:
         return bool(separator and is_label and dot) and f"{scheme}://*.{parent}" in self.wildcards
 
     def has_host(self, host: str) -> bool:
-        """Whether a Host header names one of them."""
+        """Whether a Host header matches one of them."""
         return self.has(f"https://{host}") or self.has(f"http://{host}")
 
 
 def read_origin(text: str) -> str:
-    """``https://HOST[:PORT]`` as a browser would write it; ``http://`` for the loopback alone. Raises ConfigurationError."""
+    """Normalise ``https://HOST[:PORT]``; ``http://`` is only allowed for the loopback. Raises ConfigurationError."""
     wrong = ConfigurationError(f"{one_line(text, limit=200)!r} is not an origin; write https://HOST or https://HOST:PORT")
     try:
         parts = urlsplit(text)
@@ -83,7 +83,7 @@ def read_origin(text: str) -> str:
     if parts.scheme not in ("https", "http"):
         raise wrong
     if parts.scheme == "http" and not is_loopback(host):
-        raise ConfigurationError(f"{one_line(text, limit=200)!r} is reached without TLS: keys and cookies need https")
+        raise ConfigurationError(f"{one_line(text, limit=200)!r} has no TLS: keys and cookies need https")
     return _origin(parts.scheme, host, port)
 
 
@@ -93,7 +93,7 @@ def _origin(scheme: str, host: str, port: int | None) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether it is this host's own address or name."""
+    """Whether the host is the loopback's address or name."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -101,9 +101,9 @@ def is_loopback(host: str) -> bool:
 
 
 def find_origins(listen: HostPort, certificate: Path | None, given: Iterable[str]) -> Origins:
-    """Those that were given, the address listened on, the loopback's names, and those of the certificate.
+    """The given origins, the listening address, the loopback's names, and the names in the certificate.
 
-    `listen` has the port that is in use. Raises ConfigurationError.
+    `listen` contains the actual port. Raises ConfigurationError.
     """
     names = {read_origin(text) for text in given}
     scheme = "http" if certificate is None else "https"
@@ -120,23 +120,23 @@ def find_origins(listen: HostPort, certificate: Path | None, given: Iterable[str
 
 
 def _names_of(certificate: Path) -> list[str]:
-    """The names that a certificate proves. Raises ConfigurationError."""
+    """The names in a certificate. Raises ConfigurationError."""
     try:
         found = load_pem_x509_certificates(certificate.read_bytes())[0]
         names = found.extensions.get_extension_for_class(SubjectAlternativeName).value
     except ExtensionNotFound:
         return []
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"the certificate {str(certificate)!r} cannot be read: {error}") from None
+        raise ConfigurationError(f"cannot read the certificate {str(certificate)!r}: {error}") from None
     return [*names.get_values_for_type(DNSName), *(str(one) for one in names.get_values_for_type(IPAddress))]
 
 
 class SlowReaderError(Exception):
-    """Raised when a browser takes nothing of its answer any more."""
+    """Raised when a browser has stopped reading its response."""
 
 
 class Guard:
-    """An ASGI application around another one."""
+    """An ASGI application that wraps another one."""
 
     def __init__(self, inner: ASGIApp, origins: Origins, proxies: TrustedProxies | None = None) -> None:
         self._inner = inner
@@ -154,7 +154,7 @@ class Guard:
         guarded = _Answer(send)
         refusal = self._refusal(scope)
         if refusal is None and self._answering[visitor] >= MAX_REQUESTS_PER_VISITOR:
-            refusal = 429, "Too many requests of your address are being answered; close some pages."
+            refusal = 429, "Too many concurrent requests from your address; close some pages."
         self._answering[visitor] += 1
         try:
             if refusal is not None:
@@ -170,49 +170,49 @@ class Guard:
                 del self._answering[visitor]
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """A status and why, or None."""
+        """A status and the reason, or None."""
         if len(scope["path"]) + len(scope["query_string"]) > MAX_TARGET:
-            return 414, f"An address has at most {MAX_TARGET} bytes."
+            return 414, f"A URL may have at most {MAX_TARGET} bytes."
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
-            return 431, f"The headers have at most {MAX_HEADERS} bytes."
+            return 431, f"The headers may have at most {MAX_HEADERS} bytes."
         headers, method = Headers(scope=scope), scope["method"]
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._origins.has_host(hosts[0]):
-            return 421, "This page is not served under this name; `siderolink web --origin` adds one."
+            return 421, "The web UI is not served under this name; `siderolink web --origin` adds one."
         if method not in ("GET", "HEAD", "POST"):
-            return 405, "This method is not known here."
+            return 405, "This method is not supported."
         origin = headers.get("origin")
         if origin is not None and not self._is_own(origin, hosts[0]):
             return 403, "This request comes from another site."
         if method == "POST":
             return self._refused_write(headers, origin)
         if scope["path"].startswith(LIVE) and method != "GET":
-            return 405, "A stream has no head alone."
+            return 405, "A stream does not support HEAD."
         if scope["path"].startswith(LIVE) and origin is None and headers.get("sec-fetch-site") != "same-origin":
-            return 403, "A stream is for this page's own script."
+            return 403, "A stream is only for the web UI's own script."
         return None
 
     def _refused_write(self, headers: Headers, origin: str | None) -> tuple[int, str] | None:
         if origin is None:
             return 403, "A change needs the header Origin, which browsers send."
         if headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
-            return 415, "A change is a form."
+            return 415, "A change must be a form."
         if "transfer-encoding" in headers:
-            return 411, "A change says how long it is, and comes whole."
+            return 411, "A change needs a Content-Length, and no Transfer-Encoding."
         length = headers.get("content-length", "")
         if not (length.isascii() and length.isdigit() and len(length) < 10):
-            return 411, "A change says how long it is."
+            return 411, "A change needs a Content-Length."
         if int(length) > MAX_BODY:
-            return 413, f"A change has at most {MAX_BODY} bytes."
+            return 413, f"A change may have at most {MAX_BODY} bytes."
         return None
 
     def _is_own(self, origin: str, host: str) -> bool:
-        """Whether the origin is the very one that the page was asked for by."""
+        """Whether the origin is the one of the requested page."""
         return self._origins.has(origin) and origin.lower().partition("://")[2] == host.lower()
 
 
 class _Answer:
-    """Adds the headers; gives up on a browser that does not read."""
+    """Adds the headers; drops browsers that stop reading."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -1,4 +1,4 @@
-"""Server-sent events: the parts of a page that changed, and a machine's kernel log."""
+"""Server-sent events: the changed parts of a page, and a machine's kernel log."""
 
 import json
 import time
@@ -20,88 +20,88 @@ from siderolink.web.templating import timestamp
 
 EVERY: Final = 2.0
 SHARE: Final = 20.0
-"""A pause is this many times as long as the look before it took: no page takes more than a twentieth of a core."""
+"""A pause is this many times as long as the last rendering, so that no page takes more than a twentieth of a core."""
 SELDOM: Final = 20.0
 """The longest pause."""
 _BREATH: Final = 15.0
-"""Seconds between words that only keep the connection."""
+"""Seconds between comments that keep the connection open."""
 _LOG_TAIL: Final = 200
 _LOG_PENDING: Final = 1000
 _LOG_EVERY: Final = 0.25
 _HEADERS: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 
 ROW_BYTES: Final = 48 * 1024
-"""Of changed rows, at most so many bytes (or one row) are told after one look; the others follow after the next ones."""
+"""Maximum bytes of changed rows (or one row) sent after one rendering; the others follow after later ones."""
 
 
 @dataclass(frozen=True, slots=True)
-class Looks:
-    """How a page looks now."""
+class Rendering:
+    """The present rendering of a page."""
 
     regions: Mapping[str, str]
-    """The HTML of each part that may change, by its id."""
+    """The HTML of each changeable part, by its id."""
     rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """The HTML of each row, in order, by the ids of part and row."""
 
 
-Render = Callable[[], Awaitable[Looks]]
+Render = Callable[[], Awaitable[Rendering]]
 
 
 def event(name: str, data: object) -> bytes:
-    """One event; JSON holds no line end."""
+    """Encode one event; JSON contains no line end."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-class ToldRows:
-    """What a browser was told of a part's rows."""
+class SentRows:
+    """The rows of a part as sent to a browser."""
 
     def __init__(self) -> None:
         self._order: list[str] = []
         self._told: dict[str, str] = {}
-        """By the rows' ids, the one that was told the longest ago first."""
+        """By row id, least recently sent first."""
 
-    def news(self, rows: Mapping[str, str]) -> dict[str, Any] | None:
-        """What to tell now: the order, and as many changed rows as ROW_BYTES holds. None where there is nothing."""
+    def changes(self, rows: Mapping[str, str]) -> dict[str, Any] | None:
+        """What to send now: the order, and as many changed rows as fit into ROW_BYTES. None if nothing changed."""
         order = list(rows)
         for row_id in [row_id for row_id in self._told if row_id not in rows]:
             del self._told[row_id]
         new = [row_id for row_id in order if row_id not in self._told]
         changed = new + [row_id for row_id, html in self._told.items() if rows[row_id] != html]
-        told: dict[str, str] = {}
+        sent: dict[str, str] = {}
         left = ROW_BYTES
         for row_id in changed:
             left -= len(rows[row_id])
-            if left < 0 and told:
+            if left < 0 and sent:
                 break
-            told[row_id] = rows[row_id]
+            sent[row_id] = rows[row_id]
             self._told.pop(row_id, None)
             self._told[row_id] = rows[row_id]
-        if not told and order == self._order:
+        if not sent and order == self._order:
             return None
         self._order = order
-        return {"order": order, "rows": told}
+        return {"order": order, "rows": sent}
 
 
-class _Told:
-    """What a browser was told of a page."""
+class _SentPage:
+    """A page as sent to a browser."""
 
     def __init__(self) -> None:
         self._regions: dict[str, str] = {}
-        self._rows: dict[str, ToldRows] = {}
+        self._rows: dict[str, SentRows] = {}
 
-    def news(self, looks: Looks) -> Iterator[bytes]:
-        """The events that tell how a page looks now."""
-        for name, html in looks.regions.items():
+    def changes(self, rendering: Rendering) -> Iterator[bytes]:
+        """The events for the differences to a new rendering."""
+        for name, html in rendering.regions.items():
             if self._regions.get(name) != html:
                 self._regions[name] = html
                 yield event("region", {"id": name, "html": html})
-        for name, rows in looks.rows.items():
-            if (found := self._rows.setdefault(name, ToldRows()).news(rows)) is not None:
+        for name, rows in rendering.rows.items():
+            if (found := self._rows.setdefault(name, SentRows()).changes(rows)) is not None:
                 yield event("rows", {"id": name} | found)
 
 
 class LiveStream:
-    """The answer to one EventSource: until the browser goes, the session ends, or there is nothing more to show."""
+    """The response to an EventSource, until the browser disconnects, the session ends, or nothing more can be shown."""
 
     def __init__(self, sessions: Sessions, session: Session, render: Render) -> None:
         self._sessions = sessions
@@ -112,7 +112,7 @@ class LiveStream:
         self._lock = anyio.Lock()
 
     def with_log(self, caller: Caller, machine: str) -> None:
-        """Tell a machine's kernel log, too."""
+        """Also send a machine's kernel log."""
         self._log = caller, machine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,56 +121,56 @@ class LiveStream:
         try:
             with self._sessions.streaming(self._session):
                 async with background_tasks() as tasks:
-                    tasks.start_soon(_cancel_when_gone, receive, tasks)
-                    tasks.start_soon(self._breathe)
+                    tasks.start_soon(_cancel_on_disconnect, receive, tasks)
+                    tasks.start_soon(self._send_keepalives)
                     if self._log is not None:
                         tasks.start_soon(self._follow_log, *self._log)
                     await self._show()
         except TooManyError as error:
-            await self._tell(event("stopped", str(error)))
+            await self._send_event(event("stopped", str(error)))
         if self._session.is_over:
-            await self._tell(event("signed-out", ""))
+            await self._send_event(event("signed-out", ""))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _tell(self, data: bytes) -> None:
+    async def _send_event(self, data: bytes) -> None:
         async with self._lock:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def _breathe(self) -> None:
+    async def _send_keepalives(self) -> None:
         while True:
             await anyio.sleep(_BREATH)
-            await self._tell(b": still here\n\n")
+            await self._send_event(b": still here\n\n")
 
     async def _show(self) -> None:
-        told = _Told()
+        sent = _SentPage()
         is_away = False
         while self._sessions.is_live(self._session):
             began = time.monotonic()
             try:
-                looks = await self._render()
-                for data in told.news(looks):
-                    await self._tell(data)
+                rendering = await self._render()
+                for data in sent.changes(rendering):
+                    await self._send_event(data)
                 if is_away:
-                    await self._tell(event("back", ""))
+                    await self._send_event(event("back", ""))
                 is_away = False
             except SignedOutError:
                 self._sessions.end(self._session)
                 return
             except ServerAwayError as error:
                 if not is_away:
-                    await self._tell(event("away", str(error)))
+                    await self._send_event(event("away", str(error)))
                 is_away = True
             except ApiError as error:
-                await self._tell(event("stopped", str(error)))
+                await self._send_event(event("stopped", str(error)))
                 return
             took = 0.0 if is_away else time.monotonic() - began
             await anyio.sleep(min(max(EVERY, SHARE * took), SELDOM))
 
     async def _follow_log(self, caller: Caller, machine: str) -> None:
-        """The last lines, and those that come; the follower is begun again where the server was away."""
+        """Send the last lines and new ones; restarts when the server was unavailable."""
         pending: deque[MachineLogLine] = deque(maxlen=_LOG_PENDING)
         async with background_tasks() as tasks:
-            tasks.start_soon(self._tell_lines, pending)
+            tasks.start_soon(self._send_lines, pending)
             since: float | None = None
             while True:
                 try:
@@ -186,16 +186,16 @@ class LiveStream:
                 except ServerAwayError:
                     pass
                 except ApiError as error:
-                    await self._tell(event("log-stopped", str(error)))
+                    await self._send_event(event("log-stopped", str(error)))
                     return
                 await anyio.sleep(EVERY)
 
-    async def _tell_lines(self, pending: "deque[MachineLogLine]") -> None:
+    async def _send_lines(self, pending: "deque[MachineLogLine]") -> None:
         while True:
             await anyio.sleep(_LOG_EVERY)
             if pending:
                 lines = [pending.popleft() for _ in range(len(pending))]
-                await self._tell(event("log", _log_rows(lines)))
+                await self._send_event(event("log", _log_rows(lines)))
 
 
 def _log_rows(lines: Sequence[MachineLogLine]) -> list[list[str]]:
@@ -205,7 +205,7 @@ def _log_rows(lines: Sequence[MachineLogLine]) -> list[list[str]]:
     ]
 
 
-async def _cancel_when_gone(receive: Receive, tasks: TaskGroup) -> None:
+async def _cancel_on_disconnect(receive: Receive, tasks: TaskGroup) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     tasks.cancel_scope.cancel()

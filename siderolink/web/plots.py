@@ -1,4 +1,4 @@
-"""Plots as SVG, drawn here: lines over time, without a style attribute or a script."""
+"""Plots as SVG: lines over time, without style attributes or scripts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from siderolink.web.templating import timestamp
 WIDTH, HEIGHT = 420, 160
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 8, 10, 24
 _STEPS: Final = (2.0, 4.0, 10.0, 20.0)
-"""Even ones, so that half of a count is one."""
+"""Even numbers, so that half of a count is a whole number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a plot; `values` are beside the plot's times, None where nothing is known."""
+    """One line of a plot; `values` correspond to the plot's times, None for unknown ones."""
 
     name: str
     values: Sequence[float | None]
@@ -33,10 +33,10 @@ def _ceiling(value: float) -> float:
 
 
 def plot(name: str, title: str, times: Sequence[float], lines: Sequence[Line], write: Callable[[float], str]) -> Markup:
-    """Lines over time, named by a legend; `write` gives a value's text. `name` is unique on its page."""
+    """Lines over time with a legend; `write` formats a value. `name` must be unique on its page."""
     if len(times) < 2:
         wait = Markup('<text class="empty-text" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            WIDTH / 2, HEIGHT / 2, "The first figures come in some seconds."
+            WIDTH / 2, HEIGHT / 2, "The first figures arrive in a few seconds."
         )
         return _figure(name, title, wait, Markup(""))
     top = _ceiling(max((value for line in lines for value in line.values if value is not None), default=0.0))
@@ -71,7 +71,7 @@ def plot(name: str, title: str, times: Sequence[float], lines: Sequence[Line], w
 
 
 def _figure(name: str, title: str, drawn: Markup, legend: Markup) -> Markup:
-    """The same room whatever is in it, so that nothing moves when there is something to draw."""
+    """Always the same size, so that nothing moves when data arrives."""
     return Markup(
         '<figure class="plot"><figcaption>{}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title">'
         '<title id="{}-title">{}</title>{}</svg><ul>{}</ul></figure>'
@@ -93,7 +93,7 @@ def _path(
 
 
 def _legend(lines: Sequence[Line], write: Callable[[float], str]) -> Markup:
-    """Each line's name and its last value, which a screen reader reads in the place of the picture."""
+    """Each line's name and last value, which screen readers read instead of the picture."""
     found = Markup("")
     for index, line in enumerate(lines):
         last = next((value for value in reversed(line.values) if value is not None), None)

@@ -1,4 +1,4 @@
-"""The page's process: its listener, and what runs beside it."""
+"""The web UI's process: its listener and background tasks."""
 
 import asyncio
 import errno
@@ -38,25 +38,25 @@ _EXPIRE_EVERY: Final = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebOptions:
-    """Where the page is served, and of which server."""
+    """The web UI's address, and its server."""
 
     listen: HostPort
     server: ServerAddress
     api_key: str | None = field(default=None, repr=False)
-    """For the figures that the page gathers itself; without one it does so while somebody is signed in."""
+    """Key for this process's own calls; without one it collects figures only while a user is signed in."""
     ca_file: Path | None = None
     certificate: ServerCertificate | None = None
     origins: tuple[str, ...] = ()
     forwarded_from: tuple[str, ...] = ()
-    """Networks of proxies that say in ``X-Forwarded-For`` whom a request comes from."""
+    """Networks of proxies trusted to name the client in ``X-Forwarded-For``."""
 
     def __post_init__(self) -> None:
         """Raises ConfigurationError."""
         if self.proxies.forwarded_from and not self.origins and self.certificate is None:
-            raise ConfigurationError("behind a proxy, browsers use its name: --origin https://HOST says which")
+            raise ConfigurationError("behind a proxy, browsers use the proxy's name: set --origin https://HOST")
         if self.certificate is None and not is_loopback(self.listen.host):
             raise ConfigurationError(
-                f"API keys and cookies travel to {self.listen}, which takes TLS: set --tls-cert, or listen on 127.0.0.1"
+                f"browsers send API keys and cookies to {self.listen}, which needs TLS: set --tls-cert, or listen on 127.0.0.1"
             )
 
     @property
@@ -66,10 +66,10 @@ class WebOptions:
 
 
 class BoundedProtocol(H11Protocol):
-    """Ends a connection whose next request does not come whole in time, and one too many of an address."""
+    """Ends connections whose next request is not complete in time, and excess connections of one address."""
 
     proxies = TrustedProxies()
-    """Of their addresses, as many connections are taken as of all."""
+    """The networks of proxies; each proxy may have as many connections as all clients together."""
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -94,7 +94,7 @@ class BoundedProtocol(H11Protocol):
         return cycle is not None and not cycle.response_complete
 
     def _wait(self) -> None:
-        """From its first byte on; more bytes do not prolong it."""
+        """Starts with the request's first byte; further bytes do not extend the time."""
         if self._waiting is None:
             self._waiting = self.loop.call_later(REQUEST_SECONDS, self._give_up)
 
@@ -114,7 +114,7 @@ class BoundedProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Ends the live pages before it waits for the connections."""
+    """Ends live pages before it waits for connections."""
 
     _tasks: TaskGroup
 
@@ -128,7 +128,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are for whoever runs `serve_page`."""
+        """Signals are handled by the caller of `serve_page`."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -190,7 +190,7 @@ def _listen(address: HostPort) -> socket.socket:
         return socket.create_server(target[:2], family=family, backlog=128)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise AddressInUseError(f"TCP port {address.port} of {address.host} is taken") from None
+            raise AddressInUseError(f"TCP port {address.port} of {address.host} is in use") from None
         raise ConfigurationError(f"cannot listen on {address}: {error.strerror}") from None
 
 
@@ -217,7 +217,7 @@ async def serve_page(options: WebOptions, on_listening: Callable[[HostPort], Awa
 
 
 async def _run(server: uvicorn.Server, sock: socket.socket, ended: anyio.Event) -> None:
-    """To its end, which it comes to in order when it is told to."""
+    """Run the server to its end, including an orderly shutdown."""
     with anyio.CancelScope(shield=True):
         await server.serve(sockets=[sock])
     ended.set()

@@ -1,4 +1,4 @@
-"""What the plots show: figures of the server, and of machines that somebody looks at, kept for a while."""
+"""Data for plots: figures of the server, and of machines being viewed, kept for a while."""
 
 import logging
 import time
@@ -37,19 +37,19 @@ _ANSWER_SECONDS: Final = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The server at one time."""
+    """The server's figures at one time."""
 
     at: float
     up: int
     down: int
     waiting: int
-    """Accepted, and never up yet."""
+    """Accepted machines that were never up."""
     kept_out: int
     """Pending or denied."""
     received_bytes: int
     sent_bytes: int
     joins: int
-    """Counted from when the page began."""
+    """Counted since the web UI started."""
     refusals: int
 
 
@@ -68,7 +68,7 @@ def sample_of(status: ServerStatus, at: float, joins: int) -> Sample:
 
 
 def rates(times: Sequence[float], totals: Sequence[int]) -> list[float | None]:
-    """Per second, between each time and the one before; None where a counter went back, as after a restart."""
+    """Rates per second between consecutive times; None where a counter decreased, as after a restart."""
     found: list[float | None] = [None]
     for index in range(1, len(times)):
         passed, more = times[index] - times[index - 1], totals[index] - totals[index - 1]
@@ -77,13 +77,13 @@ def rates(times: Sequence[float], totals: Sequence[int]) -> list[float | None]:
 
 
 class MachineTraffic:
-    """Bytes from and to the machines that were looked at last."""
+    """Bytes from and to recently viewed machines."""
 
     def __init__(self) -> None:
         self._samples: OrderedDict[str, deque[tuple[float, int, int]]] = OrderedDict()
 
     def note(self, machine: Machine, at: float) -> Sequence[tuple[float, int, int]]:
-        """Take a machine's present counters; returns all of it that is kept."""
+        """Add a machine's present counters; returns all its samples."""
         found = self._samples.setdefault(machine.id, deque(maxlen=_MACHINE_SAMPLES))
         self._samples.move_to_end(machine.id)
         if not found or at - found[-1][0] >= 1.0:
@@ -95,7 +95,7 @@ class MachineTraffic:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What a machine's API said, or why it said nothing."""
+    """The answer of a machine's API, or why there is none."""
 
     at: float
     answer: MachineAnswer | None = None
@@ -103,7 +103,7 @@ class Answered:
 
 
 class AnsweredMachines:
-    """What machines said lately, for all who look at them."""
+    """Recent answers of machines, shared by all viewers."""
 
     def __init__(self) -> None:
         self._found: OrderedDict[str, Answered] = OrderedDict()
@@ -112,7 +112,7 @@ class AnsweredMachines:
         return self._found.get(machine_id)
 
     async def renewed(self, caller: Caller, machine_id: str) -> Answered:
-        """Asks again where the last answer is old. Raises SignedOutError."""
+        """Query the machine again if the last answer is old. Raises SignedOutError."""
         found = self._found.get(machine_id)
         if found is not None and time.monotonic() - found.at < _ANSWER_SECONDS:
             return found
@@ -133,7 +133,7 @@ class AnsweredMachines:
 
 @dataclass
 class Sampler:
-    """Asks the server for its figures as long as there is somebody whose key it may ask with, or a key of its own."""
+    """Collects the server's figures, with this process's own key or that of a signed-in user."""
 
     caller: Callable[[], Caller | None]
     may_go_on: Callable[[Caller], bool] = lambda caller: True
@@ -144,7 +144,7 @@ class Sampler:
     joins: int = 0
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Collect figures until cancelled."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._count_joins)
             while True:
@@ -152,7 +152,7 @@ class Sampler:
                     try:
                         await self.look(caller)
                     except ApiError as error:
-                        log.debug("the server's figures cannot be read: %s", error)
+                        log.debug("cannot read the server's figures: %s", error)
                 await anyio.sleep(EVERY)
 
     async def look(self, caller: Caller) -> None:
@@ -169,7 +169,7 @@ class Sampler:
                         tasks.start_soon(self._end_with, caller, tasks)
                         await self._follow_joins(caller)
                 except ApiError as error:
-                    log.debug("joins cannot be followed: %s", error)
+                    log.debug("cannot follow joins: %s", error)
             await anyio.sleep(_AGAIN)
 
     async def _follow_joins(self, caller: Caller) -> None:

@@ -1,4 +1,4 @@
-"""Who is signed in. Sessions are kept in memory alone: a restart of the page signs everyone out."""
+"""Signed-in users. Sessions are kept only in memory: a restart of the web UI signs everyone out."""
 
 import hashlib
 import secrets
@@ -18,30 +18,30 @@ LIFETIME: Final = 12 * 3600.0
 IDLE: Final = 30 * 60.0
 MAX_SESSIONS: Final = 1000
 MAX_SESSIONS_PER_ACTOR: Final = 20
-"""So that nobody ends others' sessions by beginning many."""
+"""Sessions per user, so that nobody can end others' sessions by starting many."""
 MAX_STREAMS: Final = 12
-"""Live pages of one session."""
+"""Live pages per session."""
 MAX_STREAMS_PER_ACTOR: Final = 36
 """Live pages of all sessions of one API key."""
 MAX_SIGN_INS: Final = 32
 MAX_SIGN_INS_PER_SOURCE: Final = 4
-"""Keys that are being checked at once: a wrong one is answered late."""
+"""Concurrent checks of keys; the refusal of a wrong one is delayed."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Session:
-    """One browser of one person."""
+    """One browser of one user."""
 
     key: str = field(repr=False)
     """The API key."""
     actor: str
     role: str
     source: str
-    """Where it was begun; a cookie that comes from elsewhere is a stolen one."""
+    """The address at sign-in; the cookie from another address counts as stolen."""
     created_at: float
     used_at: float
     notice: str = ""
-    """What the next page says first."""
+    """A message for the top of the next page."""
     is_error: bool = False
     scopes: set[anyio.CancelScope] = field(default_factory=set, repr=False)
     is_over: bool = False
@@ -55,17 +55,17 @@ class Session:
         return told
 
     def may(self, role: str) -> bool:
-        """Whether the role includes another one. The server decides; this decides what is shown."""
+        """Whether the session's role includes another one. The server enforces roles; this only decides what to show."""
         ranks = ("viewer", "operator", "admin")
         return self.role in ranks and ranks.index(self.role) >= ranks.index(role)
 
 
 class TooManyError(Exception):
-    """Raised when there are as many of something as may be."""
+    """Raised when a limit is reached."""
 
 
 class Sessions:
-    """By the digests of their cookies."""
+    """All sessions, by the digests of their cookies."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -76,7 +76,7 @@ class Sessions:
         return len(self._by_digest)
 
     def begin(self, key: str, actor: str, role: str, source: str) -> tuple[str, Session]:
-        """A new session, and its cookie's value. Where there are too many, the one that was used the longest ago is ended."""
+        """Create a session; returns its cookie's value, too. If there are too many, the least recently used one ends."""
         now = self._clock()
         self.expire()
         while len(own := self._of(actor)) >= MAX_SESSIONS_PER_ACTOR:
@@ -92,8 +92,8 @@ class Sessions:
         return [one for one in self._by_digest.values() if one.actor == actor]
 
     def find(self, cookie: str | None, source: str, *, is_use: bool = True) -> Session | None:
-        """The session of a cookie; without `is_use` its idle time goes on. A cookie from another source than its session's ends
-        that session.
+        """The session of a cookie; with `is_use` False its idle time continues. A cookie from an address other than the
+        session's ends the session.
         """
         session = None if not cookie or len(cookie) > 128 else self._by_digest.get(_digest(cookie))
         if session is None or not self.is_live(session):
@@ -106,14 +106,14 @@ class Sessions:
         return session
 
     def is_live(self, session: Session) -> bool:
-        """Ends it where its time is over."""
+        """Whether the session is still valid; ends it if its time is over."""
         now = self._clock()
         if not session.is_over and (now - session.created_at >= LIFETIME or now - session.used_at >= IDLE):
             self.end(session)
         return not session.is_over
 
     def end(self, session: Session) -> None:
-        """With all that it follows."""
+        """End a session and everything it follows."""
         session.is_over = True
         session.key = ""
         for digest in [digest for digest, one in self._by_digest.items() if one is session]:
@@ -126,7 +126,7 @@ class Sessions:
             self.end(session)
 
     def expire(self) -> None:
-        """End those whose time is over."""
+        """End the sessions whose time is over."""
         for session in list(self._by_digest.values()):
             self.is_live(session)
 
@@ -139,9 +139,9 @@ class Sessions:
     def streaming(self, session: Session) -> Iterator[anyio.CancelScope]:
         """A scope that is cancelled when the session ends. Raises TooManyError."""
         if len(session.scopes) >= MAX_STREAMS:
-            raise TooManyError(f"a session has at most {MAX_STREAMS} live pages")
+            raise TooManyError(f"a session may have at most {MAX_STREAMS} live pages")
         if sum(len(one.scopes) for one in self._of(session.actor)) >= MAX_STREAMS_PER_ACTOR:
-            raise TooManyError(f"an API key has at most {MAX_STREAMS_PER_ACTOR} live pages")
+            raise TooManyError(f"an API key may have at most {MAX_STREAMS_PER_ACTOR} live pages")
         with anyio.CancelScope() as scope:
             session.scopes.add(scope)
             try:

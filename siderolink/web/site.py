@@ -1,4 +1,4 @@
-"""The ASGI application: routes, who is signed in, and how what fails is shown."""
+"""The ASGI application: routes, sign-in, and error pages."""
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,15 +17,15 @@ from starlette.types import ASGIApp
 
 from siderolink.common.grpc import TrustedProxies
 from siderolink.common.text import one_line
-from siderolink.web.actions import ACTIONS, Do, Done, Download, Shown, Wanted
+from siderolink.web.actions import ACTIONS, Do, Done, Download, Shown, Submission
 from siderolink.web.api import Api, ApiError, Caller, ServerAwayError, SignedOutError
 from siderolink.web.fleet import Fleet, Row
 from siderolink.web.guard import BODY_SECONDS, LIVE, MAX_BODY, Guard, Origins
-from siderolink.web.live import LiveStream, Looks, event
+from siderolink.web.live import LiveStream, Rendering, event
 from siderolink.web.sampling import Sampler
 from siderolink.web.sessions import COOKIE, LIFETIME, Session, Sessions, TooManyError
 from siderolink.web.templating import make_environment
-from siderolink.web.views import VIEWS, Asked, View
+from siderolink.web.views import VIEWS, PageRequest, View
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +33,20 @@ _STATIC: Final = Path(__file__).parent / "static"
 _TITLES: Final[Mapping[int, str]] = {
     400: "That cannot be done",
     403: "Not allowed",
-    404: "Not there",
-    409: "Not as things are",
-    429: "Too many at once",
+    404: "Not found",
+    409: "Not possible now",
+    429: "Too many requests",
     503: "The server does not answer",
 }
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]
 
 
 class SignInNeededError(Exception):
-    """Raised where nobody is signed in."""
+    """Raised if nobody is signed in."""
 
 
 class Site:
-    """The page of one server."""
+    """The web UI of one server."""
 
     def __init__(self, api: Api, origins: Origins, proxies: TrustedProxies | None = None) -> None:
         self._api = api
@@ -93,7 +93,7 @@ class Site:
         source = _source(request)
         try:
             if not (key.isascii() and key.isprintable() and " " not in key and 0 < len(key) <= 128):
-                raise SignedOutError("this is no API key; a key begins with slk_", 401)
+                raise SignedOutError("this is not an API key; a key begins with slk_", 401)
             with self.sessions.signing_in(source):
                 who = await self._api.caller(key, source).who()
         except SignedOutError as error:
@@ -115,7 +115,7 @@ class Site:
         return _without_cookie(RedirectResponse("/sign-in", status_code=303))
 
     async def _enter(self, request: Request, role: str = "viewer", *, is_use: bool = True) -> tuple[Session, Caller]:
-        """Who asks, which the server has just confirmed. Raises SignInNeededError or ApiError."""
+        """The caller, as just confirmed by the server. Raises SignInNeededError or ApiError."""
         session = self.sessions.find(request.cookies.get(COOKIE), _source(request), is_use=is_use)
         if session is None:
             raise SignInNeededError
@@ -132,12 +132,12 @@ class Site:
             raise ApiError(f"this needs the role {role}; {session.actor} has {session.role}", 403)
         return session, caller
 
-    # --- what is shown and done
+    # --- pages and actions
 
     def _page(self, view: View) -> Endpoint:
         async def show(request: Request) -> Response:
             session, caller = await self._enter(request, view.role)
-            values = await view.load(self._asked(request, caller))
+            values = await view.load(self._page_request(request, caller))
             notice, is_error = session.take_notice()
             query = urlencode(request.query_params.multi_items())
             more = {"view": view, "notice": notice, "is_error": is_error}
@@ -147,28 +147,28 @@ class Site:
         return show
 
     def _live(self, view: View) -> Endpoint:
-        """A stream is always answered as one: its script cannot read another status."""
+        """A stream is always answered with a stream, because its script cannot read another status."""
 
         async def follow(request: Request) -> ASGIApp:
             try:
                 session, caller = await self._enter(request, view.role, is_use=False)
             except (SignInNeededError, SignedOutError):
                 return Response(event("signed-out", ""), media_type="text/event-stream")
-            except ServerAwayError as error:  # it is asked for again by itself
+            except ServerAwayError as error:  # the browser retries by itself
                 return Response(event("away", str(error)), media_type="text/event-stream")
             except ApiError as error:
                 return Response(event("stopped", str(error)), media_type="text/event-stream")
-            asked = self._asked(request, caller, is_live=True)
+            asked = self._page_request(request, caller, is_live=True)
 
             rendered: dict[str, tuple[int, str]] = {}
 
-            async def render() -> Looks:
+            async def render() -> Rendering:
                 values = await view.load(asked) | {"session": session, "view": view}
                 regions = {
                     name: self._environment.get_template(template).render(values) for name, template in view.regions.items()
                 }
                 rows = {name: self._rows(template, values[name], rendered) for name, template in view.rows.items()}
-                return Looks(regions, rows)
+                return Rendering(regions, rows)
 
             stream = LiveStream(self.sessions, session, render)
             if view.name == "machine":
@@ -178,7 +178,7 @@ class Site:
         return follow
 
     def _rows(self, template: str, rows: Sequence[Row], rendered: dict[str, tuple[int, str]]) -> dict[str, str]:
-        """Each row's HTML by the id of its machine. One that was `rendered` and has not changed is not made anew."""
+        """Each row's HTML by its machine's id. Unchanged rows that were `rendered` before are reused."""
         found: dict[str, tuple[int, str]] = {}
         for row in rows:
             machine_id = row.machine.id
@@ -190,10 +190,10 @@ class Site:
         rendered.update(found)
         return {machine_id: html for machine_id, (_, html) in found.items()}
 
-    def _asked(self, request: Request, caller: Caller, *, is_live: bool = False) -> Asked:
+    def _page_request(self, request: Request, caller: Caller, *, is_live: bool = False) -> PageRequest:
         path = {name: str(value) for name, value in request.path_params.items()}
         query = dict(request.query_params)
-        return Asked(caller=caller, sampler=self.sampler, fleet=self.fleet, query=query, path=path, is_live=is_live)
+        return PageRequest(caller=caller, sampler=self.sampler, fleet=self.fleet, query=query, path=path, is_live=is_live)
 
     def _action(self, do: Do) -> Endpoint:
         async def act(request: Request) -> Response:
@@ -201,7 +201,7 @@ class Site:
             form = await _read_form(request)
             path = {name: str(value) for name, value in request.path_params.items()}
             try:
-                outcome = await do(Wanted(caller, form, path, request.url.hostname or "localhost"))
+                outcome = await do(Submission(caller, form, path, request.url.hostname or "localhost"))
             except SignedOutError:
                 self.sessions.end(session)
                 raise
@@ -235,7 +235,7 @@ class Site:
             except ApiError as error:
                 return self._failure(str(error), error.status)
             except TimeoutError:
-                return self._failure("the form did not come in time", 408)
+                return self._failure("the form did not arrive in time", 408)
             except ClientDisconnect:
                 return Response(status_code=400)
 
@@ -250,7 +250,7 @@ class Site:
 
 
 class _Static(StaticFiles):
-    """Our own files. A browser may keep them, and asks whether they are current."""
+    """The static files. Browsers may cache them, and revalidate them."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -259,7 +259,7 @@ class _Static(StaticFiles):
 
 
 async def _read_form(request: Request) -> dict[str, str]:
-    """The fields of a form; the first of several of one name. Raises ApiError and TimeoutError."""
+    """The fields of a form; the first one of each name. Raises ApiError and TimeoutError."""
     body = bytearray()
     with anyio.fail_after(BODY_SECONDS):
         async for part in request.stream():
@@ -269,17 +269,17 @@ async def _read_form(request: Request) -> dict[str, str]:
     try:
         found = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=100, errors="strict")
     except ValueError:
-        raise ApiError("the form cannot be read", 400) from None
+        raise ApiError("the form is malformed", 400) from None
     return {name: value for name, value in reversed(found)}
 
 
 def _source(request: Request) -> str:
-    """Where a browser is."""
+    """The browser's address."""
     return "unknown" if request.client is None else one_line(request.client.host, limit=64)
 
 
 def _local(location: str) -> str:
-    """A path of ours, or the first page."""
+    """A path of the web UI, or the first page."""
     is_ours = location.startswith("/") and not location.startswith(("//", "/\\")) and location.isprintable()
     return location if is_ours and len(location) <= 500 else "/"
 

@@ -1,4 +1,4 @@
-"""How the templates write values: times, sizes, rates, and text of others, which is never markup."""
+"""Formatting of values in templates: times, sizes, rates, and foreign text, which is never markup."""
 
 import math
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ _SIZES: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def moment(at: float | None) -> Markup:
-    """A time; the script turns it into how long ago that is."""
+    """A time; the script shows it as an age."""
     text = timestamp(at)
     if not text:
         return Markup('<span class="none">never</span>')
@@ -23,7 +23,7 @@ def moment(at: float | None) -> Markup:
 
 
 def timestamp(at: float | None) -> str:
-    """UTC, to the second; empty for none, and for what no calendar has."""
+    """UTC with seconds; empty for none, and for times outside the calendar."""
     if at is None or not math.isfinite(at):
         return ""
     try:
@@ -74,7 +74,7 @@ def labels(found: dict[str, str]) -> str:
 
 
 def short(text: str) -> str:
-    """What fits into a row of a list."""
+    """Text shortened for a row of a list."""
     return text if len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
 
 
@@ -84,14 +84,14 @@ def block(text: str) -> Markup:
 
 
 def _finalize(value: Any) -> Any:
-    """No character of a value can steer what is around it: controls and marks that turn the direction of writing are spaces."""
+    """Replaces control characters and marks that change the writing direction by spaces."""
     if value is None:
         return ""
     return one_line(value, limit=LONGEST) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def make_environment() -> jinja2.Environment:
-    """The templates, which escape everything."""
+    """The template environment, which escapes everything."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("siderolink.web", "templates"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""The pages that show something: what each asks the server for, and which of its parts may change while it is shown."""
+"""The pages: the data each loads from the server, and the parts that may change while it is shown."""
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -44,8 +44,8 @@ _USERS: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """A page that somebody asks for."""
+class PageRequest:
+    """A request for a page."""
 
     caller: Caller
     sampler: Sampler
@@ -53,15 +53,15 @@ class Asked:
     query: Mapping[str, str]
     path: Mapping[str, str]
     is_live: bool = False
-    """For a page that is shown already, which may wait."""
+    """Whether it is for a page that is already shown, which may wait."""
 
     def text(self, name: str, *, among: tuple[str, ...] | None = None) -> str:
-        """A parameter; empty where it is absent, or not `among` those that are known."""
+        """A parameter; empty if it is absent or not in `among`."""
         found = self.query.get(name, "")[:500]
         return found if among is None or found in among else ""
 
 
-Load = Callable[[Asked], Awaitable[dict[str, Any]]]
+Load = Callable[[PageRequest], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,21 +74,21 @@ class View:
     regions: Mapping[str, str] = field(default_factory=dict)
     """The parts that may change, by their ids, each with its template."""
     rows: Mapping[str, str] = field(default_factory=dict)
-    """Parts of many rows, of which only those that changed are told: by their ids, each with the template of a row. What they
-    show is the value of that name: see `fleet.Row`."""
+    """Parts with many rows, of which only changed ones are sent: by their ids, each with a row's template. Their rows are the
+    value of that name: see `fleet.Row`."""
     role: str = "viewer"
     title: str = ""
-    """In the navigation; empty for pages that are not there."""
+    """Title in the navigation; empty for pages that are not in it."""
 
     @property
     def template(self) -> str:
         return f"{self.name}.html"
 
 
-async def overview(asked: Asked) -> dict[str, Any]:
+async def overview(request: PageRequest) -> dict[str, Any]:
     with explained():
-        status = await asked.caller.stub(ServerServiceStub).get_status(GetStatusRequest())
-    samples = list(asked.sampler.samples)
+        status = await request.caller.stub(ServerServiceStub).get_status(GetStatusRequest())
+    samples = list(request.sampler.samples)
     times = [one.at for one in samples]
     machines = plot(
         "machines-plot",
@@ -129,23 +129,23 @@ def _minutely(found: list[float | None]) -> list[float | None]:
     return [None if value is None else 60 * value for value in found]
 
 
-async def machines(asked: Asked) -> dict[str, Any]:
-    """From what this process keeps: the server is asked only whether the key still counts."""
-    if asked.is_live:
-        await asked.caller.who()
-    sort = asked.text("sort")
+async def machines(request: PageRequest) -> dict[str, Any]:
+    """Data kept by this process; the server is only request whether the key is still valid."""
+    if request.is_live:
+        await request.caller.who()
+    sort = request.text("sort")
     query = Query(
-        text=asked.text("text"),
-        state=asked.text("state", among=STATES),
-        transport=asked.text("transport", among=("udp", "tunnel")),
-        selector=asked.text("selector"),
-        version=asked.text("version"),
+        text=request.text("text"),
+        state=request.text("state", among=STATES),
+        transport=request.text("transport", among=("udp", "tunnel")),
+        selector=request.text("selector"),
+        version=request.text("version"),
         sort=sort if sort.removeprefix("-") in ORDERS else "name",
     )
-    number, problem = asked.text("page"), ""
+    number, problem = request.text("page"), ""
     try:
-        found = await asked.fleet.find(query, int(number) if number.isascii() and number.isdigit() and len(number) < 9 else 1)
-    except ConfigurationError as error:  # a selector that is still being typed
+        found = await request.fleet.find(query, int(number) if number.isascii() and number.isdigit() and len(number) < 9 else 1)
+    except ConfigurationError as error:  # an incomplete selector while typing
         found, problem = Found(rows=(), total=0, number=1, pages=1), str(error)
     wanted = {name: value for name, value in asdict(query).items() if value and (name, value) != ("sort", "name")}
     return {
@@ -159,18 +159,18 @@ async def machines(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _page(asked: Asked, found: ListTokensResponse | ListBansResponse) -> dict[str, Any]:
-    """What the templates need to know about one page of a list."""
-    return {"total": found.total, "next_page": found.next_page_token, "is_first": not asked.text("page")}
+def _page(request: PageRequest, found: ListTokensResponse | ListBansResponse) -> dict[str, Any]:
+    """The paging data of a list for the templates."""
+    return {"total": found.total, "next_page": found.next_page_token, "is_first": not request.text("page")}
 
 
-async def machine(asked: Asked) -> dict[str, Any]:
-    name = asked.path["machine"]
+async def machine(request: PageRequest) -> dict[str, Any]:
+    name = request.path["machine"]
     with explained():
-        found = await asked.caller.stub(MachineServiceStub).get_machine(MachineRequest(name=name))
-        request = ListHistoryRequest(machine=found.id, page_size=_TIMELINE)
-        history = await asked.caller.stub(HistoryServiceStub).list_history(request)
-    samples = asked.sampler.machines.note(found, time.time())
+        found = await request.caller.stub(MachineServiceStub).get_machine(MachineRequest(name=name))
+        listing = ListHistoryRequest(machine=found.id, page_size=_TIMELINE)
+        history = await request.caller.stub(HistoryServiceStub).list_history(listing)
+    samples = request.sampler.machines.note(found, time.time())
     times = [at for at, _, _ in samples]
     traffic = plot(
         "machine-plot",
@@ -182,50 +182,50 @@ async def machine(asked: Asked) -> dict[str, Any]:
         ],
         rate,
     )
-    said = asked.sampler.answers.of(found.id)
-    if asked.is_live and found.link == "up":
-        said = await asked.sampler.answers.renewed(asked.caller, found.id)
+    said = request.sampler.answers.of(found.id)
+    if request.is_live and found.link == "up":
+        said = await request.sampler.answers.renewed(request.caller, found.id)
     return {"machine": found, "history": history.entries, "plot": traffic, "said": said}
 
 
-async def tokens(asked: Asked) -> dict[str, Any]:
-    state = asked.text("state", among=TOKEN_STATES)
-    request = ListTokensRequest(
-        page_size=PAGE_SIZE, page_token=asked.text("page"), states=[state] if state else [], text=asked.text("text")
+async def tokens(request: PageRequest) -> dict[str, Any]:
+    state = request.text("state", among=TOKEN_STATES)
+    listing = ListTokensRequest(
+        page_size=PAGE_SIZE, page_token=request.text("page"), states=[state] if state else [], text=request.text("text")
     )
     with explained():
-        found = await asked.caller.stub(TokenServiceStub).list_tokens(request)
+        found = await request.caller.stub(TokenServiceStub).list_tokens(listing)
     return {
-        **_page(asked, found),
+        **_page(request, found),
         "tokens": found.tokens,
-        "wanted": {"text": asked.text("text"), "state": state},
+        "wanted": {"text": request.text("text"), "state": state},
         "states": TOKEN_STATES,
     }
 
 
-async def token(asked: Asked) -> dict[str, Any]:
-    stub = asked.caller.stub(TokenServiceStub)
+async def token(request: PageRequest) -> dict[str, Any]:
+    stub = request.caller.stub(TokenServiceStub)
     with explained():
-        found = await stub.get_token(TokenRequest(name=asked.path["token"]))
+        found = await stub.get_token(TokenRequest(name=request.path["token"]))
         users = await stub.list_token_users(ListTokenUsersRequest(name=found.id, page_size=_USERS))
     return {"token": found, "users": users.users, "user_total": users.total}
 
 
-async def bans(asked: Asked) -> dict[str, Any]:
+async def bans(request: PageRequest) -> dict[str, Any]:
     with explained():
-        found = await asked.caller.stub(BanServiceStub).list_bans(
-            ListBansRequest(page_size=PAGE_SIZE, page_token=asked.text("page"))
+        found = await request.caller.stub(BanServiceStub).list_bans(
+            ListBansRequest(page_size=PAGE_SIZE, page_token=request.text("page"))
         )
-    return {"bans": found.bans, **_page(asked, found)}
+    return {"bans": found.bans, **_page(request, found)}
 
 
-async def limits(asked: Asked) -> dict[str, Any]:
+async def limits(request: PageRequest) -> dict[str, Any]:
     with explained():
-        status = await asked.caller.stub(ServerServiceStub).get_status(GetStatusRequest())
-        refused = await asked.caller.stub(HistoryServiceStub).list_history(
+        status = await request.caller.stub(ServerServiceStub).get_status(GetStatusRequest())
+        refused = await request.caller.stub(HistoryServiceStub).list_history(
             ListHistoryRequest(kinds=["refused", "lost"], page_size=_TIMELINE)
         )
-        kept = await asked.caller.stub(HistoryServiceStub).get_retention(GetRetentionRequest())
+        kept = await request.caller.stub(HistoryServiceStub).get_retention(GetRetentionRequest())
     return {
         "limits": _limits(status),
         "kept": kept,
@@ -237,7 +237,7 @@ async def limits(asked: Asked) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """A limit of the server: what it is, and where it bites."""
+    """A limit of the server, and its effects."""
 
     name: str
     value: str
@@ -294,25 +294,25 @@ def _by_count(found: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(((name, count) for name, count in found.items() if count), key=lambda one: (-one[1], one[0]))
 
 
-async def audit(asked: Asked) -> dict[str, Any]:
-    wanted = {name: asked.text(name) for name in ("actor", "action", "object")}
-    request = ListAuditRequest(
+async def audit(request: PageRequest) -> dict[str, Any]:
+    wanted = {name: request.text(name) for name in ("actor", "action", "object")}
+    listing = ListAuditRequest(
         page_size=PAGE_SIZE,
-        page_token=asked.text("page"),
+        page_token=request.text("page"),
         filter=AuditFilter(actor=wanted["actor"], action=wanted["action"], object=wanted["object"]),
     )
     with explained():
-        found = await asked.caller.stub(AuditServiceStub).list_audit(request)
+        found = await request.caller.stub(AuditServiceStub).list_audit(listing)
     return {
         "entries": found.entries,
         "next_page": found.next_page_token,
-        "is_first": not asked.text("page"),
+        "is_first": not request.text("page"),
         "wanted": wanted,
     }
 
 
-async def servers(asked: Asked) -> dict[str, Any]:
-    stub = asked.caller.stub(ServerServiceStub)
+async def servers(request: PageRequest) -> dict[str, Any]:
+    stub = request.caller.stub(ServerServiceStub)
     with explained():
         info, status = await stub.get_info(GetInfoRequest()), await stub.get_status(GetStatusRequest())
         every = await stub.list_servers(ListServersRequest())

@@ -31,7 +31,7 @@ def test_a_machine_by_tunnel_opens_a_stream_to_the_next_server_before_it_leaves_
             echoes, stop_echoes = EchoCount(), portal.call(anyio.Event)
             pinging = portal.start_task_soon(partial(keep_pinging, link.server_address, echoes, stop_echoes))
             first, other = (a, b) if pings(a.namespace, link.address, 5) else (b, a)
-            assert first.command(["drain", "--timeout", "50s"]).splitlines()[-1].startswith("nobody is left")
+            assert first.command(["drain", "--timeout", "50s"]).splitlines()[-1].startswith("no machine is left")
             assert pings(other.namespace, link.address, 10)
             portal.call(stop_echoes.set)
             pinging.result(60)

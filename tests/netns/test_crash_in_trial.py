@@ -31,7 +31,7 @@ DROPS_UDP = "table inet wall { chain input { type filter hook input priority 0; 
 OTHER = UUID[:-1] + "2"
 GIVEN = '{"Fingerprint":"' + "0" * 64 + '","Token":"a1b2c3d4-0000-4000-8000-00000000000f"}'
 TUNNEL = f"{URL}&grpc_tunnel=true"
-TRYING, BACK = "trying settings", "a trial of new ones was interrupted"
+TRYING, BACK = "trying settings", "a trial was interrupted"
 
 
 def document(url: str) -> str:

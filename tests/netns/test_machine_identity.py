@@ -170,10 +170,10 @@ def test_the_machine_commands(net: Net, tmp_path: Path) -> None:
         assert command(tmp_path, "bans").stdout.split() == ["uuid", node_uuid]
         assert command(tmp_path, "unban", node_uuid).returncode == 0
         assert thief(net, node_uuid) is None
-        assert "is forgotten" in command(tmp_path, "forget", node_uuid, "--yes").stdout
+        assert "was removed" in command(tmp_path, "forget", node_uuid, "--yes").stdout
         unknown = command(tmp_path, "show", node_uuid)
         assert unknown.returncode == 3
-        assert "no machine has the id, UUID or public key" in unknown.stderr
+        assert "no machine has the id, name, UUID or public key" in unknown.stderr
         assert "Traceback" not in unknown.stderr
 
 

@@ -169,7 +169,7 @@ def test_keys_with_roles_from_elsewhere(fleet: Fleet, tmp_path: Path) -> None:
     denied = elsewhere("machine", "list")
     assert (denied.status, "needs an API key" in denied.err) == (ExitStatus.DENIED, True)
     wrong = elsewhere("machine", "list", SIDEROLINK_API_KEY="not-a-key-of-this-server")
-    assert (wrong.status, "does not take the API key" in wrong.err) == (ExitStatus.DENIED, True)
+    assert (wrong.status, "does not accept the API key" in wrong.err) == (ExitStatus.DENIED, True)
     keys = {}
     for role in ("viewer", "operator", "admin"):
         made = json.loads(here.ok("apikey", "create", role, "--role", role, "--expires", "1h", "-o", "json"))
@@ -244,9 +244,9 @@ def test_a_ban_cuts_the_link_while_events_are_followed(fleet: Fleet) -> None:
         stop(process)
     (ban,) = json.loads(here.ok("ban", "list", "-o", "json"))
     assert (ban["kind"], ban["value"], ban["reason"]) == ("uuid", SECOND, "lost")
-    assert here.ok("ban", "remove", SECOND) == f"welcome again: uuid {SECOND}\n"
+    assert here.ok("ban", "remove", SECOND) == f"the ban is lifted: uuid {SECOND}\n"
     assert json.loads(here.ok("ban", "list", "-o", "json")) == []
-    assert "is forgotten" in here.ok("machine", "remove", FIRST, "--yes")
+    assert "was removed" in here.ok("machine", "remove", FIRST, "--yes")
 
 
 def test_bash_completes_the_names_of_a_running_server(fleet: Fleet, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_tokens_are_made_shown_revoked_and_removed(fleet: Fleet, tmp_path: Path)
     assert here.ok("token", "list", "-l", "row=2", "-o", "name").split() == ["racks"]
     assert json.loads(here.ok("token", "default", "racks", "-o", "json"))["is_default"] is True
     assert here("token", "delete", "racks", "--yes").status == ExitStatus.CONFLICT
-    assert here.ok("token", "delete", "once", "--yes") == "once is deleted\n"
+    assert here.ok("token", "delete", "once", "--yes") == "once was deleted\n"
     actions = [entry["action"] for entry in json.loads(here.ok("audit", "--action", "token.", "-o", "json"))]
     assert {"token.create", "token.revoke", "token.delete"} <= set(actions)
     assert secret not in here.ok("audit", "-o", "json")

@@ -131,7 +131,7 @@ def test_a_rotated_key_reaches_every_server_within_five_seconds(tmp_path: Path) 
         refused = a.command(["state", "rotate-key"], check=False)
         assert "every machine has to join again? There is no terminal to ask on: add --yes" in refused
         said = a.command(["state", "rotate-key", "--yes"])
-        assert "that of all servers of this store" in said
+        assert "all servers of this store use it" in said
         began = time.monotonic()
         overlay = b.wait_for("key ", timeout=30)
         assert str(first) not in overlay  # it started again
@@ -155,7 +155,7 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
         pinging = portal.start_task_soon(partial(keep_pinging, link.server_address, echoes, stop_echoes))
         # from the other server, by the command
         said = b.command(["drain", f"{net.address(0)}:51820", "--timeout", "50s"])
-        assert said.splitlines()[-1] == "nobody is left: the server can be stopped"
+        assert said.splitlines()[-1] == "no machine is left; the server can be stopped"
         assert "192.0.3.1" in str(portal.call(link.status).route)
         assert [one["state"] for one in json.loads(b.command(["servers", "-o", "json"]))] == ["up", "draining"]
         (audited,) = json.loads(b.command(["audit", "--action", "server.drain", "-o", "json"]))

@@ -118,7 +118,7 @@ async def open_sibling(
         face = PeerService(manager.links, manager.device, registry.time.clock, heard_at, office.administration.limits)
         listening = peers.listen("127.0.0.1:0", face, office.services, office.administration.api_keys)
         port = await stack.enter_async_context(listening)
-        office.administration.machines.other_servers = peers.questions
+        office.administration.machines.other_servers = peers.queries
         registry.rows[name] = FleetServer(
             id=name, peer_address=f"127.0.0.1:{port}", peer_fingerprint=peers.identity.fingerprint, heartbeat_at=0.0
         )

@@ -1,1 +1,1 @@
-"""The commands that manage a server, local or remote: clients of the API ``siderolink.admin.v1``."""
+"""The commands that manage a server, local or remote, as clients of the API ``siderolink.admin.v1``."""

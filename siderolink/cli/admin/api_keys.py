@@ -1,4 +1,4 @@
-"""`siderolink apikey`: who may manage a server from elsewhere."""
+"""`siderolink apikey`: keys for remote management of a server."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -79,12 +79,12 @@ def create(
     forward: Annotated[
         list[str] | None,
         typer.Option(
-            help="Machine, optionally with a port, that the key may forward to whatever its role. Repeatable.",
+            help="Machine, optionally with a port, that the key may forward to regardless of its role. Repeatable.",
             metavar="MACHINE[:PORT]",
         ),
     ] = None,
 ) -> None:
-    """Create an API key, and print it. It is never shown again."""
+    """Create an API key and print it. It is never shown again."""
     expires_at, ttl = (None, None) if expires is None else read_expiry(expires)
 
     async def work(connection: Connection) -> tuple[ApiKey, str]:
@@ -139,4 +139,4 @@ def delete(call: Call, name: Name) -> None:
     async def work(connection: Connection) -> ApiKey:
         return await connection.stub(ApiKeyServiceStub).delete_api_key(ApiKeyRequest(name=name))
 
-    show(f"{one_line(call.run(work).name)} is deleted")
+    show(f"{one_line(call.run(work).name)} was deleted")

@@ -1,4 +1,4 @@
-"""`siderolink audit`, `events` and `version`: what people did, what happens, and who answers."""
+"""`siderolink audit`, `events` and `version`."""
 
 import codecs
 import os
@@ -133,7 +133,7 @@ def _export(call: Call, wanted: AuditFilter, file: str) -> None:
         try:
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise CommandError(f"{file} cannot be created: {error.strerror} (--export)") from None
+            raise CommandError(f"cannot create {file}: {error.strerror} (--export)") from None
         size = 0
         try:
             with os.fdopen(descriptor, "wb") as opened:
@@ -164,7 +164,7 @@ def events(
     """Show events of machines, oldest first; with -f, follow new ones."""
     if follow:
         if since is not None or until is not None:
-            raise ConfigurationError("--follow shows what happens from now on: leave out --since and --until")
+            raise ConfigurationError("--follow shows new events only: omit --since and --until")
         request = FollowEventsRequest(machine=machine, kinds=list(kind or ()))
         call.run(
             lambda connection: print_all(
@@ -192,7 +192,7 @@ def version(
     failure: CommandError | None = None
     if not client:
         try:
-            answer = call.run(_ask_version)
+            answer = call.run(_get_version)
         except CommandError as error:
             failure = error
         else:
@@ -210,5 +210,5 @@ def version(
         raise failure
 
 
-async def _ask_version(connection: Connection) -> GetVersionResponse:
+async def _get_version(connection: Connection) -> GetVersionResponse:
     return await connection.stub(ServerServiceStub).get_version(GetVersionRequest())

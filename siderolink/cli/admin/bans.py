@@ -1,4 +1,4 @@
-"""`siderolink ban`: who may not join, by UUID, public key or unique token."""
+"""`siderolink ban`: refuse machines by UUID, public key or unique token."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -68,7 +68,7 @@ async def _all_bans(connection: Connection) -> list[BanEntry]:
 
 
 def list_bans(call: Call, *, has_headings: bool) -> None:
-    """Print all bans. Without headings, a table has kind and value alone."""
+    """Print all bans. Without headings, a table has only kind and value."""
     found = call.run(_all_bans)
     if has_headings or call.output not in (OutputFormat.TABLE, OutputFormat.WIDE):
         print_list(found, _BANS, call.output)
@@ -91,7 +91,7 @@ def add(
     kind: Kind = None,
     reason: Reason = "",
 ) -> None:
-    """Refuse a machine's future joins, forget it, and end its link at once."""
+    """Refuse a machine's future joins, remove the machine, and end its link immediately."""
     ban_machine(call, name, kind, reason)
 
 
@@ -102,18 +102,18 @@ def remove(call: Call, value: Value, kind: Kind = None) -> None:
 
 
 def ban_machine(call: Call, name: str, kind: BanKindChoice | None, reason: str) -> None:
-    """Ban a machine, and print the result."""
-    call.confirm(f"Ban {one_line(name, limit=80)}, forget the machine, and end its link")
+    """Ban a machine and print the result."""
+    call.confirm(f"Ban {one_line(name, limit=80)}, remove the machine, and end its link")
 
     async def work(connection: Connection) -> BanResponse:
         request = BanRequest(name=name, kind="" if kind is None else kind.value, reason=reason)
         return await connection.stub(BanServiceStub).ban(request)
 
     done = call.run(work)
-    what = "it was banned already" if done.ban is None else f"{done.ban.kind} {done.ban.value}"
+    what = "it was already banned" if done.ban is None else f"{done.ban.kind} {done.ban.value}"
     show(f"banned: {what}")
     if done.machine is not None:
-        show(f"the machine is forgotten{by_token(done.machine)}")
+        show(f"the machine was removed{by_token(done.machine)}")
         if done.ban is not None and done.ban.kind == "uuid":
             show("a machine can change its UUID; ban it with --kind key or --kind unique to make evasion harder")
 
@@ -126,13 +126,13 @@ def unban(call: Call, value: str, kind: BanKindChoice | None) -> None:
         return await connection.stub(BanServiceStub).unban(request)
 
     lifted = call.run(work)
-    show(f"welcome again: {lifted.kind} {lifted.value}")
+    show(f"the ban is lifted: {lifted.kind} {lifted.value}")
 
 
 def by_token(machine: Machine) -> str:
-    """The token the machine used, and whether it would still be admitted."""
+    """The token that the machine used, and whether it would still admit it."""
     if not machine.join_token:
         return ""
-    admits = {"yes": "still admits", "no": "does not admit any more"}.get(machine.join_token_admits, "may still admit")
+    admits = {"yes": "still admits", "no": "no longer admits"}.get(machine.join_token_admits, "may still admit")
     name = one_line(machine.join_token_name) if machine.join_token_name else f"{machine.join_token}…"
-    return f"; it came by the join token {name}, which {admits} machines"
+    return f"; it joined by the token {name}, which {admits} machines"

@@ -1,4 +1,4 @@
-"""What the commands that manage a server share: their options, one run of one, confirmations, watching."""
+"""Shared by the commands that manage a server: options, running, confirmation, watching."""
 
 import inspect
 import sys
@@ -90,7 +90,7 @@ _Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirma
 
 
 def confirm(what: str) -> None:
-    """Ask on the terminal. Raises CommandError where the answer is no, or nobody can be asked."""
+    """Ask for confirmation on the terminal. Raises CommandError if the answer is no, or there is no terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise CommandError(f"{what}? There is no terminal to ask on: add --yes", ExitStatus.USAGE)
     if not typer.confirm(printable(f"{what}?"), err=True):
@@ -99,33 +99,33 @@ def confirm(what: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One run of a command: which server it is for, how to print, and whether it may destroy without asking."""
+    """One run of a command: its server, its output format, and whether to skip confirmations."""
 
     options: TargetOptions
     output: OutputFormat
     is_confirmed: bool
 
     def run(self, work: Callable[[Connection], Awaitable[T]], *, limits: Limits = ANSWER_LIMITS) -> T:
-        """Run this with a connection to the server. Raises SideroLinkError; CommandError for errors of the server."""
+        """Run `work` with a connection to the server. Raises SideroLinkError; CommandError for errors of the server."""
         target = find_target(self.options)
         return anyio.run(_run, target, work, limits)
 
     def confirm(self, what: str) -> None:
-        """Ask before something is destroyed. Raises CommandError where the answer is no, or nobody can be asked."""
+        """Ask for confirmation of a destructive action. Raises CommandError if it is refused or there is no terminal."""
         if not self.is_confirmed:
             confirm(what)
 
     def for_each(self, names: Sequence[str], work: Callable[[Connection, str], Awaitable[None]]) -> None:
-        """Do this for every name on one connection. One that fails is told, and the others are done.
+        """Run `work` for every name on one connection. Failures are printed, and do not stop the others.
 
         Raises CommandError with the status of the first failure.
         """
 
-        async def all_of_them(connection: Connection) -> ExitStatus:
+        async def run_all(connection: Connection) -> ExitStatus:
             status = ExitStatus.OK
             for name in names:
                 try:
-                    await self._told(connection, name, work)
+                    await self._run_explained(connection, name, work)
                 except CommandError as error:
                     if len(names) == 1:
                         raise
@@ -133,10 +133,12 @@ class Call:
                     status = status or error.status
             return status
 
-        if status := self.run(all_of_them):
+        if status := self.run(run_all):
             raise typer.Exit(status)
 
-    async def _told(self, connection: Connection, name: str, work: Callable[[Connection, str], Awaitable[None]]) -> None:
+    async def _run_explained(
+        self, connection: Connection, name: str, work: Callable[[Connection, str], Awaitable[None]]
+    ) -> None:
         with connection.explained():
             await work(connection, name)
 
@@ -153,14 +155,14 @@ class Call:
                     print_stream(item, view, self.output, table)
             for name in before.keys() - found.keys():
                 del before[name]
-                tell(f"{one_line(name)} is gone")
+                tell(f"{one_line(name)} was removed")
             flush()
             await anyio.sleep(_WATCH_SECONDS)
 
     def print_or_watch(
         self, fetch: Callable[[Connection], Awaitable[Sequence[T]]], view: View[T], *, watch: bool = False
     ) -> None:
-        """Print a list; with `watch`, go on with its changes."""
+        """Print a list; with `watch`, then its changes."""
 
         async def work(connection: Connection) -> Sequence[T]:
             if watch:
@@ -190,7 +192,7 @@ async def all_pages(ask: Callable[[str], Awaitable[S]], items: Callable[[S], lis
 def command(
     app: typer.Typer, name: str, *, prints: bool = False, destroys: bool = False, hidden: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a command whose first parameter is a Call: the options for it are added to its own.
+    """Add a command whose first parameter is a Call, whose options are added to the command's own.
 
     `prints` adds ``--output``, `destroys` adds ``--yes``.
     """

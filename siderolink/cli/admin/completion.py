@@ -1,4 +1,4 @@
-"""Completion of names from the server, and the scripts that bring completion to shells."""
+"""Completion of names from the server, and the completion scripts of shells."""
 
 import re
 from collections.abc import Awaitable, Callable, Iterable
@@ -31,7 +31,7 @@ app = typer.Typer(add_completion=False)
 _SECONDS = 2.0
 _MOST = 200
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+=:-]*\Z")
-"""What a shell takes as one plain word. A name from the server is offered only if it is one: shells put it in as it is."""
+"""A plain word for shells. Names from the server are offered only if they match, because shells insert them unquoted."""
 
 Complete = Callable[[typer.Context, str], list[str]]
 
@@ -86,14 +86,14 @@ def completion(shell: Shell) -> None:
 
 
 def use_completion() -> None:
-    """Let this process answer a shell's question, which comes by the environment."""
+    """Let this process answer a shell's completion request, which is passed in the environment."""
     from typer.completion import completion_init  # type: ignore[attr-defined]
 
     completion_init()
 
 
 def _names(ask: Callable[[Connection, str], Awaitable[Iterable[str]]]) -> Complete:
-    """Completes from the server that the options so far name; nothing where it does not answer at once."""
+    """Completes from the server that the options so far select; nothing if it does not answer quickly."""
 
     def complete(context: typer.Context, incomplete: str) -> list[str]:
         def path(name: str) -> Path | None:
@@ -115,7 +115,7 @@ def _names(ask: Callable[[Connection, str], Awaitable[Iterable[str]]]) -> Comple
 
         try:
             found = anyio.run(work)
-        except (SideroLinkError, OSError):  # a shell is not the place to tell of it
+        except (SideroLinkError, OSError):  # completion must not print errors
             return []
         return sorted(name for name in found if name.startswith(incomplete) and _SAFE.match(name))
 

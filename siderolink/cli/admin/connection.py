@@ -1,4 +1,4 @@
-"""Connecting to a server's admin API: which server, which key, and how its errors map to exit statuses."""
+"""Connecting to a server's admin API: server, key, and exit statuses for its errors."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -25,7 +25,7 @@ DEFAULT_INTERFACE = "siderolink"
 
 
 class ExitStatus(IntEnum):
-    """How the commands that manage a server end; scripts rely on the numbers (docs/commands.md)."""
+    """Exit statuses of the commands that manage a server; scripts rely on the numbers (docs/commands.md)."""
 
     OK = 0
     ERROR = 1
@@ -51,7 +51,7 @@ _STATUSES = {
 
 
 class CommandError(SideroLinkError):
-    """Raised when a command that manages a server fails; knows the exit status."""
+    """Raised when a command that manages a server fails; contains the exit status."""
 
     def __init__(self, text: str, status: ExitStatus = ExitStatus.ERROR) -> None:
         super().__init__(text)
@@ -60,7 +60,7 @@ class CommandError(SideroLinkError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A server, and how to show who calls."""
+    """A server, and the caller's credentials."""
 
     address: ServerAddress
     api_key: str | None = field(default=None, repr=False)
@@ -72,7 +72,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetOptions:
-    """As given on the command line."""
+    """Options as given on the command line."""
 
     server: str | None = None
     context: str | None = None
@@ -82,19 +82,19 @@ class TargetOptions:
 
 
 def admin_socket(interface: str) -> Path:
-    """The local socket of the server that has this interface."""
+    """The local socket of the server with this interface."""
     return directory() / f"{interface}.sock"
 
 
 def find_target(options: TargetOptions, *, needs_key: bool = True) -> Target:
-    """The server of an option, else of SIDEROLINK_ADMIN_URL, of SIDEROLINK_CONTEXT, of the current context, or the local one.
+    """The server given by an option, or by SIDEROLINK_ADMIN_URL, SIDEROLINK_CONTEXT or the current context; else the local one.
 
-    Without `needs_key`, one elsewhere may come without an API key. Raises ConfigurationError.
+    Without `needs_key`, a remote server may have no API key. Raises ConfigurationError.
     """
     options_given = (("--server", options.server), ("--context", options.context), ("--interface", options.interface))
     given = [name for name, value in options_given if value is not None]
     if len(given) > 1:
-        raise ConfigurationError(f"give one of {' and '.join(given)}")
+        raise ConfigurationError(f"give only one of {' and '.join(given)}")
     if options.interface is not None:
         return _local(options, options.interface)
     server, name = options.server, options.context
@@ -130,7 +130,7 @@ def _remote(options: TargetOptions, context: Context, needs_key: bool) -> Target
             ExitStatus.DENIED,
         )
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ConfigurationError("the API key is not one: a key is one line of letters, digits and signs")
+        raise ConfigurationError("the API key is invalid: a key is one line of letters, digits and signs")
     ca_file = options.ca_file or _path(os.environ.get("SIDEROLINK_CA_FILE") or context.ca_file)
     return Target(address=address, api_key=key, ca_file=ca_file)
 
@@ -141,14 +141,14 @@ def _path(text: str | None) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A channel to a server, and what each call on it carries."""
+    """A channel to a server, and the metadata of its calls."""
 
     channel: GrpcChannel
     target: Target
     metadata: dict[str, str] = field(repr=False)
 
     def stub(self, kind: type[S], *, timeout: float | None = CALL_TIMEOUT) -> S:
-        """A service's calls; without a timeout for those that go on for ever."""
+        """A service's stub; `timeout` None is for streams without end."""
         return kind(self.channel, timeout=timeout, metadata=self.metadata)
 
     def explained(self) -> AbstractContextManager[None]:
@@ -160,7 +160,7 @@ class Connection:
 async def connect(
     target: Target, *, connect_timeout: float = 10.0, limits: Limits = ANSWER_LIMITS
 ) -> AsyncIterator[Connection]:
-    """A connection to the server; nothing is dialled before the first call. Raises CommandError for what calls raise, too."""
+    """A connection to the server, opened with the first call. Raises CommandError, also for errors of calls."""
     metadata = {} if target.api_key is None else {"authorization": f"Bearer {target.api_key}"}
     with explained(target):
         async with open_admin_channel(
@@ -171,7 +171,7 @@ async def connect(
 
 @contextmanager
 def explained(target: Target) -> Iterator[None]:
-    """Turn errors of calls into CommandError, which says what went wrong and what to do."""
+    """Convert errors of calls to CommandError, with a remedy."""
     try:
         with translate_errors(str(target)):
             yield
@@ -186,11 +186,11 @@ def explained(target: Target) -> Iterator[None]:
 def _explain(error: GRPCError, target: Target) -> str:
     text = one_line(error.message or error.status.name.lower().replace("_", " "))
     if error.status is Status.UNAUTHENTICATED:
-        return f"{target} does not take the API key: {text}; set --api-key-file or SIDEROLINK_API_KEY"
+        return f"{target} does not accept the API key: {text}; set --api-key-file or SIDEROLINK_API_KEY"
     if error.status is Status.PERMISSION_DENIED and target.api_key is not None:
         return f"{text}; the role of this API key does not allow it"
     if error.status is Status.UNIMPLEMENTED:
-        return f"{target} does not know this call; its version is older, or it is not the address of the administration"
+        return f"{target} does not have this call: its version is older, or this is not the address of the admin API"
     return text
 
 
@@ -199,7 +199,7 @@ def _remedy(error: ServerUnreachableError, target: Target) -> str:
         return ""
     match error.__cause__:
         case FileNotFoundError():
-            return "; is `siderolink serve` running? --interface names another one, --server one elsewhere"
+            return "; is `siderolink serve` running? use --interface for another one, --server for a remote one"
         case PermissionError():
             return "; run this as root, as the server's user, or as a member of the group siderolink"
     return ""

@@ -1,4 +1,4 @@
-"""`siderolink context`: servers by name, for this user."""
+"""`siderolink context`: this user's named servers."""
 
 import os
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ Name = Annotated[str, typer.Argument(help="The context's name.", metavar="NAME",
 
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """A context as it is shown, without its key."""
+    """A context for display, without its key."""
 
     name: str
     is_current: bool
     server: str
     ca_file: str
     api_key: str
-    """Where the key is."""
+    """Where the key is stored."""
 
 
 _VIEW = View(
@@ -78,7 +78,7 @@ def add(
     ] = None,
     keep_key: Annotated[
         bool,
-        typer.Option("--keep-key", help="Keep the key of --api-key-file, or of SIDEROLINK_API_KEY, in the contexts' own file."),
+        typer.Option("--keep-key", help="Store the key of --api-key-file or SIDEROLINK_API_KEY in the contexts file."),
     ] = False,
     ca_file: Annotated[
         Path | None, typer.Option(help="CA certificates (PEM) to trust.", show_default="the system's", metavar="FILE")
@@ -124,4 +124,4 @@ def remove(name: Name) -> None:
     contexts = read_contexts(path)
     contexts.named(name)
     write_contexts(path, contexts.with_context(name, None))
-    show(f"{name} is removed")
+    show(f"{name} was removed")

@@ -1,4 +1,4 @@
-"""Servers by name, in one private file: where each is, what to trust, and the API key or the file that holds it."""
+"""Named servers in one private file: address, trusted certificates, and the API key or the file that contains it."""
 
 import os
 import stat
@@ -15,7 +15,7 @@ from siderolink.common.text import one_line
 
 _NAME_LENGTH = 64
 _MAX_BYTES = 512 * 1024
-"""As read_stream takes."""
+"""Limits for read_stream."""
 
 
 def check_name(text: str) -> str:
@@ -45,7 +45,7 @@ class _Part(BaseModel):
 
 
 class Context(_Part):
-    """One server."""
+    """One named server."""
 
     server: Annotated[str, AfterValidator(_is_address)]
     ca_file: str | None = None
@@ -55,7 +55,7 @@ class Context(_Part):
 
 
 class Contexts(_Part):
-    """The file."""
+    """The file's content."""
 
     current: str | None = None
     contexts: dict[Annotated[str, AfterValidator(check_name)], Context] = {}
@@ -88,7 +88,7 @@ def contexts_path() -> Path:
 
 
 def read_contexts(path: Path) -> Contexts:
-    """The file's contexts; none where there is no file. Raises ConfigurationError, also for a file that others can read."""
+    """The file's contexts; none if it does not exist. Raises ConfigurationError, also for a file that others can read."""
     try:
         with path.open("rb") as opened:
             _check_private(path, os.fstat(opened.fileno()))
@@ -96,8 +96,8 @@ def read_contexts(path: Path) -> Contexts:
     except FileNotFoundError:
         return Contexts()
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
-    # imported where there is a file: they bring the machine's side with them
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
+    # imported only if there is a file: it imports the machine's configuration code
     from siderolink.client.config.documents import explain
     from siderolink.client.config.yaml_stream import read_stream
 
@@ -115,13 +115,13 @@ def read_contexts(path: Path) -> Contexts:
 
 def _check_private(path: Path, found: os.stat_result) -> None:
     if found.st_uid not in (os.geteuid(), 0):
-        raise ConfigurationError(f"{path} belongs to another user: it could lead API keys elsewhere")
+        raise ConfigurationError(f"{path} belongs to another user, who could redirect API keys")
     if stat.S_IMODE(found.st_mode) & 0o077:
-        raise ConfigurationError(f"{path} can be read or changed by others, and may hold API keys: chmod 600 {path}")
+        raise ConfigurationError(f"{path} can be read or changed by others, and may contain API keys: chmod 600 {path}")
 
 
 def write_contexts(path: Path, contexts: Contexts) -> None:
-    """Replace the file, in one step and readable by its owner alone. Raises ConfigurationError."""
+    """Replace the file atomically, readable only by its owner. Raises ConfigurationError."""
     body: dict[str, Any] = contexts.model_dump(by_alias=True, exclude_none=True)
     text = yaml.safe_dump(body, sort_keys=False)
     try:
@@ -137,4 +137,4 @@ def write_contexts(path: Path, contexts: Contexts) -> None:
             os.unlink(name)
             raise
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None
+        raise ConfigurationError(f"cannot write {path}: {error.strerror}") from None

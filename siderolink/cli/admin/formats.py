@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON, YAML and names for programs. No character of it can steer a terminal."""
+"""Output of commands: tables for people, JSON, YAML and names for programs. Free of terminal control characters."""
 
 import json
 import math
@@ -46,16 +46,16 @@ class Column(Generic[T]):
 
 @dataclass(frozen=True)
 class View(Generic[T]):
-    """How one kind of thing is shown."""
+    """How items of one kind are displayed."""
 
     columns: Sequence[Column[T]]
     name: Callable[[T], str]
-    """What ``-o name`` prints: a name that the commands take."""
+    """The item's name, which commands accept; printed by ``-o name``."""
     details: Callable[[T], dict[str, Any]] = field(default=lambda item: fields_of(item))
 
 
 def fields_of(message: Any) -> dict[str, Any]:
-    """The fields of a message, by name; what is absent is left out. Times are Unix times in seconds, as in the API."""
+    """The fields of a message by name; absent ones are left out. Times are Unix times in seconds, as in the API."""
     found: dict[str, Any] = {}
     for name in message.__dataclass_fields__:
         value = getattr(message, name)
@@ -77,7 +77,7 @@ def fields_of(message: Any) -> dict[str, Any]:
 
 
 def print_list(items: Sequence[T], view: View[T], output: OutputFormat) -> None:
-    """All of them: a table, a JSON or YAML list, or a name on each line."""
+    """Print a list: as a table, a JSON or YAML list, or one name per line."""
     match output:
         case OutputFormat.JSON:
             show(to_json([view.details(item) for item in items]))
@@ -91,7 +91,7 @@ def print_list(items: Sequence[T], view: View[T], output: OutputFormat) -> None:
 
 
 def print_one(item: T, view: View[T], output: OutputFormat) -> None:
-    """One of them: its fields line by line, an object of JSON or YAML, a table of one row (wide), or its name."""
+    """Print one item: its fields line by line, a JSON or YAML object, a table row (wide), or its name."""
     match output:
         case OutputFormat.JSON:
             show(to_json(view.details(item)))
@@ -106,7 +106,7 @@ def print_one(item: T, view: View[T], output: OutputFormat) -> None:
 
 
 def print_fields(found: dict[str, Any]) -> None:
-    """Line by line; what is empty or false is left out."""
+    """Print fields line by line; empty and false ones are left out."""
     for name, value in found.items():
         if value in ("", False, None, [], {}):
             continue
@@ -122,7 +122,7 @@ def print_fields(found: dict[str, Any]) -> None:
 
 
 def print_stream(item: T, view: View[T], output: OutputFormat, table: "TableWriter[T]") -> None:
-    """The next of a sequence without end: a row, a line of JSON, a document of YAML, or a name."""
+    """Print the next item of an endless sequence: a row, a JSON line, a YAML document, or a name."""
     match output:
         case OutputFormat.JSON:
             show(to_json(view.details(item), indent=None))
@@ -135,7 +135,7 @@ def print_stream(item: T, view: View[T], output: OutputFormat, table: "TableWrit
 
 
 class TableWriter(Generic[T]):
-    """Rows under headings. Later rows keep to the widths of the first ones as far as they fit."""
+    """Prints rows under headings. Later rows use the column widths of the first ones as far as they fit."""
 
     def __init__(self, view: View[T], output: OutputFormat, *, has_headings: bool = True) -> None:
         self._columns = [column for column in view.columns if output is OutputFormat.WIDE or not column.is_wide]
@@ -155,7 +155,7 @@ class TableWriter(Generic[T]):
 
 
 def _width(text: str) -> int:
-    """How many columns of a terminal the text takes."""
+    """The number of terminal columns of the text."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -164,7 +164,7 @@ def _width(text: str) -> int:
 
 
 def to_yaml(value: Any) -> str:
-    """YAML, in which characters that are not printable are escaped."""
+    """YAML with non-printable characters escaped."""
     text = str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6))
     if printable(text) != text:
         text = str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=10**6))
@@ -182,7 +182,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def timestamp(at: float | None) -> str:
-    """UTC, to the second."""
+    """A time in UTC, with seconds."""
     if at is None or not math.isfinite(at):
         return ""
     try:
@@ -197,7 +197,7 @@ def age(at: float | None) -> str:
 
 
 def until(at: float | None) -> str:
-    """How long until then, to the nearest of its largest unit; empty for never."""
+    """The time until then, rounded to its largest unit; empty for never."""
     return "" if at is None else _span(at - time.time(), round)
 
 
@@ -231,13 +231,13 @@ def read_time(text: str) -> float:
             return time.time() - read_duration(text)
         except ConfigurationError:
             raise ConfigurationError(
-                f"{one_line(text, limit=40)!r} is not a time; write 2026-12-31, 2026-12-31T12:00:00Z, or 24h for so long ago"
+                f"{one_line(text, limit=40)!r} is not a time; write 2026-12-31, 2026-12-31T12:00:00Z, or 24h for 24 hours ago"
             ) from None
     return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
 
 
 def read_expiry(text: str) -> tuple[float | None, float | None]:
-    """An expiry, given as a time or as a duration from now. Raises ConfigurationError."""
+    """Parse an expiry, given as a time or as a duration from now. Raises ConfigurationError."""
     try:
         return None, read_duration(text)
     except ConfigurationError:
@@ -259,20 +259,20 @@ _RATE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def read_rate(text: str) -> int:
-    """Bits a second of ``10M``; 0 for ``none``. Raises ConfigurationError."""
+    """Bits per second of ``10M``; 0 for ``none``. Raises ConfigurationError."""
     if text.lower() == "none":
         return 0
     match = _RATE.fullmatch(text)
     rate = 0 if match is None else int(float(match[1]) * _RATE_UNITS[match[2].lower()])
     if rate <= 0:
         raise ConfigurationError(
-            f"{one_line(text, limit=40)!r} is no bandwidth; write bits a second as 500k, 10M or 1G, or none"
+            f"{one_line(text, limit=40)!r} is not a bandwidth; write bits per second as 500k, 10M or 1G, or none"
         )
     return rate
 
 
 def show_rate(rate: int | None, nothing: str = "no limit of its own") -> str:
-    """``10M``, as `read_rate` takes it."""
+    """``10M``, in the form that `read_rate` accepts."""
     if not rate:
         return nothing
     unit, size = next((unit, size) for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3), ("", 1)) if rate >= size)
@@ -280,9 +280,9 @@ def show_rate(rate: int | None, nothing: str = "no limit of its own") -> str:
 
 
 def change(side: str, other: str) -> str:
-    """One side of a change, of which an audit entry has both as JSON: ``expires_at=2026-12-06T22:02:14Z tunnel=inherit``.
+    """One side of a change in an audit entry, given both sides as JSON: ``expires_at=2026-12-06T22:02:14Z tunnel=inherit``.
 
-    What is empty is left out where there is no other side: it was made or deleted as a whole.
+    Empty values are left out if there is no other side, because the object was created or deleted.
     """
     try:
         found = json.loads(side or "{}")
@@ -312,7 +312,7 @@ def labels(found: dict[str, str]) -> str:
 
 
 def read_labels(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """What ``key=value`` sets and ``key-`` removes. Raises ConfigurationError."""
+    """The labels set by ``key=value`` and removed by ``key-``. Raises ConfigurationError."""
     setting: dict[str, str] = {}
     removing: list[str] = []
     for text in texts:
@@ -323,13 +323,13 @@ def read_labels(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             removing.append(text[:-1])
         else:
             raise ConfigurationError(
-                f"{one_line(text, limit=80)!r} is no label; write key=value to set one, key- to remove one"
+                f"{one_line(text, limit=80)!r} is not a label; write key=value to set one, key- to remove one"
             )
     return setting, removing
 
 
 def _checked(read: Callable[[Any], object]) -> Callable[[Any], Any]:
-    """A callback that checks an option's value by reading it: a wrong one is told with the option's name, as a wrong usage."""
+    """A callback that validates an option's value with `read`; an invalid one is a usage error with the option's name."""
 
     def check(value: Any) -> Any:
         if value:

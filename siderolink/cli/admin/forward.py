@@ -1,4 +1,4 @@
-"""`siderolink forward`: a port of a machine at a local one."""
+"""`siderolink forward`: forwards a local port to a port of a machine."""
 
 import asyncio
 import socket
@@ -29,7 +29,7 @@ _LIMITS: Final = Limits(stream_window_bytes=PIPE_WINDOW_BYTES)
 _LOOPBACK: Final = ("127.0.0.1", "::1")
 _ACCEPT_PAUSE: Final = 0.5
 _FINAL: Final = (ExitStatus.DENIED, ExitStatus.NOT_FOUND)
-"""After these, no connection can succeed any more."""
+"""Statuses after which no connection can succeed."""
 
 
 @command(app, "forward")
@@ -46,10 +46,10 @@ def forward(
         ),
     ] = None,
 ) -> None:
-    """Open a local port that leads to a port of a machine, through its server, until stopped.
+    """Forward a local port to a port of a machine, through its server, until stopped.
 
-    Needs the role admin, or an API key with a grant for the machine (siderolink apikey create --forward): a machine trusts its
-    server as its administrator, and so anyone who can connect to the local port.
+    Needs the role admin, or an API key with a grant for the machine (siderolink apikey create --forward). A machine treats its
+    server as its administrator, and so everyone who can connect to the local port.
     """
     hosts, number = _listen_at(local, port)
 
@@ -71,7 +71,7 @@ def forward(
 
 
 def _listen_at(local: str | None, port: int) -> tuple[list[str], int]:
-    """Hosts and port. Raises ConfigurationError."""
+    """Hosts and port to listen on. Raises ConfigurationError."""
     hosts = [host for host in _LOOPBACK if _exists(host)]
     if local is None:
         return hosts, port
@@ -82,7 +82,7 @@ def _listen_at(local: str | None, port: int) -> tuple[list[str], int]:
 
 
 def _exists(host: str) -> bool:
-    """Whether this host has the address: there may be no IPv6."""
+    """Whether this host has the address; it may have no IPv6."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
             sock.bind((host, 0))
@@ -92,7 +92,7 @@ def _exists(host: str) -> bool:
 
 
 class _Forwarding:
-    """The local port, and the connections to it."""
+    """The local port and its connections."""
 
     def __init__(self, connection: Connection, target: ForwardTarget) -> None:
         self._connection = connection
@@ -102,7 +102,7 @@ class _Forwarding:
         self._connections = self._to_machine = self._from_machine = 0
 
     async def run(self, sockets: Sequence[socket.socket]) -> None:
-        """Carry connections until stopped. Raises CommandError when none can be carried any more."""
+        """Handle connections until stopped. Raises CommandError when no further one can succeed."""
         with self._scope:
             async with background_tasks() as tasks:
                 await tasks.start(stop_on_signal, self._scope)
@@ -120,13 +120,13 @@ class _Forwarding:
                 connection, _ = await asyncio.get_running_loop().sock_accept(sock)
             except ConnectionError:
                 continue
-            except OSError as error:  # out of descriptors
-                tell(f"siderolink: no connection can be accepted: {error.strerror or error}")
+            except OSError as error:  # out of file descriptors
+                tell(f"siderolink: cannot accept a connection: {error.strerror or error}")
                 await anyio.sleep(_ACCEPT_PAUSE)
                 continue
-            tasks.start_soon(self._carry_told, connection)
+            tasks.start_soon(self._carry_or_warn, connection)
 
-    async def _carry_told(self, sock: socket.socket) -> None:
+    async def _carry_or_warn(self, sock: socket.socket) -> None:
         is_whole = False
         try:
             with self._connection.explained():
@@ -144,7 +144,7 @@ class _Forwarding:
                 close_with_reset(sock)
 
     async def _carry(self, sock: socket.socket) -> bool:
-        """Carry one connection; returns whether both of its sides said their last."""
+        """Handle one connection; returns whether both sides ended it properly."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         async with open_byte_stream(self._connection.channel, FORWARD, self._connection.metadata) as stream:
             pipe = Pipe(stream, Inbox(stream), sock)
@@ -155,7 +155,7 @@ class _Forwarding:
                 stream.end()
                 await stream.wait_ended()
             except GRPCError as error:
-                if error.status is Status.ABORTED:  # the machine has reset it, as the local program is told, too
+                if error.status is Status.ABORTED:  # the machine reset the connection, and so is the local one
                     return False
                 raise
             except PipeCutError as error:

@@ -1,4 +1,4 @@
-"""`siderolink history`: what happened to all machines, how much is kept and for how long, and what is deleted of it."""
+"""`siderolink history`: the history of all machines, retention limits, and deletion."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ app = typer.Typer(name="history", help="Show and prune the history of machines."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """What is kept of one kind."""
+    """The retention of one kind of record."""
 
     kind: str
     days: float
     of_each: str
-    """Of one machine, at most."""
+    """Maximum per machine."""
     of_all: str
     now: str
 

@@ -67,7 +67,7 @@ class TunnelChoice(StrEnum):
     FORBID = "forbid"
 
 
-_RATE: dict[str, Any] = {"metavar": "BITS|none", "callback": CHECK_RATE, "show_default": "as it is"}
+_RATE: dict[str, Any] = {"metavar": "BITS|none", "callback": CHECK_RATE, "show_default": "unchanged"}
 Names = Annotated[
     list[str],
     typer.Argument(help="Names, ids, UUIDs or public keys.", metavar="MACHINE...", autocompletion=complete_machines),
@@ -214,7 +214,7 @@ def get_machine(call: Call, name: MachineName) -> None:
 def rename(
     call: Call,
     name: MachineName,
-    new_name: Annotated[str, typer.Argument(help="The new name; empty to show the hostname or UUID again.", metavar="NAME")],
+    new_name: Annotated[str, typer.Argument(help="The new name; empty to remove it.", metavar="NAME")],
 ) -> None:
     """Give a machine a name."""
 
@@ -253,19 +253,19 @@ def note(
     async def work(connection: Connection) -> Machine:
         return await connection.stub(MachineServiceStub).note_machine(NoteMachineRequest(name=name, note=text))
 
-    _print_changed(call, call.run(work), lambda machine: f"the note of {machine.name} is {'kept' if text else 'removed'}")
+    _print_changed(call, call.run(work), lambda machine: f"the note of {machine.name} was {'saved' if text else 'removed'}")
 
 
 @command(app, "limit", prints=True)
 def limit(
     call: Call,
     name: MachineName,
-    rx: Annotated[str | None, typer.Option(help="Bits a second from the machine: 500k, 10M or 1G; none.", **_RATE)] = None,
-    tx: Annotated[str | None, typer.Option(help="Bits a second to the machine.", **_RATE)] = None,
+    rx: Annotated[str | None, typer.Option(help="Bits per second from the machine: 500k, 10M or 1G; none.", **_RATE)] = None,
+    tx: Annotated[str | None, typer.Option(help="Bits per second to the machine.", **_RATE)] = None,
 ) -> None:
-    """Limit a machine's bandwidth, effective at once. Packets above the limit are dropped and counted.
+    """Limit a machine's bandwidth, effective immediately. Packets above the limit are dropped and counted.
 
-    A machine without a limit of its own has the server's default limit.
+    A machine without its own limit has the server's default limit.
     """
     wanted = SetMachineRatesRequest(
         name=name, rx=None if rx is None else read_rate(rx), tx=None if tx is None else read_rate(tx)
@@ -286,9 +286,9 @@ def limit(
 def tunnel(
     call: Call,
     name: MachineName,
-    setting: Annotated[TunnelChoice, typer.Argument(help="inherit leaves the choice to token, server and machine.")],
+    setting: Annotated[TunnelChoice, typer.Argument(help="inherit: as the token, the server and the machine decide.")],
 ) -> None:
-    """Force or forbid the gRPC tunnel for a machine, from its next join on."""
+    """Force or forbid the gRPC tunnel for a machine, effective with its next join."""
 
     async def work(connection: Connection) -> Machine:
         request = SetMachineTunnelRequest(name=name, tunnel=setting.value)
@@ -298,7 +298,7 @@ def tunnel(
 
 
 def _print_changed(call: Call, machine: Machine, words: Callable[[Machine], str]) -> None:
-    """Print a sentence, or the machine's current state for programs."""
+    """Print a sentence, or the machine's current state in machine-readable formats."""
     if call.output in (OutputFormat.TABLE, OutputFormat.WIDE):
         show(one_line(words(machine)))
     else:
@@ -312,19 +312,19 @@ def _listed(names: Sequence[str]) -> str:
 
 @command(app, "remove", destroys=True)
 def remove(call: Call, names: Names) -> None:
-    """Forget machines, their addresses and unique tokens, and end their links at once. They may join again as new machines."""
-    call.confirm(f"Forget {_listed(names)}, and end the link")
+    """Remove machines, their addresses and unique tokens, and end their links. They may join again as new machines."""
+    call.confirm(f"Remove {_listed(names)}, and end the link")
 
     async def work(connection: Connection, name: str) -> None:
         machine = await connection.stub(MachineServiceStub).remove_machine(MachineRequest(name=name))
-        show(f"{machine.node_uuid} is forgotten; it will join again as a new machine{by_token(machine)}")
+        show(f"{machine.node_uuid} was removed; it may join again as a new machine{by_token(machine)}")
 
     call.for_each(names, work)
 
 
 @command(app, "forget", destroys=True, hidden=True)
 def forget(call: Call, names: Names) -> None:
-    """The same as remove."""
+    """Same as `remove`."""
     remove(call, names)
 
 
@@ -346,7 +346,7 @@ def accept(
             machine = await stub.accept_machine(MachineRequest(name=machine.id))
         if forget_token:
             machine = await stub.forget_unique_token(MachineRequest(name=machine.id))
-        freed = "; the next unique token that comes with a new key is bound" if forget_token else ""
+        freed = "; the next unique token presented with a new key is bound" if forget_token else ""
         show(f"{machine.node_uuid} is accepted{freed}")
 
     call.for_each(names, work)
@@ -354,7 +354,7 @@ def accept(
 
 @command(app, "deny")
 def deny(call: Call, names: Names) -> None:
-    """End the links of machines at once, and refuse their keys, UUIDs and unique tokens until they are accepted."""
+    """End the links of machines immediately, and refuse their keys, UUIDs and unique tokens until they are accepted."""
 
     async def work(connection: Connection, name: str) -> None:
         machine = await connection.stub(MachineServiceStub).deny_machine(MachineRequest(name=name))
@@ -365,7 +365,7 @@ def deny(call: Call, names: Names) -> None:
 
 @command(app, "ban", destroys=True)
 def ban(call: Call, name: MachineName, kind: Kind = None, reason: Reason = "") -> None:
-    """Forget a machine, end its link at once, and refuse its future joins. A UUID or key need not be known."""
+    """Remove a machine, end its link immediately, and refuse its future joins. A UUID or key need not be known."""
     ban_machine(call, name, kind, reason)
 
 

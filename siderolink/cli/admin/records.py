@@ -1,4 +1,4 @@
-"""`siderolink machine logs`, `events` and `history`: what machines said and what happened to them."""
+"""`siderolink machine logs`, `events` and `history`: records of single machines."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, TypeVar
@@ -46,14 +46,19 @@ Since = Annotated[
     ),
 ]
 Until = Annotated[str | None, typer.Option(help="End of the period.", metavar="WHEN", callback=CHECK_TIME)]
-Limit = Annotated[int, typer.Option("--limit", "-n", help="Maximum number, the newest ones.", min=1, metavar="COUNT")]
+Limit = Annotated[int, typer.Option("--limit", "-n", help="Maximum number; the newest are shown.", min=1, metavar="COUNT")]
 Tail = Annotated[
     int | None,
     typer.Option(
-        "--tail", "-n", help="Maximum number, the last ones.", min=1, metavar="COUNT", show_default=f"{TAIL}; all with --since"
+        "--tail",
+        "-n",
+        help="Maximum number; the last ones are shown.",
+        min=1,
+        metavar="COUNT",
+        show_default=f"{TAIL}; all with --since",
     ),
 ]
-Kinds = Annotated[list[str] | None, typer.Option("--kind", help="Only these, such as joined. Repeatable.", metavar="KIND")]
+Kinds = Annotated[list[str] | None, typer.Option("--kind", help="Only this kind, such as joined. Repeatable.", metavar="KIND")]
 
 HISTORY = View(
     columns=(
@@ -91,7 +96,7 @@ _EVENTS = View(
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add the three to the commands of machines."""
+    """Add the three commands to `siderolink machine`."""
     command(app, "logs", prints=True)(logs)
     command(app, "events", prints=True)(events)
     command(app, "history", prints=True, destroys=True)(history)
@@ -109,7 +114,7 @@ def logs(
     ] = "",
     ignore_case: Annotated[bool, typer.Option("--ignore-case", "-i", help="With --grep: ignore case.")] = False,
 ) -> None:
-    """Show the part of a machine's kernel log that the server keeps; with -f, follow new lines."""
+    """Show the kernel log of a machine as kept by the server; with -f, follow new lines."""
     request = MachineLogsRequest(
         machine=name,
         follow=follow,
@@ -131,7 +136,7 @@ def events(
     tail: Tail = None,
     kind: Kinds = None,
 ) -> None:
-    """Show a machine's events that the server keeps; with -f, follow new ones."""
+    """Show the events of a machine as kept by the server; with -f, follow new ones."""
     request = MachineEventsRequest(
         machine=name,
         follow=follow,
@@ -159,18 +164,18 @@ def history(
         typer.Option("--delete", help="Delete the machine's history, kernel log and events; with --until, only older entries."),
     ] = False,
 ) -> None:
-    """Show what happened to a machine, known or gone, the oldest first; or delete what is kept of it."""
+    """Show the history of a machine, known or removed, oldest first; or delete its records."""
     if not delete:
         request = ListHistoryRequest(machine=name, since=_time(since), until=_time(until), kinds=list(kind or ()))
         print_list(call.run(lambda connection: read_history(connection, request, limit))[::-1], HISTORY, call.output)
         return
     if since is not None or kind:
-        raise ConfigurationError("--delete deletes all that is kept of a machine, or what is older than --until")
+        raise ConfigurationError("--delete takes no other option than --until, before which records are deleted")
     delete_records(call, name, until)
 
 
 def delete_records(call: Call, machine: str, until: str | None) -> None:
-    """Ask, and delete what is kept of a machine, or of all where it is empty; `until` bounds it."""
+    """After confirmation, delete the records of a machine, or of all if it is empty; with `until` only older ones."""
     request = DeleteHistoryRequest(machine=machine, until=_time(until))
     older = "" if request.until is None else f" from before {timestamp(request.until)}"
     whose = one_line(machine, limit=80) if machine else "all machines"
@@ -180,11 +185,11 @@ def delete_records(call: Call, machine: str, until: str | None) -> None:
 
 async def _delete(connection: Connection, request: DeleteHistoryRequest) -> None:
     done = await connection.stub(HistoryServiceStub, timeout=None).delete_history(request)
-    show(f"deleted: {done.entries} entries of the history, {done.bytes} bytes of kernel log and events")
+    show(f"deleted {done.entries} history entries, and {done.bytes} bytes of kernel log and events")
 
 
 async def read_history(connection: Connection, request: ListHistoryRequest, limit: int) -> list[HistoryEntry]:
-    """The newest entries that the request selects, the newest first."""
+    """The newest entries that the request selects, newest first."""
     stub = connection.stub(HistoryServiceStub)
 
     def page(token: str) -> ListHistoryRequest:
@@ -195,7 +200,7 @@ async def read_history(connection: Connection, request: ListHistoryRequest, limi
 
 
 async def _print_lines(lines: AsyncIterator[MachineLogLine], call: Call) -> None:
-    """A table would cut long lines."""
+    """Print lines without a table, which would cut long ones."""
     if call.output is not OutputFormat.TABLE:
         await print_all(lines, _LINES, call.output)
         return
@@ -206,7 +211,7 @@ async def _print_lines(lines: AsyncIterator[MachineLogLine], call: Call) -> None
 
 
 async def print_all(items: AsyncIterator[T], view: View[T], output: OutputFormat, known: Sequence[T] = ()) -> None:
-    """One after the other, as they come."""
+    """Print items one by one as they arrive."""
     table = TableWriter(view, output)
     if output in (OutputFormat.TABLE, OutputFormat.WIDE):
         table.write(known)

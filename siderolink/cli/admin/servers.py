@@ -1,4 +1,4 @@
-"""`siderolink servers` and `drain`: the servers that share a store, and how one of them is left by its machines."""
+"""`siderolink servers` and `drain`: the servers that share a store, and moving machines away from one of them."""
 
 from typing import Annotated
 
@@ -41,7 +41,7 @@ _SERVERS = View(
 
 @command(app, "servers", prints=True)
 def servers(call: Call) -> None:
-    """List the servers that share the store, the one that is asked first."""
+    """List the servers that share the store, starting with the one that answers."""
 
     async def work(connection: Connection) -> list[FleetServer]:
         return (await connection.stub(ServerServiceStub).list_servers(ListServersRequest())).servers
@@ -55,25 +55,25 @@ def drain(
     name: Annotated[
         str,
         typer.Argument(
-            help="Its id, or an address at which `siderolink servers` shows it. Another one is reached by --peer-listen.",
+            help="The server's id, or an address shown by `siderolink servers`. Others are reached by --peer-listen.",
             metavar="[SERVER]",
-            show_default="the one that is asked",
+            show_default="the one that answers",
         ),
     ] = "",
     timeout: Annotated[str, typer.Option(help="How long to wait for machines, such as 30s or 5m.", metavar="TIME")] = "30s",
-    undo: Annotated[bool, typer.Option("--undo", help="Let a server that is being drained stay after all.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="End the drain of a server.")] = False,
 ) -> None:
-    """Let the machines of one server go to the others, before it is stopped. Needs the role admin.
+    """Move the machines of one server to the others, before it is stopped. Needs the role admin.
 
-    The same as SIGTERM does first, but the server goes on: it serves the machines that are left, and is named in no answer of
-    the others, until it is stopped or the drain is undone. TCP connections that end at it are reset. Exits with 1 if machines
-    are left after the time; interrupted, the drain goes on.
+    This is what SIGTERM does first, but the server keeps running: it serves the remaining machines, and the other servers leave
+    it out of their answers, until it is stopped or the drain is undone. TCP connections that end at the server are reset.
+    Exits with 1 if machines remain after the timeout. Interrupting the command does not end the drain.
     """
     seconds = read_duration(timeout)
 
     async def undo_drain(connection: Connection) -> None:
         await connection.stub(ServerServiceStub).undo_drain(UndoDrainRequest(server=name))
-        show("it stays; machines that have gone do not come back by themselves")
+        show("the drain is undone; machines that have moved do not return by themselves")
 
     async def follow(connection: Connection) -> int:
         stub = connection.stub(ServerServiceStub, timeout=None)
@@ -83,22 +83,22 @@ def drain(
                 _show(step, before, call.output)
             before = step
         if before is None or not before.is_over:
-            raise CommandError("the server stopped before its machines were gone")
+            raise CommandError("the server stopped before all machines had moved")
         return before.left
 
     if undo:
         call.run(undo_drain)
     elif left := call.run(follow):
-        raise CommandError(f"{left} machines are still there after {timeout}; they are served until the server stops")
+        raise CommandError(f"{left} machines remain after {timeout}; they are served until the server stops")
 
 
 def _show(step: DrainProgress, before: DrainProgress | None, output: OutputFormat) -> None:
     if output is not OutputFormat.TABLE:
         show(to_json({"left": step.left, "others": step.others, "is_over": step.is_over}, indent=None))
     elif not step.left:
-        show("nobody is left: the server can be stopped")
+        show("no machine is left; the server can be stopped")
     elif before is None:
-        show(f"{step.left} machines are asked to go to {step.others} other servers; TCP connections that end there are reset")
+        show(f"moving {step.left} machines to {step.others} other servers; TCP connections that end there are reset")
     else:
         show(f"{step.left} left")
     flush()

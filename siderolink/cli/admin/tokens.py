@@ -93,16 +93,16 @@ MachinesAtATime = Annotated[
         show_default="any number",
     ),
 ]
-Note = Annotated[str | None, typer.Option(help="A note about it.", metavar="TEXT")]
+Note = Annotated[str | None, typer.Option(help="A note about the token.", metavar="TEXT")]
 
 
 def uses_of(token: Token) -> str:
-    """Used and allowed uses."""
+    """Number of uses and their limit."""
     return str(token.uses) if token.max_uses is None else f"{token.uses}/{token.max_uses}"
 
 
 def machines_of(token: Token) -> str:
-    """Known and allowed machines."""
+    """Number of known machines and their limit."""
     return str(token.machines) if token.max_machines is None else f"{token.machines}/{token.max_machines}"
 
 
@@ -132,7 +132,7 @@ TOKENS = View(
 @command(app, "create", prints=True)
 def create(
     call: Call,
-    name: Annotated[str, typer.Argument(help="A name for it.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="The token's name.", metavar="NAME")],
     expires: Expires = None,
     uses: Annotated[
         int | None, typer.Option(help="How many machines may join by it.", min=1, metavar="COUNT", show_default="any number")
@@ -189,7 +189,7 @@ def create(
 
 
 def _print_secret(call: Call, token: Token, secret: str, join_url: str = "") -> None:
-    """The token for people and, alone on standard output, for programs: `TOKEN=$(siderolink token create x)`."""
+    """Print only the token on standard output, for `TOKEN=$(siderolink token create x)`, and details on standard error."""
     found = {"secret": secret} | ({"join_url": join_url} if join_url else {})
     match call.output:
         case OutputFormat.JSON:
@@ -239,7 +239,7 @@ def list_tokens(
 def show_token(
     call: Call,
     name: Name,
-    secret: Annotated[bool, typer.Option("--secret", help="Print the token itself, too. The server's audit notes it.")] = False,
+    secret: Annotated[bool, typer.Option("--secret", help="Also print the token itself. The audit records this.")] = False,
     users: Annotated[bool, typer.Option("--users", help="List the machines that last joined by it instead.")] = False,
 ) -> None:
     """Show one join token; the token itself only with --secret."""
@@ -277,7 +277,7 @@ async def _users(connection: Connection, name: str) -> list[TokenUser]:
 
 
 def _print_after(call: Call, name: str, ask: Callable[[TokenServiceStub, TokenRequest], Awaitable[Token]]) -> None:
-    """Change a token, and print the result."""
+    """Change a token and print the result."""
 
     async def work(connection: Connection) -> Token:
         return await ask(connection.stub(TokenServiceStub), TokenRequest(name=name))

@@ -1,1 +1,1 @@
-"""`siderolink demo`: a server and two machines in network namespaces of their own, from joining to leaving."""
+"""`siderolink demo`: a server and two machines in temporary network namespaces, from joining to leaving."""

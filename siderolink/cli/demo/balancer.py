@@ -1,4 +1,4 @@
-"""A TCP balancer before the APIs of several servers, as small as it can be: one that asks each server's health."""
+"""A minimal TCP load balancer for the APIs of several servers, with health checks."""
 
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -16,13 +16,13 @@ from siderolink.common.tasks import background_tasks
 
 log = logging.getLogger(__name__)
 
-_LOOK_SECONDS: Final = 0.5
+_POLL_SECONDS: Final = 0.5
 _TIMEOUT: Final = 2.0
 
 
 class Balancer:
-    """Passes each connection on to a server that says it is SERVING: by the caller's address, so that callers come back to
-    the same one while it is there.
+    """Forwards each connection to a server that is SERVING. The caller's address selects it, so that callers stay at one server
+    while it is healthy.
     """
 
     def __init__(self, servers: Sequence[HostPort]) -> None:
@@ -32,7 +32,7 @@ class Balancer:
 
     @asynccontextmanager
     async def run(self, port: int) -> AsyncIterator[None]:
-        """Listen on every address of this host, until the context is left."""
+        """Listen on every address of this host until the context ends."""
         async with await anyio.create_tcp_listener(local_port=port) as listener, background_tasks() as tasks:
             for server in self._servers:
                 tasks.start_soon(self._watch, server)
@@ -48,7 +48,7 @@ class Balancer:
                     answer = await stub.check(HealthCheckRequest(), timeout=_TIMEOUT)
                     is_serving = answer.status is HealthCheckResponseServingStatus.SERVING
                 (self._serving.add if is_serving else self._serving.discard)(server)
-                await anyio.sleep(_LOOK_SECONDS)
+                await anyio.sleep(_POLL_SECONDS)
 
     def _order(self, caller: str) -> list[HostPort]:
         number = self._numbers.setdefault(caller, len(self._numbers))
@@ -59,7 +59,7 @@ class Balancer:
         try:
             async with caller:
                 await self._pass_to_one(caller)
-        except Exception as error:  # one connection's end is no other's
+        except Exception as error:  # one connection's failure must not affect others
             log.debug("a connection ended: %s", error)
 
     async def _pass_to_one(self, caller: SocketStream) -> None:

@@ -1,4 +1,4 @@
-"""The demo of several servers: three over one Postgres, machines at each, one server killed, one drained, everyone back."""
+"""The demo of several servers: three over one Postgres, with machines at each; one server is killed, one is drained."""
 
 import importlib.util
 import os
@@ -25,13 +25,13 @@ Fields = dict[str, Any]
 SERVERS: Final = 3
 MACHINES: Final = 6
 API_PORT, WIREGUARD_PORT, PEER_PORT, BALANCER_PORT = 4000, 51820, 8094, 8090
-_LOOK_SECONDS: Final = 0.1
+_POLL_SECONDS: Final = 0.1
 _BEFORE_SECONDS: Final = 0.5
-"""How long echoes run before something happens, and after it."""
+"""Duration of pinging before and after an action."""
 
 
 def check_needs() -> None:
-    """Raises SideroLinkError where something is missing on this host."""
+    """Raises SideroLinkError if this host lacks something."""
     if os.geteuid() != 0:
         raise SideroLinkError("this demo needs root, to run Postgres as another user: run it with sudo")
     missing = [name for name in ("initdb", "postgres", "pg_isready") if postgres_program(name) is None]
@@ -45,7 +45,7 @@ def check_needs() -> None:
 
 async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
     while not await is_so():  # noqa: ASYNC110  # a server is asked
-        await anyio.sleep(_LOOK_SECONDS)
+        await anyio.sleep(_POLL_SECONDS)
 
 
 @dataclass(slots=True)
@@ -60,12 +60,12 @@ class _Server:
         return f"{self.address}:{WIREGUARD_PORT}"
 
     async def siderolink(self, *arguments: str) -> str:
-        """What a command prints on this host."""
+        """The output of a command on this host."""
         output: str = (await self.host.ask("siderolink", arguments=list(arguments), environment=self.environment))["output"]
         return output
 
     async def fleet(self) -> Fields:
-        """The servers that this one knows, and at which of them each machine is that is up."""
+        """The servers known to this one, and the server of each machine that is up."""
         return await self.host.ask("fleet", runtime=self.environment["SIDEROLINK_RUNTIME_DIR"])
 
     async def start(self) -> None:
@@ -87,13 +87,13 @@ class _Machine:
 
 
 async def _is_answered(machine: _Machine, at: float) -> bool:
-    """Whether the machine has had an answer to an echo request that it sent after this moment."""
+    """Whether the machine has received a reply to an echo request sent after a time."""
     answered: bool = (await machine.host.ask("answered_since", at=at))["is"]
     return answered
 
 
 class FleetDemo:
-    """Runs once."""
+    """One run of the demo."""
 
     def __init__(self, report: Report, *, device: str = "auto") -> None:
         self._device = device
@@ -174,22 +174,22 @@ class FleetDemo:
     async def _serve(self) -> tuple[str, Fields]:
         first, *others = self._servers
         self._report.note(first.host.name, "$", "siderolink " + " ".join(first.arguments))
-        await first.start()  # which makes the tables and the key
+        await first.start()  # creates the tables and the key
         async with anyio.create_task_group() as tasks:
             for server in others:
                 tasks.start_soon(server.start)
         await _until(partial(self._are_alive, first, *self._servers))
-        return "equal ones, with one WireGuard key: " + ", ".join(server.endpoint for server in self._servers), {}
+        return "with one WireGuard key: " + ", ".join(server.endpoint for server in self._servers), {}
 
     async def _are_alive(self, asked: _Server, *servers: _Server) -> bool:
-        """Whether these are alive, and no others, as one of them sees it."""
+        """Whether `servers`, and no others, are alive as seen by one of them."""
         found = (await asked.fleet())["servers"].values()
         return {one["endpoint"] for one in found if one["state"] != "silent"} == {server.endpoint for server in servers}
 
     async def _balance(self) -> tuple[str, Fields]:
         addresses = [f"{server.address}:{API_PORT}" for server in self._servers]
         await self._router.ask("balance", servers=addresses, port=BALANCER_PORT)
-        return f"on port {BALANCER_PORT}; it asks for their health, and keeps a machine at its server while that is well", {}
+        return f"on port {BALANCER_PORT}; checks their health, and keeps each machine at one server while healthy", {}
 
     async def _join(self) -> tuple[str, Fields]:
         for machine in self._machines:
@@ -198,13 +198,13 @@ class FleetDemo:
             joined = await machine.host.ask("join", url=url, uuid=machine.node_uuid, device=self._device)
             machine.address, machine.server_address = joined["address"], joined["server_address"]
             if joined["transport"] != machine.kind:
-                raise DemoError(f"{machine.name} travels by {joined['transport']}")
+                raise DemoError(f"{machine.name} is linked by {joined['transport']}")
         at = await self._owners(self._servers[0], MACHINES)
         counts = Counter(at.values())
         return ", ".join(f"{counts[server.endpoint]} at {server.host.name}" for server in self._servers), {}
 
     async def _owners(self, asked: _Server, count: int) -> dict[str, str]:
-        """The endpoint of the server that has each machine, by its UUID, once these many are up."""
+        """The endpoint of each machine's server, by the machine's UUID, once `count` machines are up."""
         found: dict[str, str] = {}
 
         async def are_up() -> bool:
@@ -222,7 +222,7 @@ class FleetDemo:
         last = self._servers[-1]
         for line in (await last.siderolink("machine", "list")).splitlines():
             self._report.note(last.host.name, "machine list", line)
-        return "all six are up in the list of each of the three", {}
+        return "each of the three lists all six as up", {}
 
     async def _kill(self) -> tuple[str, Fields]:
         victim, witness = self._servers[0], self._servers[1]
@@ -240,17 +240,17 @@ class FleetDemo:
             self._result.setdefault(machine.host.name, {"link": machine.kind})["back_after"] = gaps[machine.name]
         back = ", ".join(f"{name} after {gap:.1f} s" for name, gap in gaps.items())
         lost = sum(told[machine.node_uuid]["lost"] for machine in self._machines if machine not in hit)
-        return f"back at another server: {back}; the machines of the others lost {lost} echoes", {"lost_by_others": lost}
+        return f"back at another server: {back}; machines at the other servers lost {lost} echoes", {"lost_by_others": lost}
 
     async def _ping_all(self) -> None:
-        """Every machine sends its server an echo request every 10 ms."""
+        """Start an echo request from every machine to its server every 10 ms."""
         async with anyio.create_task_group() as tasks:
             for machine in self._machines:
                 tasks.start_soon(partial(machine.host.ask, "keep_pinging", address=machine.server_address))
         await anyio.sleep(_BEFORE_SECONDS)
 
     async def _stop_pinging(self) -> dict[str, Fields]:
-        """What became of the echoes, by the machines' UUIDs."""
+        """Stop pinging; returns the results by the machines' UUIDs."""
         await anyio.sleep(_BEFORE_SECONDS)
         told: dict[str, Fields] = {}
 
@@ -270,7 +270,7 @@ class FleetDemo:
         for line in (await witness.siderolink("servers")).splitlines():
             self._report.note(witness.host.name, "servers", line)
         counts = Counter((await self._owners(witness, MACHINES)).values())
-        return f"server 1 is dead to them, and has none of the {sum(counts.values())} machines that are up", {}
+        return f"they consider server 1 dead, and it has none of the {sum(counts.values())} machines that are up", {}
 
     async def _return(self) -> tuple[str, Fields]:
         returned, witness = self._servers[0], self._servers[1]
@@ -278,8 +278,8 @@ class FleetDemo:
         await returned.start()
         await _until(partial(self._are_alive, witness, *self._servers))
         if await self._owners(returned, MACHINES) != before:
-            raise DemoError("machines changed their server")
-        return "and takes no machine that another one has", {}
+            raise DemoError("machines moved to another server")
+        return "it takes no machine from another server", {}
 
     async def _drain(self) -> tuple[str, Fields]:
         drained, asked = self._servers[1], self._servers[2]
@@ -290,7 +290,7 @@ class FleetDemo:
             self._report.note(asked.host.name, "drain", line)
         told = await self._stop_pinging()
         if drained.endpoint in (await self._owners(asked, MACHINES)).values():
-            raise DemoError("machines are left at server 2")
+            raise DemoError("machines remain at server 2")
         for machine in moved:
             lost = told[machine.node_uuid]["lost"]
             self._result.setdefault(machine.host.name, {"link": machine.kind})["lost_in_drain"] = lost
@@ -305,5 +305,5 @@ class FleetDemo:
     async def _nothing_left(self, hosts: Sequence[DemoHost]) -> tuple[str, Fields]:
         told = await self._steps.nothing_left(hosts)
         if self._servers and (folder := Path(self._servers[0].environment["SIDEROLINK_RUNTIME_DIR"]).parent).exists():
-            raise DemoError(f"{folder} is left")
+            raise DemoError(f"{folder} still exists")
         return told

@@ -1,4 +1,4 @@
-"""One host of the demo of several servers: what `node` can do, and programs beside it."""
+"""One host of the demo of several servers: the operations of `node`, and programs."""
 
 import time
 from ipaddress import IPv6Address
@@ -27,7 +27,7 @@ Fields = dict[str, Any]
 
 
 class FleetNode(Node):
-    """The operations of a host, of whichever kind it is."""
+    """The operations of a host of any kind."""
 
     _service: Service | None = None
     _echoes: EchoCount | None = None
@@ -49,13 +49,13 @@ class FleetNode(Node):
         return {}
 
     async def do_start(self, arguments: list[str], environment: dict[str, str], until: str) -> Fields:
-        """Start a `siderolink` that stays, and wait until it says so."""
-        self._service = Service(arguments, environment, _tell)
+        """Start a long-running `siderolink` and wait until its log contains a text."""
+        self._service = Service(arguments, environment, _report_line)
         await self.hold(self._service.running(until))
         return {}
 
     async def do_kill(self) -> Fields:
-        """kill -9."""
+        """Kill it with SIGKILL."""
         if self._service is None:
             raise SideroLinkError("nothing runs here")
         await self._service.kill()
@@ -65,7 +65,7 @@ class FleetNode(Node):
         return {"output": await run_siderolink(arguments, environment)}
 
     async def do_fleet(self, runtime: str) -> Fields:
-        """By the admin API of the server here: all servers by their ids, and where each machine is that is up, by its UUID."""
+        """Query the local server's admin API: all servers by id, and the server of each machine that is up, by UUID."""
         async with connect(Target(address=ServerAddress(path=Path(runtime) / f"{DEFAULT_INTERFACE}.sock"))) as connection:
             servers = await connection.stub(ServerServiceStub).list_servers(ListServersRequest())
             machines = await connection.stub(MachineServiceStub).list_machines(ListMachinesRequest())
@@ -80,11 +80,11 @@ class FleetNode(Node):
         return {}
 
     async def do_answered_since(self, at: float) -> Fields:
-        """Whether a request that was sent after this moment was answered."""
+        """Whether a request sent after a time was answered."""
         return {"is": any(self._need_echoes.sent_at[sequence] > at for sequence in reversed(self._need_echoes.answered_at))}
 
     async def do_stop_pinging(self) -> Fields:
-        """Tells how many were sent and lost, and the longest time without an answer, in seconds."""
+        """Returns the number of requests sent and lost, and the longest time without an answer in seconds."""
         echoes = self._need_echoes
         if self._stop_echoes is not None:
             self._stop_echoes.set()
@@ -98,8 +98,8 @@ class FleetNode(Node):
         return self._echoes
 
 
-def _tell(line: str) -> None:
-    """Tell what is worth it of a server's log: that it serves, and warnings."""
+def _report_line(line: str) -> None:
+    """Report the relevant lines of a server's log: that it serves, and warnings."""
     text, _, fields = line.partition("Z ")[2].partition(" level=")
     if fields.startswith("warning") or text.startswith("serving"):
         kind, _, what = text.partition(": ")

@@ -1,4 +1,4 @@
-"""The demo's side of one host: start its process, ask it for things, end it."""
+"""The demo's control of one host: start its process, send requests, stop it."""
 
 import json
 import sys
@@ -19,15 +19,15 @@ Fields = dict[str, Any]
 START_TIMEOUT = 20.0
 _END_SECONDS = 15.0
 OnEvent = Callable[[str, str, str], None]
-"""Takes the host's name, the event's name and its text."""
+"""Receives the host's name, the event's name and its text."""
 
 
 class DemoError(SideroLinkError):
-    """Raised when a step of the demo does not hold."""
+    """Raised when a step of the demo fails."""
 
 
 class DemoHost:
-    """One host; made by `start_host`."""
+    """One host; created by `start_host`."""
 
     def __init__(self, name: str, process: Process, on_event: OnEvent) -> None:
         self.name = name
@@ -40,14 +40,14 @@ class DemoHost:
         self._ended = False
         self.ready = anyio.Event()
         self.namespace: int | None = None
-        """Identifies its network namespace."""
+        """Identifies the host's network namespace."""
 
     @property
     def is_running(self) -> bool:
         return self._process.returncode is None
 
     async def ask(self, do: str, **fields: Any) -> Fields:
-        """Have something done. Raises DemoError where it fails or the host ends."""
+        """Run an operation. Raises DemoError if it fails or the host exits."""
         if self._ended or not self.ready.is_set() or self._process.stdin is None:
             raise DemoError(self._epitaph())
         self._last_number += 1
@@ -109,8 +109,8 @@ async def _lines(stream: ByteReceiveStream | None) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def start_host(name: str, on_event: OnEvent, module: str = "siderolink.cli.demo.node") -> AsyncIterator[DemoHost]:
-    """A host in a network namespace of its own, which runs this module; both are gone when the context is left."""
-    # A session of its own: an interrupt from the terminal is for the demo, which then ends its hosts in order.
+    """A host in a new network namespace, running a module; both end with the context."""
+    # A session of its own: the demo handles an interrupt from the terminal and then stops its hosts in order.
     command = [sys.executable, "-m", module]
     async with await anyio.open_process(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True) as process:
         host = DemoHost(name, process, on_event)

@@ -1,4 +1,4 @@
-"""Network namespaces that belong to a process and vanish with it; the links, addresses and routes inside them."""
+"""Network namespaces that end with their process, and the links, addresses and routes in them."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ _FORWARDING_IPV4 = Path("/proc/sys/net/ipv4/ip_forward")
 
 
 def _unshare(flags: int) -> None:
-    # os.unshare came with Python 3.12.
+    # os.unshare exists from Python 3.12 on.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(flags) != 0:
         number = ctypes.get_errno()
@@ -25,7 +25,7 @@ def _unshare(flags: int) -> None:
 
 
 def enter_user_namespace() -> None:
-    """Become root of a user namespace of one's own. The process must have a single thread. Raises OSError."""
+    """Become root of a new user namespace. The process must have a single thread. Raises OSError."""
     uid, gid = os.getuid(), os.getgid()
     _unshare(_CLONE_NEWUSER)
     Path("/proc/self/setgroups").write_text("deny")
@@ -34,7 +34,7 @@ def enter_user_namespace() -> None:
 
 
 def enter_network_namespace() -> None:
-    """Move this process into a network namespace of its own, which ends with it. Raises OSError."""
+    """Move this process into a new network namespace, which ends with the process. Raises OSError."""
     _unshare(_CLONE_NEWNET)
 
 
@@ -60,7 +60,7 @@ async def bring_up_loopback() -> None:
 
 
 async def add_cable(interface: str, peer_interface: str, peer_pid: int, address: IPv4Interface) -> None:
-    """A veth pair from here to the namespace of another process; this end gets `address`."""
+    """Create a veth pair to another process's namespace; this end gets `address`."""
 
     async def work() -> None:
         async with AsyncIPRoute() as netlink:
@@ -81,7 +81,7 @@ async def configure(interface: str, address: IPv4Interface) -> None:
 
 
 async def add_gateway(address: str) -> None:
-    """Send by this router whatever has no other route."""
+    """Add a default route by this router."""
 
     async def work() -> None:
         async with AsyncIPRoute() as netlink:
@@ -99,7 +99,7 @@ async def add_route(destination: IPv6Address, interface: str) -> None:
 
 
 async def interfaces() -> list[str]:
-    """The names of all interfaces here."""
+    """The names of all interfaces in this namespace."""
 
     async def work() -> list[str]:
         async with AsyncIPRoute() as netlink:
@@ -109,12 +109,12 @@ async def interfaces() -> list[str]:
 
 
 def forward_ipv6() -> None:
-    """Make this namespace a router. Raises SideroLinkError where /proc/sys cannot be written."""
+    """Enable IPv6 forwarding in this namespace. Raises SideroLinkError if /proc/sys is not writable."""
     _forward(_FORWARDING)
 
 
 def forward_ipv4() -> None:
-    """The same for IPv4."""
+    """Enable IPv4 forwarding, likewise."""
     _forward(_FORWARDING_IPV4)
 
 
@@ -122,7 +122,7 @@ def _forward(switch: Path) -> None:
     try:
         switch.write_text("1")
     except OSError as error:
-        raise SideroLinkError(f"forwarding cannot be switched on: {switch}: {error.strerror}") from error
+        raise SideroLinkError(f"cannot enable forwarding: {switch}: {error.strerror}") from error
 
 
 async def _index(netlink: AsyncIPRoute, interface: str) -> int:

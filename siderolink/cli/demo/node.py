@@ -1,7 +1,7 @@
-"""One host of the demo: a process in a network namespace of its own, told what to do by lines of JSON.
+"""One host of the demo: a process in its own network namespace, controlled by lines of JSON.
 
-Each request is ``{"id": n, "do": name, …}`` and is answered by ``{"id": n, "ok": {…}}`` or ``{"id": n, "error": text}``;
-between them come lines such as ``{"event": name, …}``. The end of its input ends the process, and with it the namespace.
+A request ``{"id": n, "do": name, …}`` is answered by ``{"id": n, "ok": {…}}`` or ``{"id": n, "error": text}``; in between there
+are events ``{"event": name, …}``. The process, and with it the namespace, ends with its standard input.
 """
 
 import json
@@ -65,7 +65,7 @@ class Node:
         return {}
 
     async def do_drop_udp(self) -> Fields:
-        """Drop all UDP in, out and through."""
+        """Drop all incoming, outgoing and forwarded UDP."""
         rule = Rule([protocol(socket.IPPROTO_UDP)], "drop")
         hooks: tuple[Hook, ...] = ("input", "output", "forward")
         await self._stack.enter_async_context(firewall("siderolink_demo", [Chain(hook, [rule]) for hook in hooks]))
@@ -95,11 +95,11 @@ class Node:
     async def do_join(self, url: str, uuid: str, device: str) -> Fields:
         from siderolink.client import connect
 
-        def tell(event: "LinkEvent") -> None:
+        def report(event: "LinkEvent") -> None:
             name, text = link_event(event)
             say({"event": name, "text": text})
 
-        context = connect(url, uuid=uuid, device=device, on_event=tell)  # type: ignore[arg-type]  # checked by connect
+        context = connect(url, uuid=uuid, device=device, on_event=report)  # type: ignore[arg-type]  # checked by connect
         self._link = link = await self.hold(context)
         return {
             "address": str(link.address),
@@ -109,7 +109,7 @@ class Node:
         }
 
     async def do_leave(self) -> Fields:
-        """Stop serving, or leave the link; tells which interfaces are left."""
+        """Stop the server or the link; returns the remaining interfaces."""
         self._leave.set()
         for left in self._left:
             await left.wait()
@@ -147,7 +147,7 @@ class Node:
         return {}
 
     async def do_widen(self, address: str) -> Fields:
-        """Play a hostile machine: let the tunnel to the server carry another machine's address too."""
+        """Act as a hostile machine: let the tunnel to the server carry another machine's address, too."""
         status = await self._device.peer(self._need_link.server_key)
         if status is None:
             raise SideroLinkError("the device has lost its server")
@@ -176,7 +176,7 @@ class Node:
         return self._link
 
     async def hold(self, context: AbstractAsyncContextManager[T]) -> T:
-        """Enter a context in a task of its own, which leaves it when told to."""
+        """Enter a context in a separate task, which leaves it later."""
 
         async def hold(*, task_status: TaskStatus[T]) -> None:
             async with context as value:
@@ -190,7 +190,7 @@ class Node:
         return value
 
     async def answer(self, request: Fields) -> None:
-        """Do one thing that was asked, and say how it went."""
+        """Run one request and send its result."""
         number = request.pop("id", None)
         method: Callable[..., Awaitable[Fields]] | None = getattr(self, f"do_{request.pop('do', None)}", None)
         try:
@@ -224,7 +224,7 @@ async def _main(kind: type[Node]) -> None:
 
 
 def run_node(kind: type[Node]) -> None:
-    """Be one host, until the input ends."""
+    """Run one host until its standard input ends."""
     namespace.enter_network_namespace()
     anyio.run(_main, kind, backend_options=loop_options())
 

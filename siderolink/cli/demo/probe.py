@@ -1,4 +1,4 @@
-"""Traffic over the overlay: echo requests, HTTP, and a bulk transfer. Nothing but the standard library's sockets."""
+"""Traffic over the overlay: echo requests, HTTP, and bulk transfer, with the standard library's sockets only."""
 
 import http.client
 import http.server
@@ -21,7 +21,7 @@ from anyio.abc import Process
 _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 _ICMPV6_FILTER = 1
 _LAST_ANSWERS = 3.0
-"""Seconds for which an answer is waited for after the last request."""
+"""How long to wait for answers after the last request, in seconds."""
 _ECHO = struct.Struct("!BBHHH")
 
 
@@ -31,7 +31,7 @@ class _HTTPServer(http.server.ThreadingHTTPServer):
 
 
 def _echo_socket() -> socket.socket:
-    """Hears echo replies alone."""
+    """A socket that receives only echo replies."""
     sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_ICMPV6)
     passed = bytearray(b"\xff" * 32)
     passed[_ECHO_REPLY // 8] &= ~(1 << _ECHO_REPLY % 8)
@@ -40,7 +40,7 @@ def _echo_socket() -> socket.socket:
 
 
 async def ping(address: IPv6Address, *, count: int = 3, timeout: float = 1.0, interval: float = 0.02) -> list[float]:
-    """Send echo requests (RFC 4443, section 4) one by one; the round trips in milliseconds of those that were answered."""
+    """Send echo requests (RFC 4443, section 4) one by one; returns the round trips of answered ones in milliseconds."""
     with _echo_socket() as sock:
         identifier = os.getpid() & 0xFFFF
         trips: list[float] = []
@@ -61,12 +61,12 @@ async def ping(address: IPv6Address, *, count: int = 3, timeout: float = 1.0, in
 
 @dataclass(slots=True)
 class EchoCount:
-    """Echo requests at regular intervals: when each was sent, and which were answered."""
+    """Echo requests at regular intervals: the time of each, and which ones were answered."""
 
     sent_at: list[float] = field(default_factory=list)
-    """By the monotonic clock."""
+    """On the monotonic clock."""
     answered_at: dict[int, float] = field(default_factory=dict)
-    """By the requests' numbers."""
+    """By request number."""
     ended: anyio.Event = field(default_factory=anyio.Event)
 
     @property
@@ -75,13 +75,13 @@ class EchoCount:
 
     @property
     def longest_gap(self) -> float:
-        """The longest time without an answer, in seconds; from the first request on."""
+        """The longest time without an answer in seconds, from the first request on."""
         times = sorted([*self.sent_at[:1], *self.answered_at.values()])
         return max((later - earlier for earlier, later in pairwise(times)), default=0.0)
 
 
 async def keep_pinging(address: IPv6Address, count: EchoCount, until: anyio.Event, *, interval: float = 0.01) -> None:
-    """Send an echo request every `interval` seconds until told; then wait for answers that are still under way."""
+    """Send an echo request every `interval` seconds until stopped, then wait for outstanding answers."""
     identifier = (os.getpid() ^ id(count)) & 0xFFFF
     with _echo_socket() as sock:
 
@@ -102,7 +102,7 @@ async def keep_pinging(address: IPv6Address, count: EchoCount, until: anyio.Even
                     sequence = len(count.sent_at) - 1
                     sock.sendto(_ECHO.pack(_ECHO_REQUEST, 0, 0, identifier, sequence) + bytes(48), (str(address), 0))
                 except OSError:
-                    pass  # not answered, then
+                    pass  # counts as unanswered
                 await anyio.sleep(interval)
             tasks.cancel_scope.deadline = anyio.current_time() + _LAST_ANSWERS
     count.ended.set()
@@ -119,7 +119,7 @@ def _is_reply(received: tuple[bytes, str], address: IPv6Address, identifier: int
 
 
 def _reply_to(data: bytes, source: str, address: IPv6Address, identifier: int) -> int | None:
-    """The sequence number of the echo request that this answers; None for anything else."""
+    """The sequence number of the request that this reply answers; None for anything else."""
     if len(data) < _ECHO.size or IPv6Address(source) != address:
         return None
     kind, _, _, echoed, sequence = _ECHO.unpack_from(data)
@@ -128,7 +128,7 @@ def _reply_to(data: bytes, source: str, address: IPv6Address, identifier: int) -
 
 @asynccontextmanager
 async def web_server(address: IPv6Address, text: str) -> AsyncIterator[int]:
-    """Answer any GET on the address with `text`; gives the port."""
+    """Answer any GET at the address with `text`; yields the port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -167,12 +167,12 @@ async def web_get(address: IPv6Address, port: int, *, timeout: float = 5.0) -> t
 
 
 async def transfer_sink(address: IPv6Address) -> Process:
-    """A process that takes one bulk transfer at the address. It prints the port, then the bytes and the seconds."""
+    """A process that receives one bulk transfer. It prints the port, then the bytes and the seconds."""
     return await _transfer("sink", str(address))
 
 
 async def transfer_source(address: IPv6Address, port: int, seconds: float) -> Process:
-    """A process that sends as fast as it can for `seconds`."""
+    """A process that sends as fast as possible for `seconds`."""
     return await _transfer("source", str(address), str(port), str(seconds))
 
 

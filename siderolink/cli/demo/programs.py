@@ -1,4 +1,4 @@
-"""What a host of the demo runs beside Python: `siderolink` as an operator starts it, and Postgres."""
+"""Programs on a host of the demo: `siderolink` as started by an operator, and Postgres."""
 
 import os
 import pwd
@@ -22,12 +22,12 @@ from siderolink.common.tasks import background_tasks
 SIDEROLINK: Final = [sys.executable, "-m", "siderolink"]
 _POSTGRES: Final = Path("/usr/lib/postgresql")
 _USER: Final = "nobody"
-"""Postgres does not run as root."""
+"""Postgres refuses to run as root."""
 _END_SECONDS: Final = 10.0
 
 
 def postgres_program(name: str) -> str | None:
-    """The path of one of Postgres's programs: of the newest that Debian has, or in the PATH."""
+    """The path of one of Postgres's programs: Debian's newest version, or the one in PATH."""
     folders = sorted(_POSTGRES.glob("*/bin"), key=lambda folder: _number(folder.parent.name), reverse=True)
     return shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)]))
 
@@ -41,7 +41,7 @@ def _number(text: str) -> float:
 
 @asynccontextmanager
 async def postgres() -> AsyncIterator[Path]:
-    """A Postgres of one's own, which listens on a Unix socket in this folder alone. Raises SideroLinkError."""
+    """A temporary Postgres that listens only on a Unix socket in the yielded folder. Raises SideroLinkError."""
     initdb, server, is_ready = (postgres_program(name) or name for name in ("initdb", "postgres", "pg_isready"))
     folder, user = _make_folder()
     try:
@@ -67,14 +67,14 @@ async def postgres() -> AsyncIterator[Path]:
 
 
 def _make_folder() -> tuple[Path, list[str]]:
-    """A new folder, and what goes before the commands that run as its owner."""
+    """A new folder, and the command prefix to run a program as its owner."""
     folder = Path(tempfile.mkdtemp(prefix="siderolink-demo-"))
     folder.chmod(0o755)
     if os.geteuid() != 0:
         return folder, []
     owner = pwd.getpwnam(_USER)
     os.chown(folder, owner.pw_uid, owner.pw_gid)
-    # not by anyio.open_process: uvloop's knows no users
+    # uvloop's subprocesses, which anyio.open_process uses, cannot change the user
     return folder, ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups"]
 
 
@@ -83,7 +83,7 @@ async def _run(command: Sequence[str], folder: Path) -> CompletedProcess[bytes]:
 
 
 async def end_process(process: Process, first: signal.Signals = signal.SIGTERM) -> None:
-    """Ask it to end, and end it where it does not."""
+    """Terminate a process, and kill it if it does not exit."""
     with anyio.CancelScope(shield=True):
         for number in (first, signal.SIGKILL):
             if process.returncode is None:
@@ -94,7 +94,7 @@ async def end_process(process: Process, first: signal.Signals = signal.SIGTERM) 
 
 
 class Service:
-    """A `siderolink` that stays. `on_line` takes what it logs."""
+    """A long-running `siderolink`. `on_line` receives its log lines."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]) -> None:
         self._arguments = arguments
@@ -104,7 +104,7 @@ class Service:
 
     @asynccontextmanager
     async def running(self, until: str) -> AsyncIterator[None]:
-        """Until a line holds this text, and then as long as the context lasts. Raises SideroLinkError."""
+        """Wait for a log line that contains a text, then run until the context ends. Raises SideroLinkError."""
         process = await anyio.open_process(
             [*SIDEROLINK, *self._arguments], stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=self._environment
         )
@@ -136,14 +136,14 @@ class Service:
             await end_process(process)
 
     async def kill(self) -> None:
-        """Without any notice."""
+        """Kill it without notice."""
         if self._process is not None:
             self._process.kill()
             await self._process.wait()
 
 
 async def run_siderolink(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
-    """What a command prints. Raises SideroLinkError."""
+    """The output of a command. Raises SideroLinkError."""
     done = await anyio.run_process([*SIDEROLINK, *arguments], stdin=DEVNULL, env={**os.environ, **environment}, check=False)
     if done.returncode:
         raise SideroLinkError(f"siderolink {arguments[0]}: {done.stderr.decode(errors='replace').strip()}")

@@ -1,4 +1,4 @@
-"""How the demo tells what happens: in colour on a terminal, as plain lines in a pipe, as JSON lines for programs."""
+"""Output of the demo: coloured on a terminal, plain lines in a pipe, JSON lines for programs."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ Fields = dict[str, Any]
 
 
 class Report(Protocol):
-    """Takes the demo's story."""
+    """Receives the demo's progress."""
 
     def begin(self, step: str) -> None: ...
 
@@ -38,7 +38,7 @@ def make_report(*, as_json: bool) -> Report:
 
 
 class PlainReport:
-    """One line for each thing, without colour."""
+    """One line per event, without colour."""
 
     def begin(self, step: str) -> None:
         self._say(f"== {step}")
@@ -62,7 +62,7 @@ class PlainReport:
 
 
 class RichReport:
-    """For eyes: a spinner while a step runs, a tick when it holds."""
+    """For a terminal: a spinner while a step runs, a tick when it succeeds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -100,7 +100,7 @@ class RichReport:
 
 
 class JsonReport:
-    """One JSON object a line: notes and steps as they happen, a summary at the end."""
+    """One JSON object per line: notes and steps as they happen, and a summary at the end."""
 
     def begin(self, step: str) -> None:
         self._say({"type": "begin", "step": step})
@@ -123,12 +123,12 @@ class JsonReport:
 
 
 def _machine_line(name: str, machine: Fields) -> str:
-    told = []
+    parts = []
     if "back_after" in machine:
-        told.append(f"back {machine['back_after']:.1f} s after kill -9")
+        parts.append(f"back {machine['back_after']:.1f} s after kill -9")
     if "lost_in_drain" in machine:
-        told.append(f"{machine['lost_in_drain']} echoes lost in the drain")
-    return f"{name} by {machine['link']:6}   {', '.join(told)}"
+        parts.append(f"{machine['lost_in_drain']} echoes lost in the drain")
+    return f"{name} by {machine['link']:6}   {', '.join(parts)}"
 
 
 def _summary_lines(summary: Fields) -> list[str]:
@@ -139,4 +139,4 @@ def _summary_lines(summary: Fields) -> list[str]:
         lines.append(
             f"{name:7} {link['up_mbit']:7.0f} Mbit/s up {link['down_mbit']:7.0f} Mbit/s down   ping {link['ping_ms']:.2f} ms"
         )
-    return [*lines, f"All {summary['steps']} steps hold, after {summary['seconds']:.0f} s."]
+    return [*lines, f"All {summary['steps']} steps succeeded, after {summary['seconds']:.0f} s."]

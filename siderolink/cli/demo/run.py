@@ -1,4 +1,4 @@
-"""From the command line to the demo and its exit status."""
+"""Runs the demo for the command line."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ _TUN = "/dev/net/tun"
 
 
 def run_demo(*, as_json: bool, device: str, seconds: float) -> int:
-    """The exit status: 0 where every step holds, 1 where one does not, 130 after an interrupt. Raises SideroLinkError."""
+    """Returns the exit status: 0 if every step succeeds, 1 if one fails, 130 after an interrupt. Raises SideroLinkError."""
     _prepare()
     report = make_report(as_json=as_json)
     return anyio.run(_run, report, Demo(report, device=device, seconds=seconds), backend_options=loop_options())
 
 
 def run_fleet_demo(*, as_json: bool, device: str) -> int:
-    """As `run_demo`, with several servers over one Postgres."""
+    """Like `run_demo`, with several servers over one Postgres."""
     check_needs()
     _prepare()
     report = make_report(as_json=as_json)
@@ -32,7 +32,7 @@ def run_fleet_demo(*, as_json: bool, device: str) -> int:
 
 
 def _prepare() -> None:
-    """See that this process may make network namespaces and interfaces, in a user namespace where it is not root."""
+    """Check that this process can create network namespaces and interfaces; without root, in a user namespace."""
     if os.geteuid() != 0:
         try:
             namespace.enter_user_namespace()
@@ -52,13 +52,13 @@ async def _run(report: Report, demo: Demo | FleetDemo) -> int:
     status = 130
     async with anyio.create_task_group() as tasks:
 
-        async def stop_when_told() -> None:
+        async def stop_on_interrupt() -> None:
             with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 async for _ in signals:
                     tasks.cancel_scope.cancel()
                     return
 
-        tasks.start_soon(stop_when_told)
+        tasks.start_soon(stop_on_interrupt)
         try:
             report.finish(await demo.run())
             status = 0

@@ -1,4 +1,4 @@
-"""What every demo has: named steps that hold or fail within a time, hosts, and a look at what is left."""
+"""Shared by the demos: named steps with a time limit, hosts, and a final check for leftovers."""
 
 import socket
 import time
@@ -28,7 +28,7 @@ class StepFailed(DemoError):
 
 
 class Steps:
-    """The steps of one run. Nothing of them is left afterwards, whatever happens."""
+    """The steps of one run. Nothing is left behind, whatever happens."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -37,7 +37,7 @@ class Steps:
         self._before = _own_interfaces()
 
     async def run(self, name: str, work: Work, *, timeout: float = STEP_TIMEOUT, begun: bool = False) -> None:
-        """One step, which gives a text and fields for programs. Raises StepFailed."""
+        """Run one step, which returns a text and fields for programs. Raises StepFailed."""
         if not begun:
             self.report.begin(name)
         try:
@@ -51,11 +51,11 @@ class Steps:
         self.report.end(name, text, fields)
 
     async def start_hosts(self, stack: AsyncExitStack, names: Sequence[str], *module: str) -> list[DemoHost]:
-        """Hosts, each in a network namespace of its own, until the stack is left."""
+        """Start hosts, each in its own network namespace, until the stack is closed."""
         return [await stack.enter_async_context(start_host(name, self.report.note, *module)) for name in names]
 
     async def leave(self, hosts: Sequence[DemoHost]) -> tuple[str, Fields]:
-        """Let each host end its links and its server."""
+        """Stop each host's links and server."""
         for host in hosts:
             left = [name for name in (await host.ask("leave"))["interfaces"] if name.startswith("siderolink")]
             if left:
@@ -63,7 +63,7 @@ class Steps:
         return "no overlay interface is left in any namespace", {}
 
     async def nothing_left(self, hosts: Sequence[DemoHost]) -> tuple[str, Fields]:
-        """See that the hosts are gone, and what they made."""
+        """Check that the hosts, and everything they created, no longer exist."""
         processes = [host.name for host in hosts if host.is_running]
         namespaces = [host.name for host in hosts if namespace.is_in_use(host.namespace)]
         interfaces = sorted(_own_interfaces() - self._before)
@@ -76,5 +76,5 @@ class Steps:
 
 
 def _own_interfaces() -> set[str]:
-    """Interfaces of the host itself that have the demo's names."""
+    """The host's own interfaces that have the demo's names."""
     return {name for _, name in socket.if_nameindex() if name.startswith(("siderolink", "machine", "server"))}

@@ -1,4 +1,4 @@
-"""The demo itself, step by step: two machines join one server, talk to it, and cannot talk to each other."""
+"""The demo: two machines join one server, communicate with it, and cannot reach each other."""
 
 import secrets
 import statistics
@@ -18,7 +18,7 @@ Fields = dict[str, Any]
 
 API_PORT, WIREGUARD_PORT = 4000, 51820
 _CABLES = (("192.0.2.1", "192.0.2.2"), ("198.51.100.1", "198.51.100.2"))
-"""Server's and machine's address on each cable (RFC 5737), each a /30."""
+"""Server's and machine's address on each cable (RFC 5737), each in a /30."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class _Machine:
 
 
 class Demo:
-    """Runs once. `seconds` is how long each of the four bulk transfers takes."""
+    """One run of the demo. `seconds` is the duration of each of the four bulk transfers."""
 
     def __init__(self, report: Report, *, device: str = "auto", seconds: float = 2.0) -> None:
         self._report = report
@@ -43,7 +43,7 @@ class Demo:
         self._server_address = ""
 
     async def run(self) -> Fields:
-        """Run all steps; returns the summary. Raises StepFailed. Nothing of it is left afterwards, whatever happens."""
+        """Run all steps; returns the summary. Raises StepFailed. Nothing is left behind, whatever happens."""
         async with AsyncExitStack() as stack:
             self._report.begin("network namespaces")
             hosts = await self._steps.start_hosts(stack, ("server", "machine 1", "machine 2"))
@@ -88,7 +88,7 @@ class Demo:
         await host.ask("drop_udp")
         if (await host.ask("try_udp", address=target, port=WIREGUARD_PORT))["left"]:
             raise DemoError("a UDP datagram still left machine 2")
-        return "nftables: a datagram that left before does not any more", {}
+        return "nftables: a datagram that passed before is now dropped", {}
 
     async def _serve(self) -> tuple[str, Fields]:
         served = await self._server.ask(
@@ -107,7 +107,7 @@ class Demo:
         joined = await machine.host.ask("join", url=url, uuid=str(uuid.uuid4()), device=self._device)
         machine.address = joined["address"]
         if joined["transport"] != machine.link:
-            raise DemoError(f"the link travels by {joined['transport']}, not by {machine.link}")
+            raise DemoError(f"the link uses {joined['transport']}, not by {machine.link}")
         return f"{joined['interface']} {joined['address']} to {joined['server_address']} by {joined['transport']}", joined
 
     async def _ping(self) -> tuple[str, Fields]:
@@ -153,7 +153,7 @@ class Demo:
             await machine.host.ask("widen", address=other.address)
             await machine.host.ask("route", address=other.address)
             await self._server.ask("route", address=machine.address)
-        return "each takes the other's address for allowed and routes to it; the server host has routes to both", {}
+        return "each allows and routes the other's address; the server host has routes to both", {}
 
     async def _ping_across(self) -> list[int]:
         answered: list[int] = []

@@ -1,4 +1,4 @@
-"""One end of a bulk TCP transfer, as a process of its own: ``sink ADDRESS`` or ``source ADDRESS PORT SECONDS``."""
+"""One end of a bulk TCP transfer, as a separate process: ``sink ADDRESS`` or ``source ADDRESS PORT SECONDS``."""
 
 import socket
 import sys
@@ -9,7 +9,7 @@ _PATIENCE = 15.0
 
 
 def sink(address: str) -> None:
-    """Take one connection; print the port, then the bytes taken and the seconds from the first to the last."""
+    """Accept one connection; print the port, then the bytes received and the seconds from the first to the last."""
     with socket.create_server((address, 0), family=socket.AF_INET6) as listener:
         print(listener.getsockname()[1], flush=True)
         listener.settimeout(_PATIENCE)
@@ -25,7 +25,7 @@ def sink(address: str) -> None:
 
 
 def source(address: str, port: int, seconds: float) -> None:
-    """Send zeros for so long."""
+    """Send zeros for `seconds`."""
     with socket.create_connection((address, port), timeout=_PATIENCE) as connection:
         chunk = memoryview(bytes(_CHUNK))
         end = time.perf_counter() + seconds

@@ -1,1 +1,1 @@
-"""`siderolink doctor`: checks this host and the way to a server, and suggests a remedy for each failure."""
+"""`siderolink doctor`: checks this host and the path to a server, and suggests a remedy for each failure."""

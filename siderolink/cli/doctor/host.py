@@ -30,10 +30,10 @@ _KINDS: tuple[DeviceKind, ...] = ("kernel", "userspace")
 
 
 async def check_devices() -> AsyncIterator[Finding]:
-    """Make an interface of each kind with an overlay-like address, set it up, and remove it again."""
+    """Create an interface of each kind with an overlay-like address, configure it, and remove it again."""
     await _remove_leftovers()
     failures = []
-    # random, from the range for local use; a /128 brings no route to anywhere else
+    # random, from the local range; a /128 adds no route to other hosts
     address = IPv6Interface((int.from_bytes(b"\xfd" + os.urandom(15), "big"), 128))
     for kind in _KINDS:
         config = DeviceConfig(
@@ -55,10 +55,10 @@ async def check_devices() -> AsyncIterator[Finding]:
 
 
 async def _remove_leftovers() -> None:
-    """Remove trial interfaces of doctors that were killed."""
+    """Remove trial interfaces of killed doctors."""
     for link in (await read_network(routes=False)).links.values():
         if link.name.startswith(_TRIAL_NAME):
-            with suppress(SideroLinkError, OSError):  # another doctor's, at work
+            with suppress(SideroLinkError, OSError):  # another doctor may be using it
                 await remove_leftovers(link.name, None)
 
 
@@ -87,7 +87,7 @@ async def check_clock() -> AsyncIterator[Finding]:
 
 
 async def check_forwarding() -> AsyncIterator[Finding]:
-    """Forwarding is harmless: a server keeps machines apart by rules of its own."""
+    """Forwarding is harmless: a server isolates its machines by rules of its own."""
     on = [name for name, file in _FORWARDING.items() if _is_on(file)]
     if not on:
         yield good("forwarding", "off")
@@ -103,7 +103,7 @@ def _is_on(file: str) -> bool:
 
 
 async def check_firewall() -> AsyncIterator[Finding]:
-    """Whether rules can be made, and which tables drop what no rule accepts."""
+    """Check whether rules can be created, and report chains that drop by default."""
     try:
         table = Table(f"siderolink-doctor-{os.getpid()}")
     except OSError as error:
@@ -119,14 +119,14 @@ async def check_firewall() -> AsyncIterator[Finding]:
     try:
         closed = _closed_chains()
     except OSError:
-        return  # not allowed to read them, or there are none
+        return  # no permission to read them, or there are none
     for name in closed:
-        remedy = "accept the server's API (TCP) and WireGuard (UDP) ports there, and what comes by the siderolink interface"
-        yield note("firewall", f"{name} drops what no rule accepts", remedy)
+        remedy = "accept the server's API (TCP) and WireGuard (UDP) ports there, and traffic from the siderolink interface"
+        yield note("firewall", f"{name} drops by default", remedy)
 
 
 def _closed_chains() -> list[str]:
-    """Base chains of others at the input hook whose policy is to drop. Raises OSError where they cannot be read."""
+    """Base chains at the input hook, of other programs, with policy drop. Raises OSError if they cannot be read."""
     found = []
     with closing(RequestSocket(NETFILTER)) as requests:
         for part in requests.dump(_GET_CHAINS, bytes(4)):
@@ -140,7 +140,7 @@ def _closed_chains() -> list[str]:
 
 
 async def check_loopback() -> AsyncIterator[Finding]:
-    """The kernel device's tunnel goes through it."""
+    """Check the loopback, which the kernel device's tunnel uses."""
     try:
         with closing(RequestSocket()) as netlink:
             is_up = read_link(netlink, socket.if_nametoindex("lo")).is_up

@@ -1,4 +1,4 @@
-"""Runs the checks and prints what they found."""
+"""Runs the checks and prints their findings."""
 
 import json
 import ssl
@@ -31,7 +31,7 @@ _MARKS = {True: "ok", None: "note", False: "BAD"}
 
 
 def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
-    """Check and report; 1 if something is bad, 130 if a signal stopped it. Raises JoinURLError or ConfigurationError."""
+    """Returns 0, 1 if a finding is bad, or 130 after a signal. Raises JoinURLError or ConfigurationError."""
     parsed = None if url is None else JoinURL.parse(url)
     tls = client_tls(ca_file) if parsed is not None and parsed.tls else None
 
@@ -48,7 +48,7 @@ def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
     async def work_until_stopped() -> int:
         codes = [_STOPPED]
         async with background_tasks() as tasks:
-            # what a check has made is removed before the process ends
+            # created interfaces are removed before the process exits
             await tasks.start(stop_on_signal, tasks.cancel_scope)
             codes.append(await work())
         return codes[-1]
@@ -57,7 +57,7 @@ def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
 
 
 async def check_all(url: JoinURL | None, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:
-    """Everything that can be checked here, and with a join URL up to its server."""
+    """All checks of this host, and with a join URL those of its server."""
     for check in (check_devices, check_data_plane, check_clock, check_loopback, check_forwarding, check_firewall):
         async for finding in check():
             yield finding

@@ -1,7 +1,7 @@
-"""Checks towards a server: its API, TLS, the token, each endpoint by UDP or the tunnel, and whether full packets pass.
+"""Checks of a server: its API, TLS, the token, each endpoint by UDP or the tunnel, and whether full-size packets pass.
 
-A trial machine with a UUID and a key of its own joins, in this process only: no interface is made, and no privilege is needed.
-At the end it asks the server to forget it; a server that does not know that request keeps it as a machine that is down.
+A trial machine with its own UUID and key joins, inside this process only: no interface and no privileges are needed. At the end
+it asks the server to remove it; a server without support for that keeps it as a machine that is down.
 """
 
 import socket
@@ -33,25 +33,25 @@ __all__ = ["check_server"]
 HANDSHAKE_SECONDS = 10.0
 ECHO_SECONDS = 3.0
 SMALL, FULL = 64, 1280
-_GOODBYE_LOOKS, _LOOKS_PER_GOODBYE, _LOOK_SECONDS = 30, 10, 0.05
+_GOODBYE_POLLS, _POLLS_PER_GOODBYE, _POLL_SECONDS = 30, 10, 0.05
 _IP_MTU, _IPV6_MTU = 14, 24
-_ANOTHER_NAME = "the certificate is for another name: use that one in the URL"
+_ANOTHER_NAME = "the certificate is for another name: use that name in the URL"
 _TLS_REMEDIES = {
-    9: "set this host's clock: the certificate is not good yet",
+    9: "set this host's clock: the certificate is not valid yet",
     10: "renew the server's certificate, or set this host's clock",
     62: _ANOTHER_NAME,
-    64: _ANOTHER_NAME,  # another address
+    64: _ANOTHER_NAME,  # another IP address
 }
-"""By OpenSSL's verify code."""
+"""Remedies by OpenSSL's verify code."""
 
 
 async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:
-    """Check all that a join needs, in order; the first failure ends the checks."""
+    """Check everything that a join needs, in order; stops at the first failure."""
     api = HostPort(url.host, url.port)
     try:
         addresses = await api.resolve()
     except OSError as error:
-        yield bad("API", f"{url.host} cannot be resolved: {error.strerror or error}", "check the name and this host's DNS")
+        yield bad("API", f"cannot resolve {url.host}: {error.strerror or error}", "check the name and this host's DNS")
         return
     yield good("API", f"{url.host} is {', '.join(str(address) for address, _ in addresses)}")
     if url.tls and tls is not None:
@@ -70,7 +70,7 @@ async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterato
         yield bad(
             "join",
             str(error),
-            "check the address, the port, any firewall between, and that the URL's scheme matches the server",
+            "check the address, the port, any firewall in between, and that the URL's scheme matches the server",
         )
         return
     yield good("join", f"admitted as {answer.address.ip}")
@@ -80,7 +80,7 @@ async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterato
             if finding.check == str(route) and finding.is_good:
                 working = route
             yield finding
-    if working is not None:  # the server forgets machines that never completed a handshake
+    if working is not None:  # the server removes machines that never completed a handshake
         yield await _leave(working, answer, key)
 
 
@@ -109,16 +109,16 @@ class _Trial:
 
     device: PacketDevice
     echoes: set[int]
-    """The lengths of echo replies."""
+    """Sizes of the received echo replies."""
     replies: set[bytes]
-    """The contents of UDP datagrams."""
+    """Contents of the received UDP datagrams."""
 
 
 async def _check_route(route: Route, answer: Provisioned, key: PrivateKey) -> AsyncIterator[Finding]:
     async with _open_trial(route, answer, key) as trial:
         if trial is None:
             is_udp = answer.virtual_address is None
-            remedy = "let UDP pass to that address and back, or use the tunnel: grpc_tunnel=true in the URL"
+            remedy = "allow UDP to and from that address, or use the tunnel: grpc_tunnel=true in the URL"
             yield bad(str(route), f"no handshake within {HANDSHAKE_SECONDS:g} s", remedy if is_udp else "see the server's log")
             return
         yield good(str(route), "the handshake is answered")
@@ -128,7 +128,7 @@ async def _check_route(route: Route, answer: Provisioned, key: PrivateKey) -> As
 
 @asynccontextmanager
 async def _open_trial(route: Route, answer: Provisioned, key: PrivateKey) -> AsyncIterator[_Trial | None]:
-    """The trial machine's link by this route; None where no handshake is answered."""
+    """The trial machine's link by this route; None if no handshake is answered."""
     shaken, echoes, replies = anyio.Event(), set[int](), set[bytes]()
 
     def hear(event: DeviceEvent) -> None:
@@ -152,19 +152,19 @@ async def _open_trial(route: Route, answer: Provisioned, key: PrivateKey) -> Asy
 
 
 async def _leave(route: Route, answer: Provisioned, key: PrivateKey) -> Finding:
-    """Ask the server to forget the trial machine."""
+    """Ask the server to remove the trial machine."""
     goodbye = Goodbye(public_key=key.public_key(), forget=True).encode()
     packet = udp_packet(answer.address.ip.packed, answer.server_address.packed, GOODBYE_PORT, goodbye)
     async with _open_trial(route, answer, key) as trial:
-        for attempt in range(_GOODBYE_LOOKS if trial is not None else 0):
+        for attempt in range(_GOODBYE_POLLS if trial is not None else 0):
             assert trial is not None
-            if attempt % _LOOKS_PER_GOODBYE == 0:
+            if attempt % _POLLS_PER_GOODBYE == 0:
                 trial.device.send(packet)
-            await anyio.sleep(_LOOK_SECONDS)
+            await anyio.sleep(_POLL_SECONDS)
             if goodbye in trial.replies:
-                return good("trial machine", "the server has forgotten it")
+                return good("trial machine", "the server has removed it")
     remedy = f"remove the machine with the key {key.public_key()} there"
-    return note("trial machine", "the server still lists it as a machine that is down", remedy)
+    return note("trial machine", "the server still lists it as down", remedy)
 
 
 async def _check_sizes(route: Route, trial: _Trial, answer: Provisioned) -> AsyncIterator[Finding]:
@@ -178,7 +178,7 @@ async def _check_sizes(route: Route, trial: _Trial, answer: Provisioned) -> Asyn
     if FULL in trial.echoes:
         yield good(name, f"packets of {FULL} bytes pass both ways{_route_mtu(answer)}")
     elif SMALL in trial.echoes:
-        remedy = f"the path must carry {FULL + 80} bytes: look for a tunnel or VPN between, and for dropped ICMP"
+        remedy = f"the path must carry {FULL + 80} bytes: look for a tunnel or VPN in between, and for dropped ICMP"
         yield bad(name, f"small packets pass, but packets of {FULL} bytes do not{_route_mtu(answer)}", remedy)
     else:
         yield note(name, "the server answers no pings", "links work without pings; its firewall may drop them")
@@ -200,13 +200,13 @@ def _route_mtu(answer: Provisioned) -> str:
 
 
 def echo_request(source: bytes, destination: bytes, size: int) -> bytes:
-    """An ICMPv6 echo request (RFC 4443, 4.1) of `size` bytes with its IPv6 header."""
+    """An ICMPv6 echo request (RFC 4443, 4.1) of `size` bytes including its IPv6 header."""
     body = struct.pack("!BBHHH", 128, 0, 0, 1, size & 0xFFFF) + bytes(size - 48)
     return _packet(source, destination, socket.IPPROTO_ICMPV6, body, checksum_at=2)
 
 
 def udp_packet(source: bytes, destination: bytes, port: int, content: bytes) -> bytes:
-    """A UDP datagram from and to `port`, with its IPv6 header."""
+    """A UDP datagram from and to `port`, including its IPv6 header."""
     body = struct.pack("!HHHH", port, port, 8 + len(content), 0) + content
     return _packet(source, destination, socket.IPPROTO_UDP, body, checksum_at=6)
 

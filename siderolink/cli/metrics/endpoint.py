@@ -1,8 +1,8 @@
 """The pages of `--metrics-listen`: counters, process information and health.
 
-The counters are read on the event loop, some hundred machines at a time; metric families are made of them and rendered some
-hundred samples at a time. Not in a thread: it would hold the interpreter for 5 ms at a time. One scrape is under way at a time,
-and those that come within a second share its answer.
+Counters are read on the event loop, some hundred machines at a time; metric families are created and rendered some hundred
+samples at a time. A thread would hold the interpreter lock for 5 ms at a time. Scrapes run one at a time, and those within a
+second of the last one share its answer.
 """
 
 import json
@@ -41,25 +41,25 @@ except ModuleNotFoundError:
 from siderolink.cli.metrics.families import counter, gauge, gauges, histogram
 
 FRESH_SECONDS: Final = 1.0
-"""A scrape that comes so soon after another gets the same answer."""
+"""A scrape within this time after another one gets the same answer."""
 SAMPLES_AT_ONCE: Final = 200
 """Samples rendered before other tasks run."""
 LAG_INTERVAL: Final = 0.25
 LAG_BOUNDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 Families = Callable[[], Iterable[Metric]]
-"""Makes metric families of what was read before, each when it is asked for. Metrics of one name that follow each other are
-parts of one family."""
+"""Creates metric families from counters read before, each on demand. Consecutive metrics of one name are parts of one
+family."""
 
 
 class MetricsSource(Protocol):
-    """What runs here."""
+    """The source of a process's metrics."""
 
     async def read(self) -> Families:
-        """Read the counters now, on the event loop, letting other tasks run in between."""
+        """Read the counters now, on the event loop, yielding to other tasks in between."""
 
     async def health(self) -> Sequence[HealthCheck]:
-        """The parts, and whether they work."""
+        """The health of each part."""
 
     @property
     def certificate(self) -> ServerCertificate | None: ...
@@ -71,7 +71,7 @@ class MetricsSource(Protocol):
 
 @dataclass(slots=True)
 class LoopLag:
-    """How much later than asked for the event loop runs what is due."""
+    """The delay with which the event loop runs due callbacks."""
 
     buckets: list[int] = field(default_factory=lambda: [0] * (len(LAG_BOUNDS) + 1))
     seconds: float = 0.0
@@ -115,7 +115,7 @@ class Pages:
             return PageAnswer(self._rendered, CONTENT_TYPE_LATEST)
 
     async def live(self) -> PageAnswer:
-        """Whether this process can go on; where not, only a new one helps."""
+        """Liveness: only a restart helps if this fails."""
         return _health_page([check for check in await self._source.health() if check.name == "device"])
 
     async def ready(self) -> PageAnswer:
@@ -128,9 +128,9 @@ class Pages:
     async def _checks(self) -> list[HealthCheck]:
         checks = list(await self._source.health())
         clock = read_clock()
-        text = "it shows a date long past" if not clock.is_plausible else "it is kept right by a time service"
+        text = "it shows a date long past" if not clock.is_plausible else "it is synchronised by a time service"
         if clock.is_plausible and not clock.is_synchronized:
-            text = "plausible, though nothing keeps it right"
+            text = "plausible, but not synchronised"
         checks.append(HealthCheck(name="clock", is_good=clock.is_plausible, text=text))
         if (certificate := self._source.certificate) is not None:
             left = certificate.expires_at - time.time()
@@ -141,19 +141,19 @@ class Pages:
     def _own_families(self, checks: Sequence[HealthCheck], clock: ClockState, began_at: float) -> Iterator[Metric]:
         labels = ("version", "python")
         info = (version("siderolink"), platform.python_version())
-        yield gauges("build_info", "The versions that run.", labels, [(info, 1)])
-        yield gauges("check_good", "Whether a part works, as /readyz says.", ["check"], [([c.name], c.is_good) for c in checks])
-        text = "How much later than asked for the event loop ran what was due."
+        yield gauges("build_info", "The running versions.", labels, [(info, 1)])
+        yield gauges("check_good", "Whether a part works, as in /readyz.", ["check"], [([c.name], c.is_good) for c in checks])
+        text = "Delay with which the event loop runs due callbacks."
         yield histogram("event_loop_lag_seconds", text, LAG_BOUNDS, self._lag.buckets, self._lag.seconds)
-        yield gauge("clock_synchronized", "Whether a time service keeps this host's clock right.", clock.is_synchronized)
-        yield gauge("clock_offset_seconds", "How far the kernel is still to turn the clock.", clock.offset)
-        yield gauge("clock_max_error_seconds", "A bound on how wrong the clock is.", clock.max_error)
+        yield gauge("clock_synchronized", "Whether a time service synchronises this host's clock.", clock.is_synchronized)
+        yield gauge("clock_offset_seconds", "Correction of the clock that the kernel has yet to apply.", clock.offset)
+        yield gauge("clock_max_error_seconds", "Upper bound on the clock's error.", clock.max_error)
         if (certificate := self._source.certificate) is not None:
-            text = "When the API's certificate, or one of its chain, expires; Unix time."
+            text = "Unix time at which the API's certificate, or one of its chain, expires."
             yield gauge("certificate_expiry_timestamp_seconds", text, certificate.expires_at)
         lost = sum(lost_records().values())
-        yield counter("log_records_lost", "Log records that standard output did not take.", lost)
-        text = "How long it took to read this process's counters and make metrics of them."
+        yield counter("log_records_lost", "Log records that standard output did not accept.", lost)
+        text = "Time to read this process's counters and to render the metrics."
         yield gauge("scrape_seconds", text, time.perf_counter() - began_at)
 
 
@@ -168,14 +168,14 @@ class _Collected(Collector):
 
 
 async def render(families: Iterable[Metric]) -> bytes:
-    """The text of the families, made and rendered `SAMPLES_AT_ONCE` at a time, or a part as it comes; others run in between."""
+    """The text of the families, rendered `SAMPLES_AT_ONCE` at a time, yielding to other tasks in between."""
     texts: list[bytes] = []
     name, count = "", 0
     for family in families:
         for part in _parts(family):
             count += len(part.samples)
             text = generate_latest(_Collected(part))
-            texts.append(text.split(b"\n", 2)[2] if part.name == name else text)  # HELP and TYPE stand before the first part
+            texts.append(text.split(b"\n", 2)[2] if part.name == name else text)  # the first part has HELP and TYPE
             name = part.name
             if count >= SAMPLES_AT_ONCE:
                 count = 0
@@ -205,7 +205,7 @@ def _health_page(checks: Sequence[HealthCheck]) -> PageAnswer:
 
 @asynccontextmanager
 async def serve_metrics(options: MetricsOptions, source: MetricsSource) -> AsyncIterator[None]:
-    """Serve the pages until the context is left. Raises AddressInUseError or ConfigurationError."""
+    """Serve the pages until the context ends. Raises AddressInUseError or ConfigurationError."""
     pages = Pages(source)
     paths: dict[str, Callable[[], Awaitable[PageAnswer]]] = {
         "/metrics": pages.metrics,

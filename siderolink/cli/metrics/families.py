@@ -1,6 +1,6 @@
-"""Counters as Prometheus's metric families. Names and meanings: docs/metrics.md.
+"""Prometheus metric families of the counters. Names and meanings: docs/metrics.md.
 
-A reason that has not come up is a series of zero, so that a rate over it is known from the start.
+A reason that has not occurred is a series of zero, so that its rate is defined from the start.
 """
 
 from bisect import bisect_left
@@ -56,7 +56,7 @@ from siderolink.server.store.tokens import TokenState
 AGE_BOUNDS = (15.0, 60.0, 120.0, 180.0, 275.0, 600.0, 3600.0, 86400.0)
 """Seconds since the last handshake. A session in use is renewed after 120 s and ends after 180; a link is down after 275 s."""
 TOKENS = 100
-"""Join tokens that have series of their own."""
+"""Join tokens with their own series."""
 MACHINES_AT_ONCE = 200
 """Machines in one part of a family."""
 DEVICE_DROPS = tuple(
@@ -78,7 +78,7 @@ def counter(name: str, text: str, value: float) -> Metric:
 
 
 def by(name: str, text: str, label: str, found: Mapping[str, float], known: Iterable[str] = ()) -> Metric:
-    """A counter with one label; names that are known and not found are zero."""
+    """A counter with one label; known names that were not found are zero."""
     family = CounterMetricFamily(f"siderolink_{name}", text, labels=[label])
     for value, count in (dict.fromkeys(map(str, known), 0) | dict(found)).items():
         family.add_metric([value], count)
@@ -93,7 +93,7 @@ def gauges(name: str, text: str, labels: Labels, found: Iterable[tuple[Labels, f
 
 
 def histogram(name: str, text: str, bounds: Sequence[float], buckets: Sequence[int], total: float) -> Metric:
-    """`buckets` are not cumulative, and one more than `bounds`."""
+    """`buckets` are not cumulative; there is one more than `bounds`."""
     return HistogramMetricFamily(f"siderolink_{name}", text, buckets=_cumulative(bounds, buckets), sum_value=total)
 
 
@@ -102,18 +102,18 @@ def _cumulative(bounds: Sequence[float], buckets: Sequence[int]) -> list[tuple[s
     return list(zip(names, map(float, accumulate(buckets)), strict=True))
 
 
-# --- a device, whoever has it
+# --- devices
 
 
 def device_families(device: DeviceCounters, drops: Mapping[str, int]) -> Iterator[Metric]:
-    yield gauge("peers", "WireGuard peers that the device has.", device.peers)
+    yield gauge("peers", "WireGuard peers of the device.", device.peers)
     traffic = {"received": device.received_bytes, "sent": device.sent_bytes}
     yield by("wireguard_bytes", "Bytes of WireGuard datagrams, by direction.", "direction", traffic)
     interface = device.interface
-    yield gauge("interface_up", "Whether the interface is there and up.", interface is not None and interface.is_up)
+    yield gauge("interface_up", "Whether the interface exists and is up.", interface is not None and interface.is_up)
     if interface is not None:
         packets = {"received": interface.received_packets, "sent": interface.sent_packets}
-        text = "Inner packets by direction, as the kernel counts them; a super-packet counts once."
+        text = "Inner packets by direction, as counted by the kernel; a super-packet counts once."
         yield by("interface_packets", text, "direction", packets)
         inner = {"received": interface.received_bytes, "sent": interface.sent_bytes}
         yield by("interface_bytes", "Bytes of inner packets, by direction.", "direction", inner)
@@ -129,20 +129,20 @@ def device_families(device: DeviceCounters, drops: Mapping[str, int]) -> Iterato
     )
 
 
-# --- a server
+# --- servers
 
 
 def server_families(counters: ServerCounters) -> Iterator[Metric]:
-    """Everything but single machines."""
+    """All families except those of single machines."""
     groups = [MachineGroup(*group) for group in product(LinkState, Transport, MachineAdmission)]
     machines = [((*map(str, group),), counters.machines.get(group, 0)) for group in groups]
-    text = "Machines by the state of the link, how they were told to send, and how far they are let in."
+    text = "Machines by link state, assigned transport, and admission."
     yield gauges("machines", text, MachineGroup._fields, machines)
     yield gauge("claims", "Calls for known machines by other keys that no handshake has proved yet.", counters.claims)
     yield from _event_families(counters)
     yield by("join_refusals", "Provision calls that were refused, by reason.", "reason", counters.join_refusals, JoinRefusal)
     yield from device_families(counters.device, counters.drops)
-    text = "Machines whose own limit of this name drops something now, or did within a minute."
+    text = "Machines whose own limit of this name has dropped something within the last minute."
     yield gauges(
         "machines_limited", text, ["limit"], (([name], counters.limits_biting.get(name, 0)) for name in MACHINE_LIMITS)
     )
@@ -150,7 +150,7 @@ def server_families(counters: ServerCounters) -> Iterator[Metric]:
     text = "Connections, calls and messages that the API refused, by reason."
     yield by("api_refusals", text, "reason", counters.api_refusals, Refusal)
     yield gauge("tunnel_streams", "Open tunnel streams.", counters.streams)
-    yield gauge("tunnel_queued_bytes", "Bytes that wait for room in tunnel streams.", counters.queued_bytes)
+    yield gauge("tunnel_queued_bytes", "Bytes waiting to be sent on tunnel streams.", counters.queued_bytes)
     text = "Tunnel streams that were refused or ended by the server, by reason."
     yield by("stream_refusals", text, "reason", counters.stream_refusals, StreamRefusal)
     if counters.forwards is not None:
@@ -166,16 +166,16 @@ def _event_families(counters: ServerCounters) -> Iterator[Metric]:
     def of(kind: type[ServerEvent]) -> dict[str, int]:
         return {detail: count for (found, detail), count in counters.events.items() if found is kind}
 
-    text = "Provision calls that made a new link, for machines that were new or known."
+    text = "Provision calls that created a new link, for new or known machines."
     yield by("joins", text, "kind", of(MachineJoined), ("new", "known"))
     text = "Handshakes of known machines: the first one of a link, or one that renewed a session."
     yield by("handshakes", text, "kind", of(HandshakeCompleted), ("first", "renewed"))
-    text = "Machines' rows that went to another key, by what allowed it."
+    text = "Machines' rows that went to another key, by basis."
     yield by("takeovers", text, "basis", of(MachineRekeyed), Basis)
-    text = "Keys that claimed a machine and shook hands too late."
+    text = "Claims of machines by other keys that were proved too late."
     yield counter("claims_refused", text, sum(of(ClaimRefused).values()))
     yield counter("links_down", "Links that were declared down.", sum(of(LinkDown).values()))
-    yield by("machines_left", "Machines that were forgotten, by reason.", "reason", of(MachineLeft), LeaveReason)
+    yield by("machines_left", "Machines that were removed, by reason.", "reason", of(MachineLeft), LeaveReason)
 
 
 def _forward_families(forwards: ForwardCounters) -> Iterator[Metric]:
@@ -189,33 +189,33 @@ def _forward_families(forwards: ForwardCounters) -> Iterator[Metric]:
 
 
 def _report_families(reports: ReportCounters) -> Iterator[Metric]:
-    yield counter("report_events", "Events of machines that were accepted.", reports.events)
-    yield counter("report_lines", "Kernel log lines of machines that were accepted.", reports.lines)
-    yield gauge("report_kept_bytes", "Memory that kept events and lines take.", reports.kept_bytes)
+    yield counter("report_events", "Accepted events of machines.", reports.events)
+    yield counter("report_lines", "Accepted kernel log lines of machines.", reports.lines)
+    yield gauge("report_kept_bytes", "Memory used by events and lines kept.", reports.kept_bytes)
     yield by("report_drops", "Reports that were not accepted, by reason.", "reason", reports.drops, ReportDrop)
 
-    yield gauge("report_file_bytes", "Size of the files in which events and lines are kept.", reports.file_bytes)
-    text = "Reports that were accepted and could not be kept in files, by reason."
+    yield gauge("report_file_bytes", "Size of the files of events and lines.", reports.file_bytes)
+    text = "Accepted reports that could not be written to files, by reason."
     yield by("reports_not_kept", text, "reason", reports.not_kept, ("queue full", "disk"))
 
 
 def _history_families(history: HistoryCounters) -> Iterator[Metric]:
     outcomes = {"written": history.written, "lost": history.lost, "pruned": history.pruned}
-    yield by("history_entries", "Entries of the machines' history, by what became of them.", "outcome", outcomes)
-    yield gauge("history_waiting", "Entries that wait to be written.", history.waiting)
-    yield counter("history_failures", "Writes of the history that the store did not take.", history.failures)
+    yield by("history_entries", "Entries of the machines' history, by outcome.", "outcome", outcomes)
+    yield gauge("history_waiting", "Entries waiting to be written.", history.waiting)
+    yield counter("history_failures", "Failed writes of the history.", history.failures)
 
 
 def _store_families(store: StoreCounters) -> Iterator[Metric]:
-    text = "Transactions of the store, until they are durable."
+    text = "Duration of the store's transactions, until they are durable."
     yield histogram("store_transaction_seconds", text, LATENCY_BOUNDS, store.buckets, store.seconds)
-    yield counter("store_failures", "Transactions that the store could not do.", store.failures)
+    yield counter("store_failures", "Transactions that the store failed.", store.failures)
 
 
 def token_families(tokens: Sequence[TokenStatus], counters: ServerCounters) -> Iterator[Metric]:
-    """Of the first TOKENS tokens by name."""
+    """Families of the first TOKENS tokens by name."""
     shown = tokens[:TOKENS]
-    joins = CounterMetricFamily("siderolink_token_joins", "Joins by each join token that made a new link.", labels=["token"])
+    joins = CounterMetricFamily("siderolink_token_joins", "Joins by each join token that created a new link.", labels=["token"])
     for status in shown:
         joins.add_metric([status.token.name], counters.token_joins.get(status.token.id, 0))
     yield joins
@@ -229,9 +229,9 @@ def token_families(tokens: Sequence[TokenStatus], counters: ServerCounters) -> I
     yield gauges("token_admits", text, ["token"], of(lambda status: status.state is TokenState.ACTIVE))
     text = "Machines that may still join by each join token with a limit."
     yield gauges("token_uses_left", text, ["token"], of(_uses_left))
-    text = "Machines that each join token with a limit of them may still have at a time."
+    text = "Machines that each join token with a limit of known machines may still admit."
     yield gauges("token_machines_left", text, ["token"], of(_machines_left))
-    text = "When each join token that expires does so; Unix time."
+    text = "Unix time at which each join token expires."
     yield gauges("token_expiry_timestamp_seconds", text, ["token"], of(lambda status: status.token.expires_at))
     yield gauge("tokens_omitted", f"1 if there are more than {TOKENS} join tokens, else 0.", len(tokens) > TOKENS)
 
@@ -246,19 +246,19 @@ def _machines_left(status: TokenStatus) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class MachineSeries:
-    """The machines that have series of their own."""
+    """The machines with their own series."""
 
     machines: Sequence[MachineStatus]
     omitted: int
-    """How many there are beyond the bound."""
+    """Number of machines beyond the limit."""
     limit_drops: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """By machine's id and limit's name."""
+    """By machine id and limit name."""
 
 
 def machine_families(found: MachineSeries) -> Iterator[Metric]:
-    """Each family comes in parts, of `MACHINES_AT_ONCE` machines at most."""
+    """Each family comes in parts of at most `MACHINES_AT_ONCE` machines."""
     more = ("talos_version", "transport", "admission")
-    text = "What is known of each machine."
+    text = "Properties of each machine."
     yield from _series(partial(GaugeMetricFamily, "siderolink_machine_info", text), found, lambda status: 1.0, more)
     text = "Whether the machine's link is up."
     up = partial(GaugeMetricFamily, "siderolink_machine_up", text)
@@ -276,8 +276,8 @@ def machine_families(found: MachineSeries) -> Iterator[Metric]:
 
 
 def _limit_series(found: MachineSeries) -> Metric:
-    """Of machines at which a limit has dropped something."""
-    text = "What the machine's own limits dropped, by limit: packets, lines, events or connections."
+    """Series of machines whose own limits have dropped something."""
+    text = "Packets, lines, events or connections dropped by the machine's own limits, by limit."
     family = CounterMetricFamily("siderolink_machine_limit_drops", text, labels=("machine_id", "node_uuid", "limit"))
     for status in found.machines if found.limit_drops else ():
         machine = status.machine

@@ -1,6 +1,6 @@
-"""A small HTTP/1.1 server for pages that are read only: metrics and health. One request per connection.
+"""A small HTTP/1.1 server for read-only pages: metrics and health. One request per connection.
 
-What a client may cost is bounded: connections at a time, bytes of a request, seconds to send it and to take the answer.
+The cost of a client is bounded: concurrent connections, bytes of a request, and seconds to send it and to read the answer.
 """
 
 import asyncio
@@ -17,16 +17,16 @@ from siderolink.common.hostport import HostPort
 MAX_CONNECTIONS: Final = 16
 MAX_REQUEST_BYTES: Final = 8 * 1024
 REQUEST_TIMEOUT: Final = 5.0
-"""Seconds for a client to send its request."""
+"""Time limit in seconds for a client to send its request."""
 ANSWER_TIMEOUT: Final = 30.0
-"""Seconds to make the answer and for a client to take it."""
+"""Time limit in seconds to produce the answer and for a client to read it."""
 
 _logger = logging.getLogger("siderolink.cli")
 
 
 @dataclass(frozen=True, slots=True)
 class PageAnswer:
-    """What a page says."""
+    """The response of a page."""
 
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
@@ -37,7 +37,7 @@ Page = Callable[[], Awaitable[PageAnswer]]
 
 
 class PageServer:
-    """Answers GET and HEAD for some paths; made by `serve_pages`."""
+    """Answers GET and HEAD for some paths; created by `serve_pages`."""
 
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = pages
@@ -67,12 +67,12 @@ class PageServer:
                 writer.close()
                 await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            pass  # the client is gone, or too slow
+            pass  # the client has disconnected, or is too slow
         finally:
             writer.transport.abort()
 
     async def _answer(self, request: bytes | None) -> tuple[str, PageAnswer]:
-        """The request's method, and the answer."""
+        """The request's method, and the response."""
         if request is None:
             return "", _error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         parts = request.partition(b"\r\n")[0].decode("latin-1").split(" ")
@@ -81,7 +81,7 @@ class PageServer:
         method, target, _ = parts
         page = self._pages.get(target.partition("?")[0])
         if page is None:
-            return method, _error(HTTPStatus.NOT_FOUND, "there are: " + ", ".join(self._pages))
+            return method, _error(HTTPStatus.NOT_FOUND, "available: " + ", ".join(self._pages))
         if method not in ("GET", "HEAD"):
             return method, _error(HTTPStatus.METHOD_NOT_ALLOWED)
         try:
@@ -93,7 +93,7 @@ class PageServer:
 
 @asynccontextmanager
 async def serve_pages(listen: HostPort, pages: Mapping[str, Page]) -> AsyncIterator[int]:
-    """Serve until the context is left; gives the TCP port. Raises AddressInUseError or ConfigurationError."""
+    """Serve until the context ends; yields the TCP port. Raises AddressInUseError or ConfigurationError."""
     server = PageServer(pages)
     listeners: list[asyncio.Server] = []
     sockets = listen_tcp([listen.host], listen.port)
@@ -112,7 +112,7 @@ async def serve_pages(listen: HostPort, pages: Mapping[str, Page]) -> AsyncItera
 
 
 async def _read_head(reader: asyncio.StreamReader) -> bytes | None:
-    """The request line and its headers; None where they are too long."""
+    """The request line and headers; None if they are too long."""
     try:
         return await reader.readuntil(b"\r\n\r\n")
     except asyncio.LimitOverrunError:

@@ -32,16 +32,16 @@ from siderolink.server import HealthCheck, Server
 
 
 def wireguard_info(kind: str) -> Metric:
-    """Which WireGuard and which row functions are in use."""
-    text = "Which WireGuard works here, and what works on its packets."
+    """The WireGuard implementation and the row functions in use."""
+    text = "The WireGuard implementation, and its packet functions."
     return gauges("wireguard_info", text, ("device", "rows"), [((kind, data_plane(kind)), 1)])
 
 
 class ServerMetrics:
-    """A `serve`, whose server may be between two lives."""
+    """A `serve`, whose server may be restarting."""
 
     def __init__(self, serving: Serving, machines: int, certificate: ServerCertificate | None) -> None:
-        """`machines` bounds how many have series of their own."""
+        """`machines` limits how many have their own series."""
         self._serving = serving
         self._machines = machines
         self.certificate = certificate
@@ -49,11 +49,11 @@ class ServerMetrics:
     async def read(self) -> Families:
         text = "Whether the server runs."
         try:
-            return await self._read(self._serving.server, gauge("serving", text, 1))
-        except SideroLinkError:  # between two servers, or its interface was lost
+            return await self._read_server(self._serving.server, gauge("serving", text, 1))
+        except SideroLinkError:  # the server is restarting, or its interface was lost
             return lambda: [gauge("serving", text, 0)]
 
-    async def _read(self, server: Server, serving: Metric) -> Families:
+    async def _read_server(self, server: Server, serving: Metric) -> Families:
         counters, info = await server.counters(), wireguard_info(server.device.kind)
         parts: list[Families] = [
             lambda: [serving, info],
@@ -62,7 +62,7 @@ class ServerMetrics:
         try:
             parts.append(partial(token_families, await server.tokens.list(limit=TOKENS + 1), counters))
         except StoreError:
-            pass  # the counters say so; what does not need the store is served
+            pass  # its failures are counted; everything else is still served
         if self._machines:
             machines = await server.machines(self._machines)
             shown = MachineSeries(machines, max(0, counters.accepted_machines - len(machines)), counters.limit_drops)
@@ -95,12 +95,12 @@ class InterfaceMetrics:
 
     async def health(self) -> Sequence[HealthCheck]:
         interface = self._device.read_interface()
-        text = f"the interface {self._device.name} is {'there' if interface is not None else 'gone'}"
+        text = f"the interface {self._device.name} is {'present' if interface is not None else 'missing'}"
         return [HealthCheck(name="device", is_good=interface is not None, text=text)]
 
 
 class LinkMetrics:
-    """A `join`; there is no link while there is no join URL."""
+    """A `join`. There is no link while there is no join URL."""
 
     certificate = None
     is_leaving = False
@@ -125,7 +125,7 @@ class LinkMetrics:
 
 def _link_families(status: LinkStatus | None, reports: Reports | None) -> Iterator[Metric]:
     state = None if status is None else status.state
-    text = "The link's state: 1 for the one that it is in."
+    text = "The link's state: 1 for the current one."
     yield gauges("link_state", text, ["state"], [([str(known)], known is state) for known in ConnectionState])
     if status is not None:
         yield gauge("link_state_since_timestamp_seconds", "Unix time of the last change of that state.", status.since)
@@ -133,16 +133,16 @@ def _link_families(status: LinkStatus | None, reports: Reports | None) -> Iterat
         if status.device is not None:
             yield wireguard_info(status.device)
         if status.transport is not None:
-            yield gauges("link_info", "How the link travels.", ["transport"], [([status.transport], 1)])
+            yield gauges("link_info", "The link's transport.", ["transport"], [([status.transport], 1)])
         if (peer := status.server) is not None:
-            text = "Bytes of WireGuard datagrams, by direction, since the interface was made."
+            text = "Bytes of WireGuard datagrams, by direction, since the interface was created."
             yield by("wireguard_bytes", text, "direction", {"received": peer.received_bytes, "sent": peer.sent_bytes})
             if peer.last_handshake is not None:
                 yield gauge("link_last_handshake_timestamp_seconds", "Unix time of the last handshake.", peer.last_handshake)
     if reports is not None:
-        yield counter("report_events", "Events that were delivered.", reports.events)
-        yield counter("report_lines", "Kernel log lines that were delivered.", reports.lines)
+        yield counter("report_events", "Delivered events.", reports.events)
+        yield counter("report_lines", "Delivered kernel log lines.", reports.lines)
         lost = {"events": reports.events_lost, "lines": reports.lines_lost}
-        yield by("reports_lost", "Reports that were dropped because too many waited.", "kind", lost)
+        yield by("reports_lost", "Reports dropped because too many were waiting.", "kind", lost)
         waiting = (("events",), reports.events_waiting), (("lines",), reports.lines_waiting)
-        yield gauges("reports_waiting", "Reports that wait to be delivered.", ["kind"], waiting)
+        yield gauges("reports_waiting", "Reports waiting to be delivered.", ["kind"], waiting)

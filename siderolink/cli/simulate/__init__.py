@@ -1,1 +1,1 @@
-"""`siderolink simulate`: many machines in one process, for load."""
+"""`siderolink simulate`: load tests with many machines in one process."""

@@ -1,4 +1,4 @@
-"""One simulated machine: real Provision calls and real WireGuard datagrams, no interface. It answers pings and nothing else."""
+"""One simulated machine: real Provision calls and real WireGuard datagrams, no interface. It only answers pings."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ KEEPALIVE_SECONDS = 25
 _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 _AGAIN_SECONDS = 1.0
 _CIPHERS = MatrixCiphers()
-"""One for all machines: each batch is done with before the next begins."""
+"""Shared by all machines: each batch is processed before the next begins."""
 
 
 class SocketPath:
@@ -47,10 +47,10 @@ class SocketPath:
 
 
 class SimulatedMachine:
-    """A machine and its link; `on_up` is called with the seconds that each connecting took."""
+    """A machine and its link; `on_up` is called with the seconds that each connect took."""
 
     def __init__(self, url: JoinURL, *, tunnel: bool, source: str | None, on_up: Callable[[float], None]) -> None:
-        """`source` is the local address to send datagrams from; None lets the routing table choose."""
+        """`source` is the local address to send datagrams from; None uses the routing table."""
         self._url = JoinURL(url.host, url.port, tls=url.tls, join_token=url.join_token, tunnel=tunnel)
         self._identity = NodeInfo(uuid=str(uuid.uuid4()), unique_token=os.urandom(16).hex(), version="v1.13.0")
         self._source = source
@@ -61,7 +61,7 @@ class SimulatedMachine:
         self._carrying: asyncio.Task[None] | None = None
         self._asked_at: float | None = None
         self.is_up = False
-        """Whether a handshake completed since the last connection attempt began."""
+        """Whether a handshake has completed since the last connect began."""
         self.pings_answered = 0
 
     async def join(self) -> None:
@@ -73,7 +73,7 @@ class SimulatedMachine:
         self._engine.allowed_ips.set(self._peer, [_host(self._answer)])
 
     async def connect(self) -> None:
-        """Connect by the transport that the server's response selected. Raises SideroLinkError."""
+        """Connect by the transport selected in the server's response. Raises SideroLinkError."""
         self._asked_at, self.is_up = self._loop.time(), False
         if self._answer.virtual_address is not None:
             self._carrying = self._loop.create_task(self._carry())
@@ -86,7 +86,7 @@ class SimulatedMachine:
         self._set_out(SocketPath(self._sock, endpoint))
 
     def reconnect(self) -> None:
-        """Forget the session and shake hands again, as after a lost link."""
+        """Drop the session and start a new handshake, as after a lost link."""
         self._asked_at, self.is_up = self._loop.time(), False
         path = self._peer.path
         self._engine.stop()
@@ -120,7 +120,7 @@ class SimulatedMachine:
         return found[0][0], found[0][4]
 
     async def _carry(self) -> None:
-        """Keep a stream open until cancelled."""
+        """Run one stream until cancelled."""
         assert self._answer.virtual_address is not None
         address, port = self._answer.virtual_address
         metadata = {ADDRESS_METADATA: f"[{address}]:{port}"}
@@ -184,13 +184,13 @@ class SimulatedMachine:
 
 
 def echo_reply(packet: bytes) -> bytes | None:
-    """The answer to an ICMPv6 echo request (RFC 4443, 4.2); None for any other packet."""
+    """The reply to an ICMPv6 echo request (RFC 4443, 4.2); None for any other packet."""
     if len(packet) < 48 or packet[6] != 58 or packet[40] != _ECHO_REQUEST:
         return None
     reply = bytearray(packet)
     reply[8:24], reply[24:40] = packet[24:40], packet[8:24]
     reply[40] = _ECHO_REPLY
-    checksum = int.from_bytes(packet[42:44]) - 0x0100  # the type is one more, so the sum's complement is one less
+    checksum = int.from_bytes(packet[42:44]) - 0x0100  # the type is greater by one, so the checksum is less by one
     reply[42:44] = (checksum if checksum >= 0 else checksum + 0xFFFF).to_bytes(2)
     return bytes(reply)
 

@@ -1,4 +1,4 @@
-"""The command's own part: phases one after another, progress on the way, a summary at the end."""
+"""The command: runs the phases one after another, with progress and a summary."""
 
 import asyncio
 import json
@@ -21,12 +21,12 @@ from siderolink.common.tasks import background_tasks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateOptions:
-    """As given on the command line."""
+    """Options as given on the command line."""
 
     url: str
     load: Load
     hold: float | None
-    """Seconds to stay after connecting; None until stopped."""
+    """Seconds to stay connected; None until stopped."""
     reconnects: int
     churn: float
     timeout: float
@@ -62,7 +62,7 @@ def run_simulate(options: SimulateOptions) -> None:
 
 
 async def _watch_signal(*, task_status: TaskStatus[anyio.Semaphore]) -> None:
-    """Count the times that a reconnection was asked for, by SIGUSR1."""
+    """Count requests to reconnect, by SIGUSR1."""
     asked = anyio.Semaphore(0)
     with anyio.open_signal_receiver(signal.SIGUSR1) as signals:
         task_status.started(asked)
@@ -95,7 +95,7 @@ def _report(phase: Phase, options: SimulateOptions, output: TextWriter) -> None:
 
 
 def _allow_descriptors(load: Load) -> None:
-    """Each machine takes a socket, and another one while it joins. Raises ConfigurationError."""
+    """Each machine uses one socket, and another one while it joins. Raises ConfigurationError."""
     needed = load.machines + load.at_once + SPARE_DESCRIPTORS
     allowed = allow_descriptors(needed)
     if allowed < needed:

@@ -1,4 +1,4 @@
-"""Many machines: they join, connect, come and go, and are counted."""
+"""Many machines that join, connect, and are replaced, with statistics."""
 
 import asyncio
 import random
@@ -15,31 +15,31 @@ from siderolink.common.join_url import JoinURL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """The load to simulate."""
+    """The load to generate."""
 
     machines: int
     tunnel_share: float = 0.0
-    """The part of the machines, from 0 to 1, that use the tunnel."""
+    """The fraction of machines that use the tunnel, 0 to 1."""
     at_once: int = 32
-    """Calls, and connections, that are under way at a time."""
+    """Maximum concurrent calls and connects."""
     sources: str | None = None
-    """Prefix of local addresses for machines to send from, round robin; None uses the host's own."""
+    """Prefix of local addresses to send from, round robin; None uses the host's own."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Phase:
-    """One thing that all machines did, and how long each took."""
+    """One operation of all machines, and the time that each took."""
 
     name: str
     machines: int = 0
     seconds: float = 0.0
-    """From the first to begin to the last to be done."""
+    """From the first start to the last end."""
     failed: int = 0
     first_error: str = ""
     took: list[float] = field(default_factory=list)
 
     def percentile(self, share: float) -> float:
-        """Seconds within which that share was done; 0 where nothing was."""
+        """The time within which a share of the operations completed; 0 if there were none."""
         ordered = sorted(self.took)
         return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
 
@@ -60,7 +60,7 @@ class Phase:
 
 
 class Swarm:
-    """Make one with `open_swarm`."""
+    """Created by `open_swarm`."""
 
     def __init__(self, url: JoinURL, load: Load) -> None:
         self._url = url
@@ -78,24 +78,24 @@ class Swarm:
 
     @property
     def up(self) -> int:
-        """The number of machines with a session from their current connection attempt."""
+        """The number of machines with a session from their current connect."""
         return sum(machine.is_up for machine in self.machines)
 
     async def join(self) -> Phase:
-        """All machines call Provision, each on a connection of its own."""
+        """All machines call Provision, each on its own connection."""
         self.machines = [self._make(number) for number in range(self._load.machines)]
         phase = self._begin("join")
         await self._each(self.machines, self._joined, phase)
         return phase
 
     async def connect(self, timeout: float) -> Phase:
-        """All machines that joined set out, and shake hands."""
+        """All joined machines connect and complete a handshake."""
         phase = self._begin("connect")
         await self._each(self.machines, lambda machine: machine.connect(), None)
         return await self._until_up(phase, timeout)
 
     async def reconnect(self, timeout: float) -> Phase:
-        """All machines lose their sessions at the same moment, and make new ones."""
+        """All machines drop their sessions at the same time and reconnect."""
         phase = self._begin("reconnect")
         for machine in self.machines:
             machine.reconnect()
@@ -132,7 +132,7 @@ class Swarm:
     async def _each(
         self, machines: Sequence[SimulatedMachine], act: Callable[[SimulatedMachine], Awaitable[None]], phase: Phase | None
     ) -> None:
-        """Act with each machine, `at_once` at a time; failures are counted, and those machines left out from then on."""
+        """Run an operation for each machine, `at_once` at a time. Machines that fail are counted and left out from then on."""
         waiting = list(reversed(machines))
         failed: set[SimulatedMachine] = set()
         start = time.perf_counter()

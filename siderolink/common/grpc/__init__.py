@@ -1,4 +1,4 @@
-"""gRPC as this package uses it: the one place that touches grpclib's insides (its version is pinned for it)."""
+"""gRPC for this package: the only room that uses internals of grpclib (whose version is pinned for that)."""
 
 import grpclib
 
@@ -13,7 +13,7 @@ from siderolink.common.grpc.sources import LocalPeer, TrustedProxies, parse_netw
 from siderolink.common.grpc.tls import ServerCertificate, client_tls, mutual_tls, server_tls
 
 GRPCError = grpclib.GRPCError
-"""Raised by a handler to return a status, and by a call that received one: `status`, `message`."""
+"""Raised by a handler to return a status, and by a call that received one; see `status` and `message`."""
 GrpcError = GRPCError
 Status = grpclib.Status
 """gRPC's status codes."""

@@ -1,4 +1,4 @@
-"""What the calls of a server take, by source: memory, and processor time with its turns."""
+"""Resource use of a server's calls, by source: memory, and processor time in turns."""
 
 import asyncio
 
@@ -7,25 +7,25 @@ from siderolink.common.grpc.turns import CALL_SECONDS, Turns, Work
 
 _HALF, _QUARTER = 2, 4
 BURST_SECONDS = 0.05
-"""Processor time below these shares may come in bursts that are so long at the shares' rates."""
+"""Processor time below these shares may be used in bursts of up to this many seconds at the shares' rates."""
 _MAX_SOURCES = 4096
 _MAX_KNOWN = 65_536
 _LONGEST_WAIT = 1.0
 
 
 class CallBudget:
-    """Memory and processor time that the ordinary calls of all peers take, and who takes them.
+    """Limits the memory and processor time of the ordinary calls of all peers.
 
-    A source's share counts only while more than half of the whole is in use: many machines may share one address. With
-    `has_tokens`, sources that are not known share a part of the whole, and each may have a quarter of that part.
+    A source's share applies only while more than half of the total is in use, because many machines may share one address.
+    With `has_tokens`, unknown sources share a part of the total, and each may have a quarter of that part.
     """
 
     def __init__(self, limits: Limits, *, has_tokens: bool = False) -> None:
         self.turns = Turns()
         self.used = 0
-        """Bytes taken by all."""
+        """Bytes reserved by all sources."""
         self.used_unproven = 0
-        """Bytes of these that sources took that are not known."""
+        """Bytes of these that unknown sources reserved."""
         self._has_tokens = has_tokens
         self._total = limits.max_call_bytes
         self._share = limits.max_call_bytes_per_address
@@ -37,7 +37,7 @@ class CallBudget:
         self._known: dict[str, None] = {}
 
     def know(self, source: str) -> None:
-        """A call from the source carried a valid token: its processor time is not limited any more."""
+        """A call from the source carried a valid token: its processor time is no longer limited."""
         self._known.pop(source, None)
         self._known[source] = None
         self.used_unproven -= self._taken_unproven.pop(source, 0)
@@ -49,14 +49,14 @@ class CallBudget:
         return not source or source in self._known
 
     def is_stranger(self, source: str) -> bool:
-        """Whether the source has the smaller allowance: it could have shown a token, and did not."""
+        """Whether the smaller allowance applies: the source could have presented a token and has not."""
         return self._has_tokens and not self.is_known(source)
 
     def charge(self, source: str, seconds: float, now: float) -> float:
         """Charge a source for processor time; returns how many seconds its input has to wait.
 
-        That is 0 for known sources, and while all others together use less than half of one processor. Beyond, each of these
-        may have a quarter.
+        This is 0 for known sources, and while all others together use less than half of one processor. Above that, each of
+        these may use a quarter.
         """
         if source in self._known:
             return 0.0
@@ -82,7 +82,7 @@ class CallBudget:
         return True
 
     def give_back(self, source: str, size: int) -> None:
-        """Release bytes of a source."""
+        """Release bytes reserved by a source."""
         self.used -= size
         taken = self._taken.get(source, 0) - size
         if taken > 0:
@@ -98,13 +98,13 @@ class CallBudget:
 
 
 class Account:
-    """The use of a budget by one connection. Without a budget, as on a client, only the connection's own limits apply."""
+    """One connection's use of a budget. Without a budget, as on a client, only the connection's own limits apply."""
 
     def __init__(self, limits: Limits, budget: CallBudget | None = None, source: str = "") -> None:
         self.taken = 0
-        """Bytes taken now."""
+        """Bytes reserved now."""
         self.takes_turns = budget is not None and bool(source)
-        """Whether processor time is shared with others: on a server, for all but local processes."""
+        """Whether processor time is shared: on a server, except for local processes."""
         self._budget = budget
         self._source = source
         self._received = 0
@@ -112,17 +112,17 @@ class Account:
 
     @property
     def is_known(self) -> bool:
-        """Whether this is no stranger: a call from its source carried a valid token."""
+        """Whether a call from its source carried a valid token."""
         return self._budget is None or self._budget.is_known(self._source)
 
     @property
     def is_stranger(self) -> bool:
-        """Whether its source could have shown a token, and did not: where nobody can, nobody has less for that."""
+        """Whether its source could have presented a token and has not. Always False on a server without tokens."""
         return self._budget is not None and self._budget.is_stranger(self._source)
 
     @property
     def max_streams(self) -> int:
-        """Calls at a time on this connection."""
+        """Maximum concurrent calls on this connection."""
         limits = self._limits
         return min(limits.max_streams, limits.max_unproven_streams) if self.is_stranger else limits.max_streams
 
@@ -131,12 +131,12 @@ class Account:
         return self._budget.charge(self._source, seconds, now) if self._budget is not None and self._source else 0.0
 
     def ran(self, seconds: float) -> None:
-        """A call of this connection held the loop for so long."""
+        """Record that a call of this connection occupied the loop for this time."""
         if self._budget is not None and self._source:
             self._budget.turns.spend(seconds, is_known=self.is_known)
 
     def ask_turn(self, work: Work) -> None:
-        """Do the work in the source's turn; said only by one that `takes_turns`."""
+        """Schedule the work in the source's turn. Only for accounts with `takes_turns`."""
         assert self._budget is not None
         self._budget.turns.ask(self._source, work, is_known=self.is_known)
 
@@ -146,7 +146,7 @@ class Account:
         self._budget.turns.run_or_ask(self._source, work, is_known=self.is_known)
 
     async def wait_turn(self, seconds: float = CALL_SECONDS) -> None:
-        """Let others have their turn of the loop, and wait for that of the source, for what takes so many seconds."""
+        """Yield to other tasks, then wait for the source's turn for work that takes `seconds`."""
         if self._budget is None or not self._source:
             await asyncio.sleep(0)
             return
@@ -156,27 +156,27 @@ class Account:
         await self._budget.turns.wait(self._source, seconds, is_known=self.is_known)
 
     def take(self, size: int) -> bool:
-        """Take memory; False when the budget has none left for this source."""
+        """Reserve memory; returns False if the budget has none left for this source."""
         if self._budget is not None and not self._budget.take(self._source, size):
             return False
         self.taken += size
         return True
 
     def give_back(self, size: int) -> None:
-        """Give memory back."""
+        """Release memory."""
         self.taken -= size
         if self._budget is not None:
             self._budget.give_back(self._source, size)
 
     def receive(self, size: int) -> bool:
-        """Count received bytes that are not consumed yet. Returns False if they exceed the connection's limit or the budget."""
+        """Count received bytes until they are consumed. Returns False if that exceeds the connection's limit or the budget."""
         if self._received + size > self._limits.received_bytes or not self.take(size):
             return False
         self._received += size
         return True
 
     def consumed(self, size: int) -> None:
-        """Bytes that were received are needed no longer."""
+        """Release received bytes after they were consumed."""
         if size:
             self._received -= size
             self.give_back(size)

@@ -1,10 +1,10 @@
-"""Which connections a server keeps: a budget for sources that it knows, one for those that it does not, and fair shares.
+"""Admission of connections to a server: separate budgets for known and unknown sources, and fair shares.
 
 A source is an IPv4 address, an IPv6 /64 (on an overlay, one address), or "" for a local process. It is known once a call from
-it carried a valid token, and while the owner of the server says so of one of its addresses. Known sources may use all of
+it carried a valid token, or if the server's owner knows one of its addresses. Known sources may use all of
 `max_connections`; the others share `max_unproven_connections` of them. Limits per source apply only when more than the share
-`crowded_from` of the whole budget is in use. Where a budget is full, a source that holds less than another takes the place of
-that other's oldest connection.
+`crowded_from` of the whole budget is in use. In a full budget, a new connection replaces the oldest one of the source with the
+most connections, if its own source has fewer.
 """
 
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger("siderolink")
 
 MAX_KNOWN_SOURCES = 65_536
 RESERVED = 16
-"""Connections beyond all budgets for each server's `reserved_for` addresses."""
+"""Extra connections for the addresses in each server's `reserved_for`."""
 _OVERDUE_PER_TURN = 8
 _LOG_SECONDS = 60.0
 _MAX_LOGGED = 1024
@@ -26,17 +26,17 @@ _MAX_LOGGED = 1024
 
 @dataclass(eq=False, slots=True)
 class Held:
-    """A connection that counts."""
+    """A connection counted by the budget."""
 
     source: str
     opened_at: float
     close: Callable[[Refusal, str], None]
     address: str = ""
-    """Where in the source it comes from."""
+    """The address within the source."""
 
 
 class _Pool:
-    """Connections by source. Everything takes constant time: a flood of connections must not cost more for being one."""
+    """Connections by source. All operations take constant time, so that a flood of connections does not slow them down."""
 
     def __init__(self) -> None:
         self._all: dict[Held, None] = {}
@@ -57,7 +57,7 @@ class _Pool:
         return iter(self._all)
 
     def heaviest(self) -> tuple[int, Held] | None:
-        """How many connections the source with the most holds, and the oldest of these."""
+        """The number of connections of the source with the most, and the oldest of them."""
         if not self._most:
             return None
         source = next(iter(self._by_count[self._most]))
@@ -78,7 +78,7 @@ class _Pool:
             del self._by_source[held.source]
 
     def take(self, source: str) -> list[Held]:
-        """Remove all of a source."""
+        """Remove all connections of a source."""
         found = list(self._by_source.get(source, ()))
         for held in found:
             self.remove(held)
@@ -94,11 +94,11 @@ class _Pool:
         if now > self._most:
             self._most = now
         elif before == self._most and before not in self._by_count:
-            self._most = now  # counts change by one: the next lower one is this source's
+            self._most = now  # counts change by one, so the next lower count is this source's
 
 
 class ConnectionBudget:
-    """Decides on each new connection. Not thread-safe; `now` is any clock that never goes back."""
+    """Decides about each new connection. Not thread-safe. `now` comes from any monotonic clock."""
 
     def __init__(
         self,
@@ -109,8 +109,8 @@ class ConnectionBudget:
         reserved_for: frozenset[str] = frozenset(),
         is_known: Callable[[str], bool] = lambda address: False,
     ) -> None:
-        """`most` is how many connections the process can have at all; it lowers `max_connections`. Without tokens, no source
-        can become known, and all of them share the whole budget. `is_known` is asked for addresses; it must be quick."""
+        """`most` is the number of connections that the process can have at all; it lowers `max_connections`. Without tokens no
+        source can become known, and all share the whole budget. `is_known` is called with addresses and must be fast."""
         self._is_known = is_known
         self._limits = limits
         self._most = min(limits.max_connections, most)
@@ -124,15 +124,15 @@ class ConnectionBudget:
         self._logged: dict[str, float] = {}
 
     def __len__(self) -> int:
-        """Connections that count now."""
+        """Connections counted now."""
         return len(self._known) + len(self._unproven) + len(self._reserved)
 
     def enter(
         self, source: str, now: float, close: Callable[[Refusal, str], None], *, address: str = "", is_trusted: bool = False
     ) -> Held | Refusal:
-        """Admit a connection, or say why not. May close others, by what they gave as `close`.
+        """Admit a connection, or return the reason to refuse it. May close others by calling their `close`.
 
-        A trusted source, such as a proxy that forwards for many, counts as known and has no limit of its own.
+        A trusted source, such as a proxy for many clients, counts as known and has no limit of its own.
         """
         held = Held(source, now, close, address)
         if source in self._reserved_for and len(self._reserved) < RESERVED:
@@ -153,7 +153,7 @@ class ConnectionBudget:
         return held
 
     def is_known(self, source: str) -> bool:
-        """Whether a call from this source carried a valid token, or its owner knows one of its addresses."""
+        """Whether a call from this source carried a valid token, or the owner knows one of its addresses."""
         return source in self._known_sources
 
     def leave(self, held: Held) -> None:
@@ -164,9 +164,9 @@ class ConnectionBudget:
                 return
 
     def know(self, source: str) -> None:
-        """A call from this source carried a valid token."""
+        """Record that a call from this source carried a valid token."""
         if source in self._known_sources:
-            # the least recently proved one is forgotten first
+            # forget the source whose proof is oldest
             del self._known_sources[source]
         elif len(self._known_sources) >= MAX_KNOWN_SOURCES:
             del self._known_sources[next(iter(self._known_sources))]
@@ -188,7 +188,7 @@ class ConnectionBudget:
         return not share or len(self._known) + len(self._unproven) > share * self._most
 
     def _close_overdue(self, now: float) -> None:
-        """While many are unproven, one that takes long makes room; a few at a time."""
+        """While there are many unproven connections, close a few of those that have been so for too long."""
         late: list[Held] = []
         for held in self._unproven.oldest():
             if now - held.opened_at < self._limits.unproven_timeout or len(late) == _OVERDUE_PER_TURN:
@@ -201,7 +201,7 @@ class ConnectionBudget:
             held.close(Refusal.UNPROVEN_TOO_LONG, f"no call with a valid token within {self._limits.unproven_timeout:g} s")
 
     def _make_room(self, newcomer: Held, is_known: bool) -> bool:
-        """Close the oldest connection of the unproven source that holds most, unless the newcomer's source is as heavy."""
+        """Close the oldest connection of the unproven source with the most, unless the newcomer's source has as many."""
         heaviest = self._unproven.heaviest()
         if heaviest is None:
             return False
@@ -209,15 +209,15 @@ class ConnectionBudget:
         if not is_known and self._unproven.count(newcomer.source) >= count:
             return False
         if self._has_become_known(victim):
-            # Its source has moved to the known ones: there is room, unless all of the budget is in use.
+            # The source has become known, which leaves room unless the whole budget is in use.
             return len(self._known) + len(self._unproven) < self._most or self._make_room(newcomer, is_known)
         self._unproven.remove(victim)
         self._log_limit(victim.source, newcomer.opened_at)
-        victim.close(Refusal.CROWDED_OUT, f"{victim.source} holds {count} connections, the most, and others need room")
+        victim.close(Refusal.CROWDED_OUT, f"{victim.source} has {count} connections, more than any other, and room is needed")
         return True
 
     def _log_limit(self, source: str, now: float) -> None:
-        """Say once a minute that a source meets a limit, if it is one that holds more than a single connection."""
+        """Log once a minute that a source reached a limit, if it has more than one connection."""
         count = self._of(source)
         if not source or count < 2 or now - self._logged.get(source, -_LOG_SECONDS) < _LOG_SECONDS:
             return
@@ -226,7 +226,7 @@ class ConnectionBudget:
             del self._logged[next(iter(self._logged))]
         self._logged[source] = now
         log.warning(
-            "%s holds %d of %d API connections and meets a limit (max_connections_per_address, --connections-per-address: %d; "
+            "%s has %d of %d API connections and reached a limit (max_connections_per_address, --connections-per-address: %d; "
             "max_unproven_connections: %d)",
             source,
             count,

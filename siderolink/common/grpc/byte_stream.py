@@ -1,4 +1,4 @@
-"""The raw bytes of one bidirectional gRPC stream: its length-prefixed messages as they come, in pieces of any size."""
+"""The raw bytes of one bidirectional gRPC stream: length-prefixed messages as received, in pieces of any size."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 log = logging.getLogger("siderolink")
 
 Receiver = Callable[[Sequence[memoryview]], None]
-"""Takes the next bytes, in pieces. The buffers may be reused once it returns. Raising Refused ends the stream."""
+"""Receives the next bytes, in pieces. The buffers may be reused after it returns. Raising Refused ends the stream."""
 
 CONTENT_TYPE = "application/grpc"
 _HTTP_STATUS = {
@@ -29,11 +29,11 @@ _HTTP_STATUS = {
     "503": Status.UNAVAILABLE,
     "504": Status.UNAVAILABLE,
 }
-"""The gRPC status of a plain HTTP response (gRPC's http-grpc-status-mapping)."""
+"""The gRPC status for a plain HTTP response (gRPC's http-grpc-status-mapping)."""
 
 
 class ByteStream:
-    """One stream, of a client or a server. Only `wait_ended` waits."""
+    """One stream, of a client or a server. Only `wait_ended` blocks."""
 
     peer_address: object = None
     """Server: the caller's socket address, if it differs from the connection's because a proxy forwarded the call."""
@@ -49,7 +49,7 @@ class ByteStream:
         self._raw = stream.connection.raw_streams
         self._server = server
         self._is_grpc = server
-        """Whether the other end has been seen to speak gRPC; a proxy may answer with HTML instead."""
+        """Whether the other end has proved to speak gRPC; a proxy may answer with HTML instead."""
         self._receiver: Receiver | None = None
         self._early = bytearray()
         self._early_flow = 0
@@ -70,7 +70,7 @@ class ByteStream:
 
     @property
     def is_open(self) -> bool:
-        """False once nothing sent here can arrive any more."""
+        """False once nothing sent here can arrive anymore."""
         return not self._send_closed and not self._outcome.done()
 
     @property
@@ -80,7 +80,7 @@ class ByteStream:
 
     @property
     def peer_name(self) -> str:
-        """The other end's address, for people."""
+        """The other end's address, for display."""
         address = self.peer_address
         if address is None and not self._connection.is_closing():
             address = self._connection.get_peer().addr()
@@ -88,19 +88,19 @@ class ByteStream:
 
     @property
     def room(self) -> int:
-        """How many bytes `send` would accept now, limited by HTTP/2's windows and the socket."""
+        """How many bytes `send` accepts now, limited by HTTP/2 flow control and the socket."""
         return self._raw.room(self._id) if self.is_open else 0
 
     def accept(self) -> None:
-        """Server: send the initial metadata, once. Implied by the first `send`."""
+        """Server: send the initial metadata, once. The first `send` does this, too."""
         if self._server and not self._headers_sent:
             self._headers_sent = True
             self._stream.put_headers([(":status", "200"), ("content-type", CONTENT_TYPE)])
 
     def receive(self, receiver: Receiver, *, credited: bool = False) -> None:
-        """Give what comes, from the first byte on, to `receiver`.
+        """Pass received bytes, from the first one on, to `receiver`.
 
-        With `credited`, the peer may send a window's bytes, and more as `credit` says; a silent peer is no idle one then.
+        With `credited`, the peer may send one window of bytes, and more only after `credit`; a silent peer is then not idle.
         """
         self._receiver = receiver
         if credited:
@@ -111,11 +111,11 @@ class ByteStream:
             self._release_early()
             flow, self._early_flow = self._early_flow, 0
             self._deliver([memoryview(bytes(early))], flow)
-        if self._outcome.done():  # which may be before anyone received: what came with it is given still
+        if self._outcome.done():  # may be earlier than the first receiver: data received before the end is still delivered
             self._receiver = None
 
     def credit(self, size: int) -> None:
-        """So many of the received bytes are dealt with: the peer may send as many more."""
+        """Confirm received bytes as processed: the peer may send as many more."""
         self._creditable += size
         if self._creditable >= self._window // 4 and not self._outcome.done():
             back, self._creditable = min(self._creditable, self._uncredited), 0
@@ -123,7 +123,7 @@ class ByteStream:
             self._raw.credit_stream(self._id, back)
 
     def send(self, data: memoryview) -> int:
-        """Send as much of `data` as there is `room` for; returns how many bytes. The buffer may be reused afterwards."""
+        """Send as much of `data` as there is `room` for; returns the number of bytes. The buffer may be reused afterwards."""
         taken = min(self.room, len(data))
         if taken:
             self.accept()
@@ -131,7 +131,7 @@ class ByteStream:
         return taken
 
     def when_room(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once when there may be room again, or when the stream has ended."""
+        """Call `callback` once when there may be room again, or the stream has ended."""
         self._wakers.append(callback)
 
     def end(self, status: Status = Status.OK, message: str | None = None) -> None:
@@ -166,9 +166,9 @@ class ByteStream:
             self.reset()
 
     async def wait_ended(self) -> None:
-        """Wait until the peer has ended the stream, or this side has.
+        """Wait until either side has ended the stream.
 
-        Raises GRPCError for a status other than OK, and StreamTerminatedError when the stream was cut.
+        Raises GRPCError for a status other than OK, and StreamTerminatedError if the stream was cut.
         """
         error = await asyncio.shield(self._outcome)
         if error is not None:
@@ -187,17 +187,17 @@ class ByteStream:
         self._early_flow += size if flow else 0
         if not self._connection.account.receive(size):
             self._finish(None)
-            self.refuse(Refusal.CALL_MEMORY, "too much came before it could be read", Status.RESOURCE_EXHAUSTED)
+            self.refuse(Refusal.CALL_MEMORY, "more data arrived than could be buffered", Status.RESOURCE_EXHAUSTED)
             return
         self._early_held += size
         if len(self._early) > self._window:
-            self.refuse(Refusal.FLOW_CONTROL, "more than the stream's window", Status.RESOURCE_EXHAUSTED)
+            self.refuse(Refusal.FLOW_CONTROL, "more data than the stream's window allows", Status.RESOURCE_EXHAUSTED)
 
     def _judge_answer(self) -> None:
         """Client: end the stream if the response is not gRPC."""
         self._is_grpc = True
         headers = self._stream.headers
-        no_headers = GRPCError(Status.UNKNOWN, "bytes came before the headers of their answer")
+        no_headers = GRPCError(Status.UNKNOWN, "data arrived before the response headers")
         error = no_headers if headers is None else _not_grpc(dict(headers))
         if error is not None:
             self._finish(error)
@@ -223,10 +223,10 @@ class ByteStream:
             self._raw.give_back(self._id, flow)
             return
         if self._is_credited:
-            self._raw.credit_connection(flow)  # other streams do not wait for this one
+            self._raw.credit_connection(flow)  # so that other streams do not wait for this one
             self._uncredited += flow
             if self._uncredited > self._window:
-                self.refuse(Refusal.FLOW_CONTROL, "more than the stream's window", Status.RESOURCE_EXHAUSTED)
+                self.refuse(Refusal.FLOW_CONTROL, "more data than the stream's window allows", Status.RESOURCE_EXHAUSTED)
                 return
         else:
             self._unacknowledged += flow
@@ -265,7 +265,7 @@ class ByteStream:
         silence = loop.time() - self._heard_at
         if silence >= timeout:
             self._idle_timer = None
-            self.refuse(Refusal.STREAM_IDLE, f"nothing was received for {timeout:g} s", Status.DEADLINE_EXCEEDED)
+            self.refuse(Refusal.STREAM_IDLE, f"no data was received for {timeout:g} s", Status.DEADLINE_EXCEEDED)
         else:
             self._idle_timer = loop.call_later(timeout - silence, self._watch_idle, timeout)
 

@@ -1,4 +1,4 @@
-"""A server's side of calls: from a stream's headers to its trailers, whatever happens between."""
+"""The server's side of calls, from a stream's headers to its trailers."""
 
 import asyncio
 import logging
@@ -33,25 +33,25 @@ from siderolink.common.grpc.turns import CALL_SECONDS, Metered
 log = logging.getLogger("siderolink")
 
 _CALL_BYTES = 16 * 1024
-"""Approximate memory of a running call besides its message."""
+"""Approximate memory of a running call in addition to its message."""
 
 SHUTTING_DOWN = "the server is shutting down"
-"""Status message for calls that run when the server stops."""
+"""Status message of calls that are still running when the server stops."""
 ANY_METHOD = "*"
-"""The path by which a service offers what serves every method that no service has."""
+"""The path under which a service handles every method that no other service has."""
 
 ByteStreamHandler = Callable[[ByteStream], Awaitable[None]]
-"""Serves one byte stream until it returns (status OK) or raises GRPCError; it is cancelled when the peer resets the stream."""
+"""Serves one byte stream until it returns (status OK) or raises GRPCError; cancelled when the peer resets the stream."""
 
 
 class Servable(Protocol):
-    """A service: an object with methods by their paths, as the generated bases have it."""
+    """A service: an object with methods by path, like the generated bases."""
 
     def __mapping__(self) -> dict[str, Handler]: ...
 
 
 class ByteStreamService:
-    """A service whose bidirectional methods take the raw bytes of their streams."""
+    """A service whose bidirectional methods handle the raw bytes of their streams."""
 
     def __init__(self, methods: Mapping[str, ByteStreamHandler]) -> None:
         self._methods = dict(methods)
@@ -61,14 +61,14 @@ class ByteStreamService:
 
 
 def valid_token(call: object) -> None:
-    """Tell the API layer that a call carried a valid token: its source is not a stranger any more."""
+    """Tell the API layer that a call carried a valid token, so that its source becomes known."""
     on_valid_token = getattr(call, "on_valid_token", None)
     if on_valid_token is not None:
         on_valid_token()
 
 
 def certificate_of(call: object) -> bytes | None:
-    """The certificate (DER) by which the caller has proved itself, where the server asked for one."""
+    """The caller's verified certificate (DER); None if the server did not request one."""
     peer = getattr(call, "peer", None)
     return None if peer is None else private.CallPeer(peer, None).certificate
 
@@ -82,9 +82,9 @@ class Method:
 
 
 def methods_of(services: Collection[Servable]) -> dict[str, Method]:
-    """All methods of the services by path; raises ValueError when two serve the same one.
+    """All methods of the services by path; raises ValueError if two services have the same one.
 
-    A service may have an attribute `call_limits`, the bounds of its methods by their names without the service.
+    A service may have an attribute `call_limits`: limits by method name, without the service.
     """
     methods: dict[str, Method] = {}
     for service in services:
@@ -98,7 +98,7 @@ def methods_of(services: Collection[Servable]) -> dict[str, Method]:
 
 @dataclass(eq=False)
 class _Bad(Exception):
-    """A request that is answered by its status alone."""
+    """A request that is answered with only a status."""
 
     refusal: Refusal
     status: Status
@@ -111,13 +111,13 @@ class Caller:
     """The client of a connection."""
 
     address: object = None
-    """Its socket address: of the client itself where a PROXY header named it. None for a local socket."""
+    """Its socket address, or the client's if a PROXY header named it. None for a local socket."""
     proxies: TrustedProxies = TrustedProxies()
     on_valid_token: Callable[[], None] = lambda: None
     calls: ConnectionBudget | None = None
-    """Counts calls by the address that a proxy forwards for, as connections are counted where there is no proxy."""
+    """Counts forwarded calls by client address, like connections are counted without a proxy."""
     costs: CallBudget | None = None
-    """Counts what such calls take by that address."""
+    """Counts the resources of forwarded calls by client address."""
     ipv6_bits: int = 64
 
     def of_call(self, headers: Headers) -> object:
@@ -129,7 +129,7 @@ class Caller:
         return self.address if found == self.address[0] else (found, 0)
 
     def enter_call(self, address: object, close: Callable[[Refusal, str], None]) -> Held | None:
-        """Count a call that a proxy forwards. Raises _Bad."""
+        """Count a call forwarded by a proxy. Raises _Bad."""
         if self.calls is None or address is self.address or not isinstance(address, tuple):
             return None
         now = asyncio.get_running_loop().time()
@@ -140,7 +140,7 @@ class Caller:
         return held
 
     def account_of(self, held: Held | None, connection: Account, limits: Limits) -> Account:
-        """What a call is charged to: its connection's account, or one of the address that a proxy forwards for."""
+        """The account to charge: the connection's, or for a forwarded call one of the client's address."""
         if held is None or self.calls is None or self.costs is None:
             return connection
         if self.calls.is_known(held.source):
@@ -148,7 +148,7 @@ class Caller:
         return Account(limits, self.costs, held.source)
 
     def valid_token(self, held: Held | None) -> None:
-        """A call carried a valid token: its source is no stranger's, which is its connection's where no proxy forwards it."""
+        """Record that a call carried a valid token: its source (the client's, for a forwarded call) is now known."""
         if held is None or self.calls is None:
             self.on_valid_token()
             return
@@ -163,7 +163,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Where a call comes from, and whom to tell that it carried a valid token."""
+    """The origin of a call, and the callback for its valid token."""
 
     address: object
     on_valid_token: Callable[[], None]
@@ -182,7 +182,7 @@ class CallHandler(AbstractHandler):
 
     @property
     def tasks(self) -> Collection[asyncio.Task[None]]:
-        """The calls that still run."""
+        """The running calls."""
         return self._tasks.values()
 
     def accept(self, stream: GrpclibH2Stream, headers: Headers, release_stream: Callable[[], None]) -> None:
@@ -232,7 +232,7 @@ class CallHandler(AbstractHandler):
             account.give_back(size)
             release_stream()
             try:
-                task.result()  # which lets go of a cancellation's traceback, and with it of all that the call had
+                task.result()  # drops the cancellation's traceback, and everything it refers to
             except asyncio.CancelledError:
                 run.close()
             except Exception:
@@ -260,7 +260,7 @@ class CallHandler(AbstractHandler):
     def _method(self, path: str) -> Method:
         method = self._methods.get(path)
         if method is None:
-            raise _Bad(Refusal.UNKNOWN_METHOD, Status.UNIMPLEMENTED, "the method is not served here")
+            raise _Bad(Refusal.UNKNOWN_METHOD, Status.UNIMPLEMENTED, "this server does not have the method")
         most = method.limits.max_calls
         if most is not None and self._running.get(path, 0) >= most:
             message = f"more than {most} calls of this method at a time on one connection"
@@ -274,7 +274,7 @@ class CallHandler(AbstractHandler):
             deadline = Deadline.from_headers(headers)
             metadata = decode_metadata(headers)
         except (ValueError, OverflowError):
-            raise _Bad(Refusal.BAD_REQUEST, Status.INVALID_ARGUMENT, "the call's metadata cannot be read") from None
+            raise _Bad(Refusal.BAD_REQUEST, Status.INVALID_ARGUMENT, "the call's metadata is malformed") from None
         expiry = None if deadline is None else _Expiry(deadline, stream.connection.timers)
         if handler.request_type is ByteStream:
             first = {key: value for key in metadata if isinstance(value := metadata[key], str)}
@@ -305,7 +305,7 @@ class CallHandler(AbstractHandler):
         return self._run_call(stream, call, method, expiry)
 
     def _bound(self, stream: H2Stream, method: Method) -> None:
-        """Set the bounds of the call's messages."""
+        """Set the limits of the call's messages."""
         limits = method.limits
         if limits.max_message_bytes is not None:
             stream.buffer.limit(min(limits.max_message_bytes, self._limits.max_message_bytes))
@@ -351,9 +351,9 @@ class CallHandler(AbstractHandler):
 
 
 async def _metered(run: Coroutine[Any, Any, None], account: Account, *, is_forwarded: bool) -> None:
-    """Run a call, and charge its caller's account for what it takes of the loop beyond what was charged when it began.
+    """Run a call, and charge its caller's account for time on the loop beyond the amount charged at its start.
 
-    A forwarded one is charged, and waits, for its beginning here: the connection's input is the proxy's.
+    A forwarded call is charged, and waits, for its start here, because the connection's input belongs to the proxy.
     """
     clock = asyncio.get_running_loop().time
     if is_forwarded:
@@ -374,7 +374,7 @@ async def _metered(run: Coroutine[Any, Any, None], account: Account, *, is_forwa
 
 @asynccontextmanager
 async def _lasting(seconds: float) -> AsyncIterator[None]:
-    """End the call with UNAVAILABLE after so long: the caller may call again."""
+    """End the call with UNAVAILABLE after a time limit; the caller may call again."""
     scope = asyncio.timeout(seconds)
     try:
         async with scope:
@@ -391,7 +391,7 @@ async def _run(
     expiry: "_Expiry | None",
     finish: Callable[[Status, str | None], None],
 ) -> None:
-    """Run a handler and finish its call with the status that follows; only a cancellation comes through."""
+    """Run a handler and finish its call with the resulting status; only cancellations propagate."""
     try:
         if expiry is not None:
             expiry.begin()
@@ -417,7 +417,7 @@ async def _run(
 
 
 class _Expiry:
-    """Cancels the present task at its call's deadline. It is asyncio.timeout for a whole task, at a part of its cost."""
+    """Cancels the current task at its call's deadline: a cheaper asyncio.timeout for a whole task."""
 
     __slots__ = ("_deadline", "_has_expired", "_task", "_timers")
 
@@ -428,7 +428,7 @@ class _Expiry:
         self._has_expired = False
 
     def begin(self) -> None:
-        """In the call's task."""
+        """Start; called in the call's task."""
         self._task = asyncio.current_task()
         self._timers.after(self, self._deadline.time_remaining(), self._expire)
 
@@ -438,11 +438,11 @@ class _Expiry:
             self._task.cancel()
 
     def was_all(self) -> bool:
-        """Whether the task was cancelled by this, and by nothing else."""
+        """Whether this alone cancelled the task."""
         return self._has_expired and self._task is not None and not self._task.uncancel()
 
     def stop(self) -> None:
-        """The call is over."""
+        """Stop; the call has ended."""
         self._timers.stop(self)
         self._task = None
 

@@ -1,4 +1,4 @@
-"""The API's client: one connection to a server, ordinary calls and byte streams on it."""
+"""The API's client: one connection to a server, with ordinary calls and byte streams."""
 
 import asyncio
 import binascii
@@ -35,7 +35,7 @@ from siderolink.common.text import one_line
 log = logging.getLogger("siderolink")
 
 CREATE_STREAM = "/sidero.link.WireGuardOverGRPCService/CreateStream"
-"""The bidirectional method of the tunnel."""
+"""The path of the tunnel's bidirectional method."""
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 _EMPTY_MESSAGE = bytes(5)
 _MAX_HEALTH_BYTES = 4096
@@ -43,7 +43,7 @@ _CLOSE_SECONDS = 0.5
 
 
 class GrpcChannel(private.ConnectingChannel):
-    """A connection to one server, made when the first call needs it and again after it was lost; for the generated stubs."""
+    """A connection to one server, opened with the first call and again after it was lost; used by the generated stubs."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class GrpcChannel(private.ConnectingChannel):
 
     @property
     def target(self) -> str:
-        """Where the server is, for people."""
+        """A description of the server."""
         return self.path if self.path is not None else self.authority
 
     def _new_protocol(self) -> Http2Protocol:
@@ -81,7 +81,7 @@ class GrpcChannel(private.ConnectingChannel):
     def check_connection(self, protocol: H2Protocol) -> None:
         assert isinstance(protocol, Http2Protocol)
         if protocol.lost.is_set() or protocol.connection.is_closing():
-            # It may have been closed in the turn of the loop in which it was made, before anyone could use it.
+            # It may have been closed in the loop iteration that opened it, before it could be used.
             raise ServerUnreachableError(f"{self.target} closed the connection before the call could begin")
 
     async def open_connection(self) -> Http2Protocol:
@@ -140,7 +140,7 @@ class GrpcChannel(private.ConnectingChannel):
         log.debug("the connection to %s was ended: %s: %s", self.target, refusal, message)
 
     async def connect(self) -> None:
-        """Dial now, where the first call would do it otherwise."""
+        """Open the connection now instead of with the first call."""
         await self._connection()
 
     async def wait_lost(self) -> None:
@@ -155,8 +155,8 @@ class GrpcChannel(private.ConnectingChannel):
         their store died.
 
         The call (``grpc.health.v1.Health/Watch``) keeps the connection open at reverse proxies, which close idle ones after a
-        minute, and it ends with the server behind such a proxy, where the connection would stay. A server without that service
-        is watched by the connection alone. Raises the errors of a call until the server has answered.
+        minute. Behind such a proxy the call ends with the server, where the connection would not. For a server without that
+        service, only the connection is watched. Raises the errors of a call until the server has answered.
         """
         protocol = await self._connection()
         answers = 0
@@ -174,14 +174,14 @@ class GrpcChannel(private.ConnectingChannel):
             except (grpclib.exceptions.StreamTerminatedError, ServerUnreachableError):
                 if not answers and not protocol.connection.is_closing():
                     raise
-                heard(None)  # a connection that stood and was ended is an end, too
+                heard(None)  # an established connection was ended, so the server has stopped
                 return
             if status is not grpclib.Status.UNAVAILABLE:
-                heard(None)  # it answers, but has no such service
+                heard(None)  # it answers, but does not have the service
                 break
             if not answers:
                 raise ServerUnreachableError(f"{self.target} is unavailable: {one_line(message)}")
-            # Some servers end each such call after a while; that says nothing where the next one is answered.
+            # Some servers end each such call after a while; this is no failure if the next call is answered.
             if answers == before or message == SHUTTING_DOWN or protocol.lost.is_set():
                 return
         await protocol.lost.wait()
@@ -209,7 +209,7 @@ class GrpcChannel(private.ConnectingChannel):
         return grpclib.Status.OK, ""
 
     async def shut_down(self) -> None:
-        """Close the connection and wait until its socket is closed, half a second at most."""
+        """Close the connection, and wait up to half a second for its socket to close."""
         connections = tuple(self._connections)
         for protocol in connections:
             protocol.close()
@@ -218,15 +218,15 @@ class GrpcChannel(private.ConnectingChannel):
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     for protocol in connections:
                         await protocol.lost.wait()
-        finally:  # also under a cancellation
+        finally:  # also if cancelled
             for protocol in connections:
                 protocol.abort()
             self.close()
 
     async def start_stream(self, path: str, metadata: Mapping[str, str]) -> tuple[ByteStream, Callable[[], None]]:
-        """Send a request's headers; returns its byte stream, and what to call when it is not needed any more.
+        """Send a request's headers; returns its byte stream, and a function that releases it.
 
-        Raises TimeoutError when the peer takes no request for `connect_timeout`.
+        Raises TimeoutError if the peer accepts no request for `connect_timeout`.
         """
         protocol = await self._connection()
         headers: Headers = [
@@ -257,16 +257,16 @@ async def open_channel(
     limits: Limits | None = None,
     namespace: str | None = None,
 ) -> AsyncIterator[GrpcChannel]:
-    """A channel to the server at `host` and `port`, or at the local socket `path`; nothing is dialled before the first call.
-    The environment's proxies are used (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY) unless `direct`.
+    """A channel to the server at `host` and `port`, or at the local socket `path`; opened with the first call.
+    Uses the environment's proxies (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY) unless `direct`.
 
-    `namespace` is the network namespace to dial from, without proxies and to an IP address; None for the calling thread's.
+    `namespace` is the network namespace to dial from (no proxies, IP addresses only); None for the calling thread's.
     `tls` is True for the system's roots, None or False for plaintext. Calls raise what `translate_errors` translates.
     Raises ConfigurationError for a host that is neither a name nor an IP address.
     """
     context = client_tls() if tls is True else tls or None
     if context is not None:
-        context.set_alpn_protocols(["h2"])  # without which a server may take gRPC for something else
+        context.set_alpn_protocols(["h2"])  # without ALPN a server may expect another protocol
     channel = GrpcChannel(host, port, path, context, limits or Limits(), direct=direct, namespace=namespace)
     try:
         yield channel
@@ -275,7 +275,7 @@ async def open_channel(
 
 
 def pinned_channel(host: str, port: int, tls: ssl.SSLContext, limits: Limits, fingerprint: str) -> GrpcChannel:
-    """A direct channel to the server with this certificate (SHA-256 of its DER, in hexadecimal digits), to be shut down."""
+    """A direct channel to the server with this certificate (SHA-256 of its DER, in hex digits). The caller shuts it down."""
     return GrpcChannel(host, port, None, tls, limits, direct=True, fingerprint=fingerprint)
 
 
@@ -283,7 +283,7 @@ def pinned_channel(host: str, port: int, tls: ssl.SSLContext, limits: Limits, fi
 async def open_byte_stream(
     channel: GrpcChannel, path: str = CREATE_STREAM, metadata: Mapping[str, str] | None = None
 ) -> AsyncIterator[ByteStream]:
-    """Call a bidirectional method for its raw bytes; leaving the context resets the stream if it still runs."""
+    """Call a bidirectional method for its raw bytes. Leaving the context resets the stream if it is still open."""
     stream, release = await channel.start_stream(path, metadata or {})
     try:
         yield stream
@@ -294,7 +294,7 @@ async def open_byte_stream(
 
 @contextmanager
 def translate_errors(target: str = "the server's API") -> Iterator[None]:
-    """Turn what a call can raise into this package's errors; GRPCError, the server's own status, passes unchanged.
+    """Translate errors of calls to this package's errors; GRPCError, the server's own status, passes unchanged.
 
     An unexpected exception is logged with its traceback and becomes a ServerUnreachableError: it fails this attempt, but
     not the calling task. Raises ServerUnreachableError or InvalidAnswerError.
@@ -324,7 +324,7 @@ def _translated(error: Exception, target: str) -> InvalidAnswerError | ServerUnr
         case H2Error():
             return ServerUnreachableError(f"the connection to {target} was lost: {type(error).__name__}")
         case grpclib.exceptions.ProtocolError() | AssertionError() | binascii.Error() | UnicodeError():
-            # the last two: binary metadata that is not base64
+            # the last two: invalid base64 in binary metadata
             return InvalidAnswerError(f"{target} sent an answer that violates gRPC")
         case _:
             log.error("a call to %s failed unexpectedly", target, exc_info=error)

@@ -1,4 +1,4 @@
-"""What the streams of one HTTP/2 connection share: h2's engine, grpclib's classes with bounds, and bytes past both."""
+"""State shared by the streams of one HTTP/2 connection: h2's engine, bounded versions of grpclib's classes, and raw streams."""
 
 import asyncio
 import time
@@ -33,7 +33,7 @@ HEADER_ENCODING = "latin-1"
 
 
 class Engine(H2Connection):
-    """h2's engine, which remembers fewer of the streams that have ended."""
+    """h2's engine with a lower limit of remembered closed streams."""
 
     MAX_CLOSED_STREAMS = 1024
 
@@ -42,7 +42,7 @@ class Engine(H2Connection):
 def h2_config(*, server: bool) -> H2Configuration:
     return H2Configuration(
         client_side=not server,
-        # ASCII on the wire; a byte above it must not raise half way through a frame. A server decodes them itself: `as_text`.
+        # Header fields are ASCII; other bytes must not raise in the middle of a frame. A server decodes them in `as_text`.
         header_encoding=None if server else HEADER_ENCODING,
         validate_inbound_headers=not server,  # a server checks a request's fields itself: header_fields
         validate_outbound_headers=False,
@@ -52,13 +52,13 @@ def h2_config(*, server: bool) -> H2Configuration:
 
 
 def new_h2_connection(limits: Limits, *, server: bool) -> Engine:
-    """An engine whose first words are `first_words`; they are the same for all connections, so it need not make them."""
+    """A new engine. It need not produce the preface, which is the same for all connections: see `first_words`."""
     connection = Engine(h2_config(server=server))
     if not server or not private.remember_requests(connection):
         connection.decoder = frames.HeaderDecoder()
     settings = _settings(limits, server=server)
     if server:
-        # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that
+        # The engine ends the whole connection when this limit is exceeded. It gets a higher limit than the peer, so that
         # calls opened before the peer has read our settings are refused one by one.
         settings[SettingCodes.MAX_CONCURRENT_STREAMS] *= _STREAM_HEADROOM
         private.expect_frames(connection)
@@ -81,7 +81,7 @@ def _settings(limits: Limits, *, server: bool) -> dict[SettingCodes, int]:
 
 @lru_cache(maxsize=8)
 def first_words(limits: Limits, *, server: bool) -> bytes:
-    """The connection preface (RFC 9113, 3.4) of either side, with the initial connection window."""
+    """The connection preface (RFC 9113, 3.4) of either side, including the initial connection window."""
     connection = H2Connection(h2_config(server=server))
     connection.local_settings = Settings(client=not server, initial_values=_settings(limits, server=server))
     connection.initiate_connection()
@@ -95,12 +95,12 @@ def grpclib_config(connection_window: int, *, server: bool) -> Configuration:
 
 
 def as_text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Header fields as a server's engine gives them, in text."""
+    """Header fields from a server's engine as text."""
     return [(name.decode(HEADER_ENCODING), value.decode(HEADER_ENCODING)) for name, value in headers]
 
 
 class H2Stream(private.ToldStream):
-    """One stream; `sink` takes its bytes once it is raw."""
+    """One stream; `sink` receives its bytes once it is raw."""
 
     sink: Sink | None = None
     connection: "Connection"
@@ -110,7 +110,7 @@ class H2Stream(private.ToldStream):
         super().__init__(connection, connection.engine, connection.transport, stream_id=stream_id, wrapper=wrapper)
 
     def init_stream(self, stream_id: int, connection: _GrpclibConnection) -> None:
-        """As grpclib's, without a buffer that would be replaced at once."""
+        """Like grpclib's, but without creating a buffer that is replaced immediately."""
         owner = self.connection
         self.id = stream_id
         owner.streams_started += 1
@@ -124,7 +124,7 @@ class H2Stream(private.ToldStream):
         )
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
-        """Send all of it, or raise StreamTerminatedError when the peer leaves no room for it for `request_timeout`."""
+        """Send all data. Raises StreamTerminatedError if the peer leaves no room for it for `request_timeout`."""
         try:
             async with asyncio.timeout(self.connection.limits.request_timeout) as scope:
                 await super().send_data(data, end_stream)
@@ -136,7 +136,7 @@ class H2Stream(private.ToldStream):
             raise
 
     def put_headers(self, headers: Headers, *, end_stream: bool = False) -> None:
-        """Send headers now, without waiting; nothing happens on a stream that is closed."""
+        """Send headers now, without waiting. Does nothing on a closed stream."""
         if not self.closable:
             return
         assert self.id is not None
@@ -148,7 +148,7 @@ class H2Stream(private.ToldStream):
         self.connection.guard.sent_data()
 
     def abort(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
-        """Reset the stream if it is not closed."""
+        """Reset the stream unless it is closed."""
         if self.closable:
             assert self.id is not None
             self.connection.engine.reset_stream(self.id, error_code=error_code)
@@ -161,7 +161,7 @@ class H2Stream(private.ToldStream):
 
     def on_terminated(self, reason: str) -> None:
         self.buffer.settle()
-        self.window_updated.set()  # whoever waits for room finds the connection or the stream closed
+        self.window_updated.set()  # waiting senders wake up and find the stream or connection closed
         if self.sink is not None:
             self.sink.terminated(reason)
 
@@ -214,14 +214,14 @@ class Connection(_GrpclibConnection):
         self._stream_gate.close()
 
     def gone(self) -> None:
-        """Drop all references to the transport after it is gone."""
+        """Drop all references to the lost transport."""
         self.close()
         self.transport.detach()
         self._on_flood = None
         self.account.close()
 
     def refuse_call(self, refusal: Refusal, message: str) -> None:
-        """Count what was refused of one call; too many by the peer's fault end the connection like resets (CVE-2025-8671)."""
+        """Count the refusal of a call; too many caused by the peer end the connection, like resets (CVE-2025-8671)."""
         self.on_refusal(refusal, message)
         if refusal in PEER_FAULTS:
             try:
@@ -230,7 +230,7 @@ class Connection(_GrpclibConnection):
                 self._flood(refused)
 
     def feed(self, data: bytes) -> list[Event]:
-        """Feed frames to the engine and send its responses. Raises Refused if the peer breaks a rule."""
+        """Feed frames to the engine and send its responses. Raises Refused if the peer violates the protocol."""
         try:
             events = private.receive(self.engine, data)
         except ProtocolError as error:
@@ -249,7 +249,7 @@ class Connection(_GrpclibConnection):
             self.flush()
 
     def begin(self) -> None:
-        """Send the first words, unless they are sent. A server's leave together with its answer to the peer's."""
+        """Send the preface unless it was sent. A server sends its preface together with its answer to the peer's."""
         words, self._first_words = self._first_words, b""
         if words:
             self.transport.write(words)
@@ -264,14 +264,14 @@ class Connection(_GrpclibConnection):
         self.raw_streams.wake()
 
     def add_sink(self, stream: H2Stream, sink: Sink) -> None:
-        """From now on the bytes of `stream` go to `sink`."""
+        """Pass the bytes of `stream` to `sink` from now on."""
         assert stream.id is not None
         stream.sink = sink
         stream.buffer.settle()
         self.raw_streams.add(stream.id, sink)
 
     def put_answer(self, stream_id: int, message: bytes) -> bool:
-        """Send a call's only message, headers and OK trailers in one write; False, and nothing sent, where that cannot be."""
+        """Send headers, the only message and OK trailers in one write. Returns False, with nothing sent, if impossible."""
         if len(message) > min(self.raw_streams.room(stream_id), self.engine.max_outbound_frame_size):
             return False
         answer = private.short_answer(self.engine, stream_id, message)
@@ -283,7 +283,7 @@ class Connection(_GrpclibConnection):
         return True
 
     def end_stream(self, stream_id: int) -> None:
-        """Say that no more will be sent on the stream."""
+        """Half-close the stream."""
         self.engine.end_stream(stream_id)
         self.flush()
 
@@ -296,7 +296,7 @@ class Connection(_GrpclibConnection):
         self.guard.sent_data()
 
     def say_goodbye(self, error_code: ErrorCodes, reason: str) -> None:
-        """Send GOAWAY, if that can still be sent."""
+        """Send GOAWAY if it can still be sent."""
         if self.is_closing():
             return
         self.begin()
@@ -307,13 +307,13 @@ class Connection(_GrpclibConnection):
         self.flush()
 
     def ping(self) -> None:
-        """Ask whether the peer lives."""
+        """Check whether the peer is alive."""
         if not self.is_closing():
             self.engine.ping(b"siderolk")
             self.flush()
 
     def _overflow(self) -> None:
-        message = f"more than {self.limits.max_unsent_bytes} bytes wait for the peer (max_unsent_bytes)"
+        message = f"more than {self.limits.max_unsent_bytes} bytes are waiting for the peer (max_unsent_bytes)"
         self._flood(Refused(Refusal.ANSWER_NOT_TAKEN, message))
 
     def _flood(self, refused: Refused) -> None:

@@ -1,7 +1,7 @@
 """TCP connections to a server: direct, through an HTTP proxy's CONNECT (RFC 9110, 9.3.6), or through a SOCKS 5 proxy.
 
-SOCKS is python-socks's (extra: ``[proxy]``). CONNECT is ours: python-socks takes the proxy's answer from a single read, so
-that an answer in two segments fails and bytes that follow it are lost, and it has no TLS to the proxy.
+SOCKS uses python-socks (extra: ``[proxy]``). CONNECT is implemented here: python-socks reads the proxy's answer only once, so
+that an answer in two segments fails and bytes after it are lost, and it does not support TLS to the proxy.
 """
 
 import asyncio
@@ -28,9 +28,9 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,253}\Z")
 
 
 def check_host(host: str) -> str:
-    """Check a host for use in a request line, a header field and a DNS query: an IP address or an ASCII name.
+    """Validate a host for use in a request line, a header field and a DNS query: an IP address or an ASCII name.
 
-    An internationalised name is returned in its ASCII form. Raises ConfigurationError for anything else, line breaks included.
+    Returns an internationalised name in its ASCII form. Raises ConfigurationError for anything else, including line breaks.
     """
     address, percent, zone = host.partition("%")
     try:
@@ -57,10 +57,10 @@ def authority(host: str, port: int) -> str:
 async def dial(
     host: str, port: int, environ: Mapping[str, str], *, tls: bool
 ) -> socket.socket | tuple[asyncio.Transport, bytes]:
-    """Connect to a server, through the proxy that `environ` names for it, if any.
+    """Connect to a server, through the proxy that `environ` selects, if any.
 
-    Returns a connected socket; or for an HTTP proxy a transport whose reading is paused, and the bytes that came after the
-    proxy's answer. Raises ServerUnreachableError, ConfigurationError, or OSError.
+    Returns a connected socket; for an HTTP proxy, a transport with reading paused, and the bytes received after the proxy's
+    answer. Raises ServerUnreachableError, ConfigurationError, or OSError.
     """
     proxy = proxy_for(host, port, tls=tls, environ=environ)
     if proxy is None:
@@ -80,7 +80,7 @@ async def connect(host: str, port: int) -> socket.socket:
 async def connect_in(namespace: str, host: str, port: int) -> socket.socket:
     """Connect to an IP address from a network namespace. Raises OSError, ConfigurationError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    from siderolink.common.netlink import call_in  # imported late: pyroute2 takes a quarter of a second
+    from siderolink.common.netlink import call_in  # a late import: pyroute2 takes a quarter of a second
 
     sock = call_in(namespace, lambda: socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
     try:
@@ -93,7 +93,7 @@ async def connect_in(namespace: str, host: str, port: int) -> socket.socket:
 
 @contextmanager
 def _naming(proxy: Proxy) -> Iterator[None]:
-    """Name the proxy in the error of a dial that failed on the way to it. Raises ServerUnreachableError."""
+    """Add the proxy's name to errors on the way to it. Raises ServerUnreachableError."""
     try:
         yield
     except TimeoutError:
@@ -107,13 +107,13 @@ def _naming(proxy: Proxy) -> Iterator[None]:
 
 
 class _ConnectAnswer(asyncio.Protocol):
-    """Receives a proxy's response to CONNECT, and keeps the bytes that follow it."""
+    """Receives a proxy's response to CONNECT and keeps the bytes after it."""
 
     def __init__(self) -> None:
         self._data = b""
         self.transport: asyncio.Transport | None = None
         self.head: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        """The response's status line and headers, without the empty line at the end."""
+        """The response's status line and headers, without the final empty line."""
         self.rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -145,7 +145,7 @@ class _ConnectAnswer(asyncio.Protocol):
 
 
 async def _connect_by_http(proxy: Proxy, sock: socket.socket, host: str, port: int) -> tuple[asyncio.Transport, bytes]:
-    """Ask the proxy at the other end of `sock` for a connection to the server. Raises ServerUnreachableError or OSError."""
+    """Request a connection to the server from the proxy at the other end of `sock`. Raises ServerUnreachableError, OSError."""
     try:
         context = proxy_tls() if proxy.scheme == "https" else None
         transport, answer = await asyncio.get_running_loop().create_connection(

@@ -1,4 +1,4 @@
-"""Splits what arrives on a connection into HTTP/2 frames, and counts what a hostile peer could flood with. No I/O."""
+"""Splits a connection's input into HTTP/2 frames and counts frames that could be used for flooding. No I/O."""
 
 import struct
 from collections import OrderedDict
@@ -28,11 +28,11 @@ _CREDIT_PER_FRAME = 4
 _MAX_CREDIT = 4096
 
 SMALL_BYTES = 32
-"""DATA shorter than this, and not the last of its stream, is counted: no WireGuard datagram and hardly a message is."""
+"""Shorter DATA frames that do not end their stream are counted: WireGuard datagrams and most messages are longer."""
 PIECE_FRAMES = 8
-"""Frames that the HTTP/2 engine gets at a time."""
+"""Maximum frames passed to the HTTP/2 engine at once."""
 MAX_SETTINGS_ENTRIES = 64
-"""Entries of one SETTINGS frame; peers send fewer than ten."""
+"""Maximum entries of one SETTINGS frame; peers send fewer than ten."""
 _HEADER_TABLE_SIZE = 1
 _KNOWN_SETTINGS = range(_HEADER_TABLE_SIZE, 7)
 _HEADER_TABLE_BYTES = 4096
@@ -42,10 +42,10 @@ _SETTING = struct.Struct(">HL")
 _MAX_ENDED = 256
 
 _LONGEST_HERE = FRAME_HEADER_BYTES + MAX_SETTINGS_ENTRIES * 6
-"""The longest frame that is dealt with here."""
+"""The longest frame handled here."""
 _NOTHING = memoryview(b"")
 _ENGINE, _NOWHERE, _HERE = 0, -1, -2
-"""Where a frame goes; a raw stream's DATA goes to that stream."""
+"""The destination of a frame; DATA of a raw stream goes to that stream."""
 
 
 def frame_header(length: int, frame_type: int, flags: int, stream_id: int) -> bytes:
@@ -57,18 +57,18 @@ _SETTINGS_ACK = frame_header(0, SETTINGS, ACK, 0)
 
 
 def read_header(data: bytes, pos: int) -> tuple[int, int, int, int]:
-    """Length, type, flags and stream of the frame whose header is at `pos`; the reserved bit is ignored."""
+    """Length, type, flags and stream of the frame header at `pos`. Ignores the reserved bit."""
     high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
     return high << 8 | low, kind, flags, stream_id & 0x7FFF_FFFF
 
 
 def window_update(stream_id: int, increment: int) -> bytes:
-    """A whole WINDOW_UPDATE frame (RFC 9113, 6.9)."""
+    """A complete WINDOW_UPDATE frame (RFC 9113, 6.9)."""
     return _WINDOW_UPDATE.pack(0, 4, WINDOW_UPDATE, 0, stream_id, increment)
 
 
 def count_resets(data: bytes) -> int:
-    """How many RST_STREAM frames there are among whole frames."""
+    """The number of RST_STREAM frames among complete frames."""
     pos = count = 0
     while pos < len(data):
         length, kind, _, _ = read_header(data, pos)
@@ -78,9 +78,9 @@ def count_resets(data: bytes) -> int:
 
 
 class HeaderDecoder(Decoder):
-    """hpack's decoder, which refuses more changes of the table's size than a block may begin with (RFC 7541, 4.2).
+    """hpack's decoder with a limit on changes of the table size at the start of a block (RFC 7541, 4.2).
 
-    Each costs hpack microseconds, and a block has room for 16,000.
+    Each change costs hpack microseconds, and a block has room for 16,000.
     """
 
     def decode(self, data: bytes, raw: bool = False) -> Any:
@@ -98,7 +98,7 @@ class HeaderDecoder(Decoder):
 
 
 class FloodGuard:
-    """Counts kinds of frames over fixed spans of time. Frames that answer data of ours are not counted."""
+    """Counts kinds of frames per fixed interval. Frames in response to our data are not counted."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self._interval = limits.flood_interval
@@ -118,18 +118,18 @@ class FloodGuard:
         self._credit = 0
 
     def sent_data(self, frames: int = 1) -> None:
-        """We sent DATA: the peer may acknowledge it, and ping to measure the round trip, as grpc-go and gRPC core do."""
+        """Record sent DATA: the peer may acknowledge it, and ping to measure the round trip, as grpc-go and gRPC core do."""
         self._credit = min(self._credit + frames * _CREDIT_PER_FRAME, _MAX_CREDIT)
 
     def spend(self, refusal: Refusal) -> None:
-        """Count a frame that may be an answer to data of ours."""
+        """Count a frame unless it may be a response to our data."""
         if self._credit:
             self._credit -= 1
         else:
             self.count(refusal)
 
     def count(self, refusal: Refusal, number: int = 1, *, kind: str | None = None) -> None:
-        """Count some of one kind, by default named like the refusal. Raises Refused with `refusal` when it is too many."""
+        """Count frames of one kind, by default named like the refusal. Raises Refused with `refusal` beyond the limit."""
         kind = kind or refusal
         now = self._clock()
         if now - self._since >= self._interval:
@@ -142,7 +142,7 @@ class FloodGuard:
 
 
 class FrameScanner:
-    """Reads frame headers in front of the HTTP/2 engine, so that the engine does only what a call needs.
+    """Reads frame headers in front of the HTTP/2 engine, so that the engine only does what a call needs.
 
     DATA of streams in `raw` is handed out as it comes. The preface, PING, PRIORITY, frames of unknown types and DATA for
     streams that this side has reset never reach the engine. Of SETTINGS it sees the known ones, with a header table of 4,096
@@ -155,10 +155,10 @@ class FrameScanner:
         self.replies = bytearray()
         """Acknowledgements to send."""
         self.has_settings = False
-        """Whether the peer's first SETTINGS have come."""
+        """Whether the peer's first SETTINGS have arrived."""
         self.guard = guard
         self.dropped = 0
-        """Bytes of DATA that were dropped and are not given back to the connection's window yet."""
+        """Bytes of dropped DATA that are not yet returned to the connection's window."""
         self._reset: OrderedDict[int, int] = OrderedDict()
         self._max_frame = limits.max_frame_bytes
         self._max_block = limits.max_header_bytes
@@ -176,22 +176,22 @@ class FrameScanner:
 
     @property
     def waiting(self) -> int:
-        """Bytes that the engine keeps until a frame or a header block is whole."""
+        """Bytes that the engine buffers until a frame or header block is complete."""
         begun = self._length - self._remaining if self._remaining and self._target == _ENGINE else 0
         return begun + (self._block if self._in_block else 0)
 
     def was_reset(self, stream_id: int) -> None:
-        """This side reset the stream: DATA on its way, a stream's window at most, is dropped instead of being answered."""
+        """This side reset the stream: DATA in flight, at most one stream window, is dropped instead of being answered."""
         self.raw.discard(stream_id)
         self._reset[stream_id] = self._window
         if len(self._reset) > _MAX_ENDED:
             self._reset.popitem(last=False)
 
     def feed(self, data: bytes) -> Iterator[tuple[int, memoryview]]:
-        """Yield (stream id, DATA bytes) for raw streams and (0, bytes) for the engine, in order; some may be empty.
+        """Yield (stream id, DATA bytes) for raw streams and (0, bytes) for the engine, in order; pieces may be empty.
 
-        Each piece must be dealt with before the next is asked for. A piece for the engine holds `PIECE_FRAMES` frames at most.
-        All frames of such a run are counted before its first piece is yielded. Raises Refused.
+        Each piece must be processed before the next one is requested. A piece for the engine contains at most `PIECE_FRAMES`
+        frames. All frames of such a run are counted before its first piece is yielded. Raises Refused.
         """
         data = self._partial + data if self._partial else data
         self._partial = b""
@@ -212,7 +212,7 @@ class FrameScanner:
             body = pos + FRAME_HEADER_BYTES
             is_plain = kind == DATA and not flags and SMALL_BYTES <= length <= min(self._max_frame, end - body)
             if is_plain and start == pos and stream_id in self.raw and not self._in_block:
-                # a whole frame of a tunnel, which is what comes most: nothing below would change for it
+                # the most frequent case, a complete frame of a tunnel: the steps below would change nothing
                 pos = start = body + length
                 yield stream_id, view[body:pos]
                 continue
@@ -245,7 +245,7 @@ class FrameScanner:
 
     def _target_of(self, kind: int, flags: int, length: int, stream_id: int) -> int:
         if self._in_block:
-            return _ENGINE  # which knows that nothing but CONTINUATION may come here
+            return _ENGINE  # which rejects everything except CONTINUATION here
         if kind == DATA:
             if length and not flags and stream_id in self.raw:
                 return stream_id
@@ -268,13 +268,13 @@ class FrameScanner:
             self.dropped += length
 
     def _handle(self, kind: int, flags: int, payload: memoryview) -> memoryview:
-        """Deal with a PING or SETTINGS frame; returns what the engine has to know of it."""
+        """Handle a PING or SETTINGS frame; returns the part that the engine needs."""
         if kind == PING:
             if not flags & ACK:
                 self.replies += frame_header(8, PING, ACK, 0) + payload
             return _NOTHING
         if flags & ACK:
-            return _NOTHING  # our settings never change, so nothing follows from it
+            return _NOTHING  # our settings never change, so an acknowledgement has no effect
         self.has_settings = True
         known = {name: value for name, value in _SETTING.iter_unpack(payload) if name in _KNOWN_SETTINGS}
         if not known:
@@ -311,7 +311,7 @@ class FrameScanner:
             self.guard.count(Refusal.OTHER_FRAME_FLOOD)
 
     def _check_data(self, flags: int, length: int) -> None:
-        if flags & PADDED:  # what is in it besides cannot be seen from its length
+        if flags & PADDED:  # padding hides the length of the data
             self.guard.spend(Refusal.SMALL_FRAME_FLOOD)
         elif length < SMALL_BYTES and not flags & END_STREAM:
             if length:
@@ -328,14 +328,14 @@ class FrameScanner:
             self.guard.count(Refusal.EMPTY_FRAME_FLOOD)
         elif kind == CONTINUATION or (self._is_server and stream_id <= self._highest_stream):
             self.guard.count(Refusal.OTHER_FRAME_FLOOD)
-        elif not self._is_server:  # a call of ours leads to two at most; there may be any number of interim responses
+        elif not self._is_server:  # a client's call leads to at most two header blocks, apart from interim responses
             self.guard.spend(Refusal.OTHER_FRAME_FLOOD)
         if stream_id > self._highest_stream:
             self._highest_stream = stream_id
 
     def _check_settings(self, flags: int, length: int) -> None:
         if flags & ACK and length:
-            raise Refused(Refusal.PROTOCOL_ERROR, "an acknowledgement of settings with a payload")
+            raise Refused(Refusal.PROTOCOL_ERROR, "a SETTINGS acknowledgement with a payload")
         entries = length // 6
         if entries > MAX_SETTINGS_ENTRIES:
             raise Refused(Refusal.SETTINGS_FLOOD, f"a SETTINGS frame of {entries} entries, more than {MAX_SETTINGS_ENTRIES}")

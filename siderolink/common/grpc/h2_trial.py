@@ -1,4 +1,4 @@
-"""Tries the short ways of `private` once against h2's and hpack's own: an environment may bring any version of them."""
+"""Compares the shortcuts of `private` with h2 and hpack once per process: environments may bring any version of them."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ _REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/"), (":authori
 
 
 def try_short_ways() -> bool:
-    """Go both ways side by side: events, states, windows and bytes have to be the same. Raises AttributeError and the like."""
+    """Run both ways in parallel: events, states, windows and bytes must be equal. Raises AttributeError and the like."""
     client = H2Connection(H2Configuration(client_side=True, header_encoding="latin-1"))
     server, plain = (H2Connection(H2Configuration(client_side=False, header_encoding="latin-1")) for _ in range(2))
     for connection in (client, server, plain):
@@ -47,7 +47,7 @@ def _try_remembering() -> bool:
 
 
 def _describe(event: Event) -> tuple[str, list[tuple[str, str]]]:
-    """An event in words, the parts of it included."""
+    """A comparable form of an event."""
     return type(event).__name__, sorted((name, repr(value)) for name, value in vars(event).items())
 
 

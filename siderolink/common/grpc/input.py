@@ -1,4 +1,4 @@
-"""A connection's input, on its way to the HTTP/2 engine and to raw streams."""
+"""Dispatches a connection's input to the HTTP/2 engine and to raw streams."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ _LONGEST_WAIT = 1.0
 _LOOK_EVERY = 64
 """Pieces of raw streams between two looks at the clock."""
 _FREE_BYTES = 4096
-"""What a read may have without being counted while it waits for its turn."""
+"""Size of a read that is not charged while it waits for its turn."""
 
 
 class Input:
@@ -31,7 +31,7 @@ class Input:
         fail: Callable[[Exception], None],
     ) -> None:
         self.flooded: Refused | None = None
-        """Why this connection is about to end; further input is ignored."""
+        """The reason why this connection is about to end; further input is ignored."""
         self._connection = connection
         self._processor = processor
         self._transport = transport
@@ -44,13 +44,13 @@ class Input:
         self._backlog: list[bytes] = []
         self._queued = 0
         self.is_paused = False
-        """True while reading is paused because earlier input waits for its turn."""
+        """Whether reading is paused because earlier input waits for its turn."""
         self._engine_seconds = 0.0
         self._calls_charged = 0
         self._waiting = 0
 
     def feed(self, data: bytes) -> None:
-        """Accept received bytes. Failures are reported to `fail`."""
+        """Process received bytes, now or in a later turn. Errors are reported to `fail`."""
         if self._pieces is None:
             self._pieces = self._connection.scanner.feed(data)
             account = self._account
@@ -68,7 +68,7 @@ class Input:
                 self._queued += len(data)
 
     def stop(self) -> None:
-        """The connection is gone."""
+        """Stop processing; the connection is lost."""
         self._pieces = None
         self._backlog.clear()
         self.flooded = None
@@ -109,7 +109,7 @@ class Input:
         return calls * turns.CALL_SECONDS
 
     def _charge(self, calls: int) -> float:
-        """Charge the source for its frames and calls; returns how long its input has to wait. Raw bytes are free."""
+        """Charge the source for frames and calls; returns how long its input has to wait. Raw bytes are free."""
         seconds, self._engine_seconds = self._engine_seconds + calls * turns.CALL_SECONDS, 0.0
         return self._account.charge(seconds, self._loop.time()) if seconds else 0.0
 
@@ -209,4 +209,4 @@ class Input:
 
 
 def _ignore(_: Exception) -> None:
-    """Ignores failures of a connection that is gone."""
+    """Ignores errors of a lost connection."""

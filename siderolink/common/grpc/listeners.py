@@ -1,4 +1,4 @@
-"""Listening sockets of the API, and the errors of a port or path that cannot be had."""
+"""Listening sockets of the API, and errors for ports or paths that are not available."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ _ANY = ("", "*")
 
 
 def listen_tcp(hosts: Sequence[str], port: int) -> list[socket.socket]:
-    """Listen on the port at every address of every host; port 0 takes a free one, the same for all.
+    """Listen on the port at every address of every host; port 0 selects a free one, the same for all.
 
-    An empty host or ``*`` is every address of this machine, IPv4 and IPv6. Raises AddressInUseError or ConfigurationError.
+    An empty host or ``*`` means every address of this machine, IPv4 and IPv6. Raises AddressInUseError or ConfigurationError.
     """
     sockets: list[socket.socket] = []
     try:
@@ -35,7 +35,7 @@ def listen_tcp(hosts: Sequence[str], port: int) -> list[socket.socket]:
 
 
 def listen_unix(path: str | Path, group: int | None = None) -> socket.socket:
-    """Listen on a local socket that only this user may use, and a group; one left over by a dead process is replaced."""
+    """Listen on a local socket for this user and, if given, a group; replaces one left over by a dead process."""
     path = Path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -55,7 +55,7 @@ def listen_unix(path: str | Path, group: int | None = None) -> socket.socket:
 
 
 def _share(path: Path, group: int) -> None:
-    """Let a group connect, where this process may give it away."""
+    """Let a group connect, if this process may change the group."""
     with contextlib.suppress(PermissionError):
         os.chown(path, -1, group)
         path.chmod(0o660)

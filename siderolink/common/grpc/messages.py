@@ -1,4 +1,4 @@
-"""Bounds on gRPC's length-prefixed messages (gRPC over HTTP/2, "Length-Prefixed-Message"), and the codec of ordinary calls."""
+"""Limits on gRPC's length-prefixed messages (gRPC over HTTP/2, "Length-Prefixed-Message"), and the codec of ordinary calls."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -17,10 +17,10 @@ from siderolink.common.protobuf_wire import MalformedWireError, count_fields, ha
 T = TypeVar("T")
 
 PREFIX_BYTES = 5
-"""One byte that says whether the message is compressed, four of length."""
+"""One byte for the compressed flag and four for the length."""
 
 OnRefusal = Callable[[Refusal, str], None]
-"""Called with the reason and one line about it."""
+"""Called with the reason and a one-line description."""
 
 
 def framed(message: bytes) -> bytes:
@@ -37,22 +37,22 @@ def check_prefix(compressed: int, length: int, max_bytes: int) -> None:
 
 
 class PrefixGuard:
-    """Watches the prefixes of a run of messages that arrives in any pieces."""
+    """Checks the prefixes of messages that arrive in pieces of any size."""
 
     def __init__(self, max_bytes: int) -> None:
         self.messages = 0
-        """Messages that are complete."""
+        """Number of complete messages."""
         self._max_bytes = max_bytes
         self._prefix = b""
         self._remaining = 0
 
     @property
     def is_between(self) -> bool:
-        """True when no message has begun that is not complete."""
+        """Whether no incomplete message has begun."""
         return not self._remaining and not self._prefix
 
     def feed(self, data: bytes) -> None:
-        """Look at the next bytes. Raises Refused at the first prefix that breaks a rule."""
+        """Check the next bytes. Raises Refused at the first invalid prefix."""
         pos, end = 0, len(data)
         while pos < end:
             if self._remaining:
@@ -71,7 +71,7 @@ class PrefixGuard:
 
 
 class _Held:
-    """Bytes that a call has received and not read yet. A buffer that was called back itself would be a cycle."""
+    """Bytes that a call has received but not read. Separate from the buffer, whose own callback would form a cycle."""
 
     __slots__ = ("account", "acknowledge", "size")
 
@@ -81,7 +81,7 @@ class _Held:
         self.size = 0
 
     def consumed(self, size: int) -> None:
-        """The call has read so many bytes; what was not held any more is given back to the windows only."""
+        """The call has read these bytes; bytes no longer held are only returned to the windows."""
         self.release(min(size, self.size))
         self.acknowledge(size)
 
@@ -91,7 +91,7 @@ class _Held:
 
 
 class MessageBuffer(Buffer):
-    """The unread messages of a call, bounded in size and by a deadline."""
+    """The unread messages of a call, limited in size and by a deadline."""
 
     def __init__(
         self, acknowledge: Callable[[int], None], max_bytes: int, on_refusal: OnRefusal, account: Account, timers: Timers
@@ -106,17 +106,17 @@ class MessageBuffer(Buffer):
         self._message_seconds: float | None = None
         self._single = False
         self._is_read = False
-        """Somebody reads by pieces; until then, an only message stays whole."""
+        """Whether reading has begun; before that, a single message is kept whole."""
         self._is_eof_kept = False
         self._partial = bytearray()
         self._partial_size = 0
 
     def limit(self, max_bytes: int) -> None:
-        """Take no longer messages; said before any has come."""
+        """Lower the maximum message size; only before data arrives."""
         self._guard = PrefixGuard(max_bytes)
 
     def charge(self, account: Account) -> None:
-        """Charge this account for what comes, and not the connection's; said before any has come."""
+        """Charge this account instead of the connection's; only before data arrives."""
         self._held.account = account
 
     def expect_message(self, seconds: float) -> None:
@@ -125,7 +125,7 @@ class MessageBuffer(Buffer):
         self._expect(seconds)
 
     def expect_messages(self, seconds: float) -> None:
-        """Refuse the call whenever its next message is not complete within `seconds`, until the peer has sent all."""
+        """Refuse the call if any next message does not complete within `seconds`, until the peer half-closes."""
         self._message_seconds = seconds
         self._expect(seconds)
 
@@ -133,11 +133,11 @@ class MessageBuffer(Buffer):
         self._timers.after(self, seconds, self._late, seconds)
 
     def settle(self) -> None:
-        """Expect nothing any more."""
+        """Stop waiting for a message."""
         self._timers.stop(self)
 
     def release(self) -> None:
-        """The call is over: give back what it still held."""
+        """Release everything that the ended call still held."""
         self.settle()
         if self._held.size:
             self._held.release(self._held.size)
@@ -147,9 +147,9 @@ class MessageBuffer(Buffer):
             self._partial_size = 0
 
     def add(self, data: bytes, ack_size: int) -> None:
-        """Take one DATA frame. An empty one is nothing, where grpclib would take it for the end.
+        """Add one DATA frame. Ignores empty ones, which grpclib would treat as the end.
 
-        Frames are joined until a message is complete, so that many small ones cost no more than few large ones.
+        Frames are joined until a message is complete, so that many small ones cost no more than a few large ones.
         """
         if not ack_size:
             return
@@ -181,7 +181,7 @@ class MessageBuffer(Buffer):
                 self._pass_on()
 
     def eof(self) -> None:
-        """The peer has sent all."""
+        """The peer has half-closed the stream."""
         self.settle()
         if self._is_whole:
             self._is_eof_kept = True
@@ -191,11 +191,11 @@ class MessageBuffer(Buffer):
 
     @property
     def _is_whole(self) -> bool:
-        """Whether all of an only message is here, and nobody has begun to read it."""
+        """Whether the only message is complete and reading has not begun."""
         return self._single and not self._is_read and self._guard.messages == 1 and self._error is None
 
     def take_message(self) -> bytes | None:
-        """An only message that has come whole, past grpclib's queue; None where it has to be read."""
+        """The only message if it is complete, bypassing grpclib's queue; None if it must be read."""
         if not self._is_whole:
             return None
         self._is_read = True
@@ -206,7 +206,7 @@ class MessageBuffer(Buffer):
         return message
 
     async def read(self, size: int) -> bytes:
-        """The next `size` bytes, or none at the end. Raises GRPCError for a call that was refused."""
+        """The next `size` bytes, or none at the end. Raises GRPCError for a refused call."""
         if self._is_whole:
             self._is_read = True
             self._pass_on()
@@ -220,7 +220,7 @@ class MessageBuffer(Buffer):
                 self._fail(Refusal.MESSAGE_MALFORMED, Status.INVALID_ARGUMENT, "the message was cut short")
             data = b""
         if self._error is not None:
-            raise GRPCError(*self._error)  # a new one each time: a kept one would lead back here by its traceback
+            raise GRPCError(*self._error)  # a new exception each time: a stored one would refer back here by its traceback
         return data
 
     def _pass_on(self) -> None:
@@ -242,7 +242,7 @@ class MessageBuffer(Buffer):
 
 
 class ServerCodec(ProtoCodec):
-    """Decodes requests: unreadable ones are INVALID_ARGUMENT.
+    """Decodes requests; malformed ones raise INVALID_ARGUMENT.
 
     A model may have a static method `read_plain`, which reads an ordinary message in one pass and has bounds of its own; it
     returns None for any other. Its service checks the fields of those itself.
@@ -253,7 +253,7 @@ class ServerCodec(ProtoCodec):
         self._max_fields = max_fields
 
     def encode(self, message: Any, message_type: Any) -> bytes:
-        """The message as it travels; bytes are one already."""
+        """The encoded message; bytes are encoded already."""
         return message if isinstance(message, bytes) else super().encode(message, message_type)
 
     def decode(self, data: bytes, message_type: Any) -> Any:
@@ -268,7 +268,7 @@ class ServerCodec(ProtoCodec):
             return message if read_plain is not None else _declared(message)
         except Exception as error:
             self._on_refusal(Refusal.MESSAGE_MALFORMED, f"{type(error).__name__} on reading a {message_type.__name__}")
-            raise GRPCError(Status.INVALID_ARGUMENT, "the message could not be read") from None
+            raise GRPCError(Status.INVALID_ARGUMENT, "the message is malformed") from None
 
 
 def _declared(message: Any) -> Any:
@@ -289,7 +289,7 @@ def decode_answer(data: bytes, kind: type[T]) -> T:
 
 
 class ClientCodec(ProtoCodec):
-    """Decodes responses: unreadable ones raise InvalidAnswerError."""
+    """Decodes responses; malformed ones raise InvalidAnswerError."""
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         return decode_answer(data, message_type)

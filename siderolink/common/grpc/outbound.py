@@ -1,4 +1,4 @@
-"""A connection's output: writes of one loop iteration go out in one send, and waits for room end when it closes."""
+"""A connection's output: joins the writes of one loop iteration into one send, and ends waits for room when it closes."""
 
 import asyncio
 from collections.abc import Callable
@@ -33,7 +33,7 @@ CORK_BYTES = 64 * 1024
 
 
 class CorkedTransport(asyncio.Transport):
-    """Joins the writes of one turn of the loop into one send. Drops writes after the transport is gone."""
+    """Joins the writes of one loop iteration into one send. Drops writes after the transport is lost."""
 
     def __init__(
         self, transport: asyncio.Transport, max_unsent: int = 1 << 30, on_overflow: Callable[[], None] | None = None
@@ -51,10 +51,10 @@ class CorkedTransport(asyncio.Transport):
         self._parts.append(bytes(data))
         self._size += len(data)
         if self._size >= CORK_BYTES:
-            self.flush()  # the transport has to see what comes, or it cannot ask for a pause
+            self.flush()  # the transport must see all data to apply back pressure
 
     def write_now(self, data: bytes) -> None:
-        """Send the queued data followed by this, now."""
+        """Send the queued data and then `data`, immediately."""
         self._parts.append(data)
         self.flush()
 
@@ -68,7 +68,7 @@ class CorkedTransport(asyncio.Transport):
         try:
             transport.write(data)
         except RuntimeError:
-            return  # uvloop's, which is closed without saying so when connecting was cancelled at the last moment
+            return  # uvloop's transport, closed without notice when connecting was cancelled at the last moment
         if self._on_overflow is not None and transport.get_write_buffer_size() > self._max_unsent:
             self._on_overflow()
 
@@ -81,7 +81,7 @@ class CorkedTransport(asyncio.Transport):
             self._transport.close()
 
     def detach(self) -> None:
-        """Forget the transport, which is gone."""
+        """Drop the lost transport."""
         self._transport = self._on_overflow = None
 
     def get_extra_info(self, name: str, default: object = None) -> Any:

@@ -1,9 +1,9 @@
-"""A TCP connection in a byte stream: what comes by one leaves by the other, and neither is read faster than the other takes it.
+"""A TCP connection carried in a byte stream, with flow control in both directions.
 
-Each message of the stream is protobuf: field 1, bytes; field 2, true where no more of them follow (a half-closed connection);
-field 3, padding. A stream that ends before both sides have said that no more follows was cut. What comes by the stream is
-credited to its window once it was written out: a connection that takes nothing holds a window's bytes here, and no other
-stream waits for it.
+Each message of the stream is protobuf: field 1, bytes; field 2, true if these are the last ones (a half-closed connection);
+field 3, padding. A stream that ends before both sides have sent their last bytes was cut. Data from the stream is credited to
+its window once it was written to the connection: a connection that accepts nothing holds one window of bytes here, and no
+other stream waits for it.
 """
 
 import asyncio
@@ -32,36 +32,36 @@ from siderolink.common.protobuf_wire import (
 )
 
 PIPE_WINDOW_BYTES: Final = 192 * 1024
-"""What a peer may send on one stream before it was written out: the stream window of both ends."""
+"""How much a peer may send on one stream before it is written out: the stream window of both ends."""
 CHUNK_BYTES: Final = 16 * 1024
-"""What is read from a connection at a time, once the stream has room."""
+"""Bytes read from a connection at once while the stream has room."""
 MAX_DATA_BYTES: Final = 64 * 1024
-"""The longest data of one message."""
+"""Maximum data of one message."""
 _OVERHEAD_BYTES: Final = 16
 _DATA, _END = 1, 2
 _DATA_KEY, _END_FIELD, _PADDING_KEY = bytes([_DATA << 3 | BYTES]), bytes([_END << 3 | VARINT, 1]), bytes([3 << 3 | BYTES])
 _LEAST_BYTES: Final = 32
-"""Shorter DATA frames, if they are many, are taken for an attack."""
+"""Many shorter DATA frames are considered an attack."""
 _MAX_FIELDS: Final = 8
 _RESET: Final = struct.pack("ii", 1, 0)
 
 
 class PipeCutError(SideroLinkError):
-    """Raised when a pipe ends by other means than both of its sides' closing it."""
+    """Raised when a pipe ends in another way than by both sides' closing it."""
 
     def __init__(self, text: str, *, is_connection: bool) -> None:
         super().__init__(text)
         self.is_connection = is_connection
-        """Whether the TCP connection was cut; else the stream was."""
+        """Whether the TCP connection was cut, rather than the stream."""
 
 
 class Inbox:
-    """The messages of a stream that were not taken yet: no more than its window has."""
+    """The unprocessed messages of a stream, limited by its window."""
 
     def __init__(self, stream: ByteStream) -> None:
-        """Receives from now on."""
+        """Starts receiving."""
         self.held = 0
-        """Bytes that came and were not credited yet."""
+        """Bytes received and not credited yet."""
         self._stream = stream
         self._partial = bytearray()
         self._messages: deque[bytes] = deque()
@@ -70,7 +70,7 @@ class Inbox:
         stream.receive(self._split_messages, credited=True)
 
     async def next(self) -> bytes | None:
-        """The next message; None once the stream has ended and there are no more. `credit` it when it is done with."""
+        """The next message; None after the stream has ended and all were returned. Call `credit` after processing it."""
         while not self._messages:
             if self._has_ended:
                 return None
@@ -79,20 +79,20 @@ class Inbox:
         return self._messages.popleft()
 
     def rest(self) -> bytes:
-        """All that came and was not taken, as it came; the stream's next receiver may have it."""
+        """All unprocessed bytes as received, for the stream's next receiver."""
         rest = b"".join(map(framed, self._messages)) + bytes(self._partial)
         self._messages.clear()
         self._partial.clear()
         return rest
 
     def credit(self, message: bytes) -> None:
-        """The message was dealt with: the peer may send as much again."""
+        """Confirm a processed message: the peer may send as much again."""
         size = len(message) + PREFIX_BYTES
         self.held -= size
         self._stream.credit(size)
 
     def end(self) -> None:
-        """The stream has ended; what came before is still given."""
+        """Mark the end of the stream; earlier messages are still returned."""
         self._has_ended = True
         self._news.set()
 
@@ -121,7 +121,7 @@ class Pipe:
     """One TCP connection in one stream."""
 
     def __init__(self, stream: ByteStream, inbox: Inbox, sock: socket.socket) -> None:
-        """`sock` does not block, and stays the caller's."""
+        """`sock` must be non-blocking and remains the caller's."""
         self.to_connection = self.from_connection = 0
         """Bytes written to the connection, and read from it."""
         self._stream = stream
@@ -135,14 +135,14 @@ class Pipe:
 
     @property
     def held(self) -> int:
-        """Bytes that came by one side and did not leave by the other yet."""
+        """Bytes received on one side that have not left on the other."""
         return self._inbox.held + self._outgoing
 
     async def run(self) -> None:
-        """Carry until both sides have said that no more comes. Whoever serves the stream returns when the caller has ended it.
+        """Run until both sides have half-closed. The server's handler returns after the caller has ended the stream.
 
-        Raises PipeCutError when one was cut, GRPCError for a message that is malformed and for the status by which a server
-        ended the stream, and StreamTerminatedError.
+        Raises PipeCutError if one side was cut, GRPCError for a malformed message or the status with which the server ended the
+        stream, and StreamTerminatedError.
         """
         async with anyio.create_task_group() as tasks:
             watch = partial(self._guarded, self._watch, tasks.cancel_scope)
@@ -156,7 +156,7 @@ class Pipe:
             raise self._error
 
     async def _guarded(self, work: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
-        """The first error ends the pipe; one cut connection is often seen by both directions."""
+        """The first error ends the pipe, because both directions often see the same cut connection."""
         try:
             await work()
         except Exception as error:
@@ -171,7 +171,7 @@ class Pipe:
             raise _cut()
 
     async def _write_out(self) -> None:
-        """Write what comes by the stream to the connection, up to the mark of its end."""
+        """Write the stream's data to the connection until its end mark."""
         while (message := await self._inbox.next()) is not None:
             data, is_end = read_message(message)
             try:
@@ -189,7 +189,7 @@ class Pipe:
         raise _cut()
 
     async def _read_in(self) -> None:
-        """Send what the connection brings by the stream, and at its end the mark."""
+        """Send the connection's data by the stream, and then the end mark."""
         buffer = bytearray(CHUNK_BYTES)
         view = memoryview(buffer)
         while True:
@@ -208,12 +208,12 @@ class Pipe:
         self._is_read.set()
 
     async def send(self, message: bytes) -> None:
-        """Send one message, as the stream takes it. Raises PipeCutError when it ends before."""
+        """Send one message as the stream has room. Raises PipeCutError if the stream ends before."""
         await send_message(self._stream, message)
 
 
 async def send_message(stream: ByteStream, message: bytes) -> None:
-    """Send one message, as the stream takes it. Raises PipeCutError when it ends before."""
+    """Send one message as the stream has room. Raises PipeCutError if the stream ends before."""
     rest = memoryview(framed(message))
     while rest:
         await _wait_room(stream)
@@ -223,7 +223,7 @@ async def send_message(stream: ByteStream, message: bytes) -> None:
 async def _wait_room(stream: ByteStream) -> None:
     while not stream.room:
         if not stream.is_open:
-            await stream.wait_ended()  # which says why
+            await stream.wait_ended()  # raises the reason
             raise _cut()
         room = asyncio.get_running_loop().create_future()
         stream.when_room(partial(_set, room))
@@ -231,7 +231,7 @@ async def _wait_room(stream: ByteStream) -> None:
 
 
 def read_message(message: bytes) -> tuple[memoryview, bool]:
-    """The data of a message, and whether none follows. Raises GRPCError."""
+    """A message's data, and whether it is the last. Raises GRPCError."""
     data, is_end, pos = memoryview(b""), False, 0
     try:
         for _ in range(_MAX_FIELDS):
@@ -244,21 +244,21 @@ def read_message(message: bytes) -> tuple[memoryview, bool]:
             elif number == _END and wire_type == VARINT:
                 is_end = bool(read_varint(message, start)[0])
             elif number in (_DATA, _END):
-                raise MalformedWireError("a field is of another type")
+                raise MalformedWireError("a field has the wrong type")
     except MalformedWireError as error:
-        raise GRPCError(Status.INVALID_ARGUMENT, f"a message cannot be read: {error}") from None
+        raise GRPCError(Status.INVALID_ARGUMENT, f"a message is malformed: {error}") from None
     raise GRPCError(Status.INVALID_ARGUMENT, "a message has too many fields")
 
 
 def close_with_reset(sock: socket.socket) -> None:
-    """Close a connection so that its other end is told that it was cut, not that all was said."""
+    """Close a connection with a reset, so that the other end sees a cut and not an orderly end."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     sock.close()
 
 
 def _padding(size: int) -> bytes:
-    """What makes the frame of so little data long enough; empty for more."""
+    """Padding that makes the frame of a short message long enough; empty for longer ones."""
     missing = _LEAST_BYTES - size
     return b"" if missing <= 0 else _PADDING_KEY + bytes([missing]) + bytes(missing)
 

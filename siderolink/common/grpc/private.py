@@ -1,8 +1,8 @@
-"""Every name of h2, hpack and grpclib that is not their public API, and nothing else.
+"""All uses of non-public names of h2, hpack and grpclib, and nothing else.
 
-grpclib is pinned to one version. h2 and hpack may be any that grpclib allows, so what is used of them here is a short way only:
-it is tried out once per process against h2's own judgement, and where it is missing or behaves differently, the public API is
-used for everything. Together the short ways are worth 1.2 times the joins per second, measured by turns.
+grpclib is pinned to one version. h2 and hpack may be any version that grpclib allows, so their internals are only used for
+shortcuts. These are compared once per process with h2's own behaviour; if one is missing or behaves differently, only the
+public API is used. Together the shortcuts are worth 1.2 times the joins per second, measured in turns.
 """
 
 import ssl
@@ -28,9 +28,9 @@ from hpack import HeaderTuple
 from siderolink.common.grpc import frames
 
 NO_LISTENERS = _DispatchServerEvents()
-"""Listeners of a call's events: none."""
+"""No listeners for a call's events."""
 
-# Header blocks of an ordinary answer (RFC 7541). They use no dynamic table, so h2's encoder need not know of them.
+# Header blocks of an ordinary answer (RFC 7541). They do not use the dynamic table, so h2's encoder need not know of them.
 _ANSWER_HEADERS = b"\x88\x0f\x10\x16application/grpc+proto"
 _ANSWER_TRAILERS = b"\x00\x0bgrpc-status\x010"
 ANSWER_STEPS = (StreamInputs.SEND_HEADERS, StreamInputs.SEND_DATA, StreamInputs.SEND_HEADERS, StreamInputs.SEND_END_STREAM)
@@ -43,13 +43,13 @@ _TAKES_DATA = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
 
 
 def grpclib_config(connection_window: int, *, server: bool) -> Configuration:
-    """grpclib's configuration without its own pings: it counts an answer only, where any byte shows that the peer lives."""
+    """grpclib's configuration without its own pings, which accept only a PING answer although any byte shows life."""
     config = Configuration(_keepalive_time=None, http2_connection_window_size=connection_window)
     return config.__for_server__() if server else config.__for_client__()
 
 
 class ConnectingChannel(Channel):
-    """grpclib's client, whose connections a subclass opens and judges."""
+    """grpclib's client; a subclass opens and checks its connections."""
 
     def __init__(
         self, host: str | None, port: int | None, *, path: str | None, tls: ssl.SSLContext | None, codec: CodecBase
@@ -61,7 +61,7 @@ class ConnectingChannel(Channel):
 
     @property
     def authority(self) -> str:
-        """What requests name as their host."""
+        """The host named in requests."""
         return self._authority
 
     @authority.setter
@@ -69,14 +69,14 @@ class ConnectingChannel(Channel):
         self._authority = authority
 
     async def open_connection(self) -> H2Protocol:
-        """Make a new connection."""
+        """Open a new connection."""
         raise NotImplementedError
 
     def check_connection(self, protocol: H2Protocol) -> None:
-        """Raises for a connection that no call can use."""
+        """Raises if no call can use the connection."""
 
     async def connected(self) -> H2Protocol:
-        """The connection that stands, or a new one."""
+        """The existing connection, or a new one."""
         return await self.__connect__()
 
     async def _create_connection(self) -> H2Protocol:
@@ -89,13 +89,13 @@ class ConnectingChannel(Channel):
 
 
 class ToldStream(GrpclibH2Stream):
-    """grpclib's stream, which is told of its end."""
+    """grpclib's stream with callbacks at its end."""
 
     def on_ended(self) -> None:
-        """The peer has sent all."""
+        """The peer has half-closed the stream."""
 
     def on_terminated(self, reason: str) -> None:
-        """The stream was reset, or its connection is gone."""
+        """The stream was reset, or its connection was lost."""
 
     def __ended__(self) -> None:
         super().__ended__()
@@ -109,12 +109,12 @@ class ToldStream(GrpclibH2Stream):
 async def send_request(
     stream: GrpclibH2Stream, headers: list[tuple[str, str]], processor: EventsProcessor
 ) -> Callable[[], None]:
-    """Begin a call; returns what to call when its stream is not needed any more."""
+    """Begin a call; returns a function that releases its stream."""
     return await stream.send_request(headers, _processor=processor)
 
 
 class CallPeer(Peer):
-    """grpclib's view of the other end, with the address that counts."""
+    """grpclib's view of the other end, with the caller's effective address."""
 
     def __init__(self, peer: Peer, address: object) -> None:
         super().__init__(peer._transport)
@@ -125,22 +125,22 @@ class CallPeer(Peer):
 
     @property
     def certificate(self) -> bytes | None:
-        """The certificate by which TLS has proved the other end, as DER; None without one."""
+        """The other end's certificate, verified by TLS, as DER; None without one."""
         tls = self._transport.get_extra_info("ssl_object")
         return None if tls is None else tls.getpeercert(binary_form=True)
 
 
 class Call(Stream[Any, Any]):
-    """grpclib's view of a call, where the trailers are written by the caller of the handler.
+    """grpclib's view of a call, whose trailers are sent by the caller of the handler.
 
-    The only message of an answer waits until the handler has returned, and then leaves together with headers and trailers.
+    The only message of an answer is held until the handler has returned, and then sent together with headers and trailers.
     """
 
     on_valid_token: Callable[[], None]
     wait_turn: Callable[[], Awaitable[None]]
-    """Waited for between two messages: a handler that never waits otherwise leaves others their turn."""
+    """Awaited between two messages, so that a handler that never blocks yields to others."""
     path: str = ""
-    """The method that was asked for, as the caller wrote it."""
+    """The requested method as sent by the caller."""
     _answer: object = None
 
     async def recv_message(self) -> Any:
@@ -162,17 +162,17 @@ class Call(Stream[Any, Any]):
             self._answer, self._send_message_done = message, True
 
     def waiting_answer(self) -> bytes | None:
-        """The encoded message that waits to be sent, if there is one."""
+        """The encoded message waiting to be sent, if any."""
         if self._answer is None or self.trailers_sent:
             return None
         return self._codec.encode(self._answer, self._send_type)
 
     def answered(self) -> None:
-        """Headers, message and trailers have been sent."""
+        """Mark headers, message and trailers as sent."""
         self._send_initial_metadata_done = self._send_trailing_metadata_done = True
 
     async def send_waiting(self) -> None:
-        """Send the message that waits by grpclib's own way."""
+        """Send the waiting message through grpclib."""
         answer, self._send_message_done = self._answer, False
         await super().send_message(answer)
 
@@ -190,7 +190,7 @@ class Call(Stream[Any, Any]):
 
 
 class _PlainFrame(NamedTuple):
-    """What h2 reads of a frame of headers or data that is neither padded nor in pieces."""
+    """What h2 reads of an unpadded, complete HEADERS or DATA frame."""
 
     stream_id: int
     data: bytes
@@ -202,7 +202,7 @@ class _PlainFrame(NamedTuple):
 
 
 class _PlainGoAway(NamedTuple):
-    """The same of a GOAWAY frame."""
+    """The same for a GOAWAY frame."""
 
     last_stream_id: int
     error_code: int
@@ -223,12 +223,12 @@ def expect_frames_past_h2(engine: H2Connection) -> None:
 
 
 def receive(engine: H2Connection, data: bytes) -> list[Event]:
-    """What h2's `receive_data` does. Plain frames become no objects of hyperframe's on their way."""
+    """Like h2's `receive_data`, without creating hyperframe's objects for plain frames."""
     return short_receive(engine, data) if has_short_ways() else engine.receive_data(data)
 
 
 def short_receive(engine: H2Connection, data: bytes) -> list[Event]:
-    """The short way of `receive`."""
+    """The shortcut of `receive`."""
     events: list[Event] = []
     waiting = engine.incoming_buffer
     if waiting._preamble_len or waiting._data or waiting._headers_buffer:
@@ -249,7 +249,7 @@ def short_receive(engine: H2Connection, data: bytes) -> list[Event]:
 
 
 def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFrame) -> list[Event] | None:
-    """The events of a frame that asks for nothing special; None for any other."""
+    """The events of a plain frame; None for any other frame."""
     if engine.state_machine.state is ConnectionState.CLOSED:
         return None
     if kind == frames.WINDOW_UPDATE and not frame.stream_id and len(frame.data) == 4:
@@ -288,30 +288,30 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
 
 
 _PLAIN_FIELDS = frozenset((b":method", b":scheme", b":path", b":authority", b"content-type", b"user-agent", b"te"))
-"""What clients of one kind send alike, and no secret is in."""
+"""Fields that clients of one kind send alike and that contain no secret."""
 _MOST_BEGINNINGS = 16
 _MOST_FIELDS = 12
 _LONGEST_BEGINNING = 512
 
 
 class Beginning(NamedTuple):
-    """How a connection's first header block began, up to its first field that is not plain, and what came of it."""
+    """How a connection's first header block began, up to its first field that is not plain, and the resulting state."""
 
     block: bytes
     headers: tuple[HeaderTuple, ...]
     headers_size: int
-    """As it counts toward the longest header list (RFC 9113, 6.5.2)."""
+    """As counted for the header list limit (RFC 9113, 6.5.2)."""
     entries: tuple[Any, ...]
-    """The dynamic table behind it, the newest first."""
+    """The resulting dynamic table, newest entry first."""
     entries_size: int
 
 
 _beginnings: list[Beginning] = []
-"""The latest used first."""
+"""Most recently used first."""
 
 
 class RequestDecoder(frames.HeaderDecoder):
-    """hpack's decoder. What many connections begin with alike is decoded once, and the table filled as it was then."""
+    """hpack's decoder. Decodes a beginning common to many connections only once, and restores the table that it leads to."""
 
     _is_new = True
     _ends: list[tuple[int, tuple[Any, ...], int]] | None = None
@@ -334,7 +334,7 @@ class RequestDecoder(frames.HeaderDecoder):
 
     def _decode_rest(self, known: Beginning, data: bytes) -> Any:
         rest, longest = data[len(known.block) :], self.max_header_list_size
-        # A change of the table's size may stand at a block's beginning only: that is for the decoder to judge.
+        # A change of the table size is only valid at the beginning of a block: let the decoder check it.
         if known.headers_size > longest or (rest and rest[0] >> 5 == 1):
             return super().decode(data, True)
         self.header_table.dynamic_entries.extend(known.entries)
@@ -374,7 +374,7 @@ class RequestDecoder(frames.HeaderDecoder):
 
 
 def remember_requests(engine: H2Connection) -> bool:
-    """Let a server's new engine decode at once what many connections begin with alike; False where that cannot be."""
+    """Let a server's new engine reuse decoded beginnings of header blocks. Returns False if impossible."""
     if has_short_ways():
         engine.decoder = RequestDecoder(engine.decoder.max_header_list_size, _beginnings)
         return True
@@ -382,7 +382,7 @@ def remember_requests(engine: H2Connection) -> bool:
 
 
 def open_window(engine: H2Connection, size: int) -> None:
-    """Let a new engine expect `size` more bytes; that the peer is told so is the caller's."""
+    """Let a new engine expect `size` more bytes. The caller tells the peer."""
     if has_short_ways():
         open_window_past_h2(engine, size)
     else:
@@ -391,12 +391,12 @@ def open_window(engine: H2Connection, size: int) -> None:
 
 
 def open_window_past_h2(engine: H2Connection, size: int) -> None:
-    """The short way of `open_window`."""
+    """The shortcut of `open_window`."""
     engine._inbound_flow_control_window_manager.window_opened(size)
 
 
 def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
-    """Tell h2 that `size` bytes of DATA were sent past it; False where it has to send them itself."""
+    """Account in h2 for DATA sent past it. Returns False if h2 has to send the data itself."""
     if not has_short_ways():
         return False
     engine.streams[stream_id].outbound_flow_control_window -= size
@@ -405,10 +405,10 @@ def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
 
 
 def short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes | None:
-    """A whole answer as frames, made past h2: headers, one DATA frame within the windows, and trailers.
+    """A complete answer as frames, built without h2: headers, one DATA frame within the windows, and trailers.
 
-    None where h2 has to send it itself. That is also so for the first answer since the peer asked for another header table: the
-    next block has to begin with its new size (RFC 7541, 4.2), and only h2's encoder writes that.
+    None if h2 has to send it itself; also for the first answer after the peer requested another header table size, because the
+    next block must begin with the new size (RFC 7541, 4.2), which only h2's encoder writes.
     """
     if not has_short_ways():
         return None
@@ -416,14 +416,14 @@ def short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes 
 
 
 def answer_past_h2(engine: H2Connection, stream_id: int, message: bytes) -> bytes | None:
-    """The short way of `short_answer`."""
+    """The shortcut of `short_answer`."""
     stream = engine.streams.get(stream_id)
     if stream is None or engine.encoder.table_size_changes:
         return None
     size = len(message)
     state = stream.state_machine
     if state.state is StreamState.HALF_CLOSED_REMOTE and not state.headers_sent:
-        # what the steps below come to, for a call whose request has ended
+        # the result of the steps below for a call whose request has ended
         state.headers_sent = state.trailers_sent = True
         state.stream_closed_by = StreamClosedBy.SEND_END_STREAM
         state.state = StreamState.CLOSED
@@ -445,7 +445,7 @@ def answer_past_h2(engine: H2Connection, stream_id: int, message: bytes) -> byte
 
 @lru_cache(maxsize=1)
 def has_short_ways() -> bool:
-    """Whether the installed h2 and hpack have what the short ways need, and end up where their public API would."""
+    """Whether the installed h2 and hpack have the names that the shortcuts need, and both ways lead to the same result."""
     from siderolink.common.grpc.h2_trial import try_short_ways
 
     try:

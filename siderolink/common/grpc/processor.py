@@ -1,4 +1,4 @@
-"""grpclib's dispatch of a connection's HTTP/2 events to its streams, with bounds, and with raw streams past it."""
+"""grpclib's dispatch of HTTP/2 events to streams, with limits, and with raw streams that bypass it."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 
 
 def nothing(*_: object) -> None:
-    """Callback of a closed connection, which lets reference counting free it immediately."""
+    """Callback of a closed connection, so that reference counting frees it immediately."""
 
 
 class Processor(EventsProcessor):
-    """grpclib's dispatch of HTTP/2 events, which ignores what HTTP/2 says to ignore."""
+    """grpclib's dispatch of HTTP/2 events. Ignores what HTTP/2 requires to be ignored."""
 
     connection: Connection
 
@@ -52,7 +52,7 @@ class Processor(EventsProcessor):
         if len(self.streams) < most:
             super().process_request_received(event)
             return
-        message = f"more than {most} calls at a time (max_streams, max_unproven_streams)"
+        message = f"more than {most} concurrent calls (max_streams, max_unproven_streams)"
         self.connection.create_stream(stream_id=event.stream_id).abort(ErrorCodes.REFUSED_STREAM)
         self.connection.refuse_call(Refusal.TOO_MANY_STREAMS, message)
 
@@ -62,7 +62,7 @@ class Processor(EventsProcessor):
         if sink is None:
             stream = self.streams.get(event.stream_id)
             if self.connection.engine.config.client_side and stream is not None and stream.headers is None:
-                raise Refused(Refusal.PROTOCOL_ERROR, "DATA before the headers of its answer")
+                raise Refused(Refusal.PROTOCOL_ERROR, "DATA before the response headers")
             super().process_data_received(event)
             return
         sink.feed([memoryview(event.data or b"")], flow=False)

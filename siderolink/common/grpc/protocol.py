@@ -1,4 +1,4 @@
-"""One HTTP/2 connection of either side on asyncio: its life, deadlines and end."""
+"""One HTTP/2 connection of either side on asyncio: its lifetime, deadlines and end."""
 
 import asyncio
 import contextlib
@@ -22,11 +22,11 @@ from siderolink.common.grpc.timers import Timers
 log = logging.getLogger("siderolink")
 
 WRITE_BUFFER_BYTES = 64 * 1024
-"""Above this, what waits in the transport makes streams wait."""
+"""Unsent bytes in the transport above which streams wait."""
 NOTSENT_LOWAT_BYTES = 128 * 1024
 """Limit for unsent data in the kernel; the rest is queued here, where it can be dropped."""
 CLOSE_SECONDS = 1.0
-"""How long a closed connection may take to send its last words."""
+"""How long a closed connection may take to send its remaining output."""
 
 
 class Http2Protocol(H2Protocol):
@@ -56,9 +56,9 @@ class Http2Protocol(H2Protocol):
         self._on_refusal = on_refusal
         self._on_lost = on_lost
         self.was_made = False
-        """Whether the connection, the TLS handshake included, ever stood."""
+        """Whether the connection was ever established, including its TLS handshake."""
         self.lost = asyncio.Event()
-        """Set once the connection is gone."""
+        """Set once the connection is lost."""
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._account = account
@@ -70,7 +70,7 @@ class Http2Protocol(H2Protocol):
         self.was_made = True
         self._transport = made = cast("asyncio.Transport", transport)
         made.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        if not self._server:  # a server's connections inherit them from the socket that listens
+        if not self._server:  # a server's connections inherit the options of the listening socket
             tune(transport.get_extra_info("socket"), self._limits)
         self.connection = Connection(
             new_h2_connection(self._limits, server=self._server),
@@ -99,7 +99,7 @@ class Http2Protocol(H2Protocol):
         self._input.feed(data)
 
     def _fail(self, error: Exception) -> None:
-        """End the connection for what the peer did, or for an error of ours."""
+        """End the connection because of the peer, or because of an internal error."""
         if isinstance(error, Refused):
             self.refuse(error.refusal, error.message)
         else:
@@ -113,7 +113,7 @@ class Http2Protocol(H2Protocol):
             self._fail(error)
 
     def _flood(self, refused: Refused) -> None:
-        """Too much was refused by this peer's fault. Its connection ends soon: a caller may be in the midst of it."""
+        """Too many refusals were caused by this peer. Its connection ends a little later: one of its calls may be running."""
         if self._input is not None and self._input.flooded is None:
             self._input.flooded = refused
             self._loop.call_soon(self.refuse, refused.refusal, refused.message)
@@ -127,9 +127,7 @@ class Http2Protocol(H2Protocol):
         self._guarded(super().resume_writing)
 
     def _unread(self) -> None:
-        self.refuse(
-            Refusal.ANSWER_NOT_TAKEN, f"what was sent stayed unread for {self._limits.unread_timeout:g} s (unread_timeout)"
-        )
+        self.refuse(Refusal.ANSWER_NOT_TAKEN, f"sent data stayed unread for {self._limits.unread_timeout:g} s (unread_timeout)")
         self.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -146,16 +144,16 @@ class Http2Protocol(H2Protocol):
         on_lost()
 
     def eof_received(self) -> None:
-        """A peer that half-closes TCP is done."""
+        """Treat a TCP half-close as the end of the connection."""
 
     def refuse(self, refusal: Refusal, message: str) -> None:
-        """End the connection, saying why as far as HTTP/2 can."""
+        """End the connection, with the reason as far as HTTP/2 can express it."""
         if not self._is_done():
             self._on_refusal(refusal, message)
             self.close(ERROR_CODES.get(refusal, ErrorCodes.PROTOCOL_ERROR), refusal.value)
 
     def close(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR, reason: str = "") -> None:
-        """Say GOAWAY and close; a peer that does not take it is cut off after a second."""
+        """Send GOAWAY and close; a peer that does not read it is cut off after a second."""
         transport = self._transport
         if transport is None:
             return
@@ -165,7 +163,7 @@ class Http2Protocol(H2Protocol):
         self._timers.after("close", CLOSE_SECONDS, transport.abort)
 
     def abort(self) -> None:
-        """Cut the connection off now."""
+        """Close the connection immediately."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -204,10 +202,10 @@ class Http2Protocol(H2Protocol):
 
 
 def tune(sock: socket.socket | None, limits: Limits) -> None:
-    """Set what our TCP connections have in common; on Linux those accepted have it from the socket that listens."""
+    """Set common TCP options; on Linux, accepted connections inherit them from the listening socket."""
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    with contextlib.suppress(OSError):  # the peer may be gone already
+    with contextlib.suppress(OSError):  # the peer may already be disconnected
         _set_options(sock, limits)
 
 

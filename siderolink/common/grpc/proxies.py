@@ -1,7 +1,7 @@
 """The proxy for a connection, from the environment: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in either case.
 
-TLS connections use HTTPS_PROXY, else ALL_PROXY; plaintext ones use HTTP_PROXY before these. NO_PROXY lists names, addresses and
-networks, each with or without a port; a name includes its subdomains. Connections to this host never use a proxy.
+TLS connections use HTTPS_PROXY, or else ALL_PROXY; plaintext ones prefer HTTP_PROXY to these. NO_PROXY lists names, addresses
+and networks, each with or without a port; a name includes its subdomains. Connections to this host never use a proxy.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def _variable(environ: Mapping[str, str], name: str) -> str:
 
 
 def parse_proxy(value: str, name: str) -> Proxy:
-    """Parse a proxy's URL, found in the variable `name`. Raises ConfigurationError, which does not repeat the URL."""
+    """Parse a proxy's URL from the variable `name`. Raises ConfigurationError, whose message does not contain the URL."""
     try:
         if len(value) > _LONGEST:
             raise ValueError

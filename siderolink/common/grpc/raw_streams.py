@@ -1,4 +1,4 @@
-"""Streams whose bytes travel past HTTP/2's engine: their windows, and DATA frames of their own."""
+"""Streams whose bytes bypass the HTTP/2 engine: their windows and DATA frames."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -16,13 +16,13 @@ class Sink(Protocol):
     """The consumer of a stream's raw bytes."""
 
     def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> None:
-        """Take DATA; with `flow`, the sink gives the window back itself."""
+        """Receive DATA. With `flow`, the sink returns the window itself."""
 
     def ended(self) -> None:
-        """The peer has sent all, or its trailers."""
+        """The peer has half-closed the stream, or sent trailers."""
 
     def terminated(self, reason: str) -> None:
-        """The stream was reset or its connection is gone."""
+        """The stream was reset, or its connection was lost."""
 
     def wake(self) -> None:
         """There may be room to send again."""
@@ -46,7 +46,7 @@ class RawStreams:
         self._outstanding = 0
 
     def add(self, stream_id: int, sink: Sink) -> None:
-        """From now on the bytes of the stream go to `sink`."""
+        """Pass the bytes of the stream to `sink` from now on."""
         self.sinks[stream_id] = sink
         self._ids.add(stream_id)
 
@@ -56,12 +56,12 @@ class RawStreams:
         self._ids.discard(stream_id)
 
     def wake(self) -> None:
-        """There may be room again, on all of them."""
+        """There may be room again on all raw streams."""
         for sink in tuple(self.sinks.values()):
             sink.wake()
 
     def feed(self, stream_id: int, pieces: list[memoryview]) -> None:
-        """DATA came past the engine. Raises Refused if it exceeds the connection's window."""
+        """Deliver DATA that bypassed the engine. Raises Refused if it exceeds the connection's window."""
         size = sum(map(len, pieces))
         self.received(size)
         sink = self.sinks.get(stream_id)
@@ -71,12 +71,12 @@ class RawStreams:
             self.give_back(stream_id, size)
 
     def received(self, size: int) -> None:
-        """Count DATA that came past the engine. Raises Refused if it exceeds the connection's window."""
+        """Count DATA that bypassed the engine. Raises Refused if it exceeds the connection's window."""
         self._outstanding += size
         self.check_window()
 
     def check_window(self) -> None:
-        """Raises Refused if the peer sent more data than the connection's window allows, by the engine and past it together."""
+        """Raises Refused if the peer exceeded the connection's window, counting all its data."""
         if self._outstanding and self._outstanding > self._engine.inbound_flow_control_window:
             raise Refused(Refusal.FLOW_CONTROL, "more data than the connection's window allows")
 
@@ -104,7 +104,7 @@ class RawStreams:
             self._unacknowledged = 0
 
     def room(self, stream_id: int) -> int:
-        """How many bytes of DATA may be sent on the stream right now."""
+        """How many bytes of DATA may be sent on the stream now."""
         if self._transport.is_closing() or not self._write_gate.is_set():
             return 0
         try:
@@ -113,7 +113,7 @@ class RawStreams:
             return 0
 
     def send(self, stream_id: int, data: memoryview) -> None:
-        """Send DATA that fits into `room`, in frames as long as the peer takes."""
+        """Send DATA that fits into `room`, in frames as long as the peer accepts."""
         size = len(data)
         longest = min(self._engine.max_outbound_frame_size, self._longest)
         pieces = [data[start : start + longest] for start in range(0, size, longest)]

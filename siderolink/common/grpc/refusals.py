@@ -1,4 +1,4 @@
-"""Why the API layer refused something, by name."""
+"""Named reasons for refusals by the API layer."""
 
 from enum import StrEnum
 
@@ -6,40 +6,40 @@ from h2.errors import ErrorCodes
 
 
 class Refusal(StrEnum):
-    """A reason for which a connection, a call or a message was refused. Counted by the server; listed in docs/drops.md."""
+    """A reason for refusing a connection, a call or a message. Counted by the server; listed in docs/drops.md."""
 
     TOO_MANY_CONNECTIONS = "too_many_connections"
-    """The server holds as many connections as it may."""
+    """The server's limit of connections is reached."""
     TOO_MANY_CONNECTIONS_FROM_ADDRESS = "too_many_connections_from_address"
-    """One address (an IPv6 /64 counts as one) holds as many connections as it may."""
+    """The limit of connections from one address (an IPv6 /64 counts as one) is reached."""
     CROWDED_OUT = "crowded_out"
-    """The server was full, and the connection's address held more connections than any other without a valid token."""
+    """The server was full, and the connection's address had more connections than any other without a valid token."""
     UNPROVEN_TOO_LONG = "unproven_too_long"
-    """Many connections were without a valid token, and this one was for too long."""
+    """Many connections had no valid token, and this one had none for too long."""
     NOT_FROM_PROXY = "not_from_proxy"
-    """A connection did not come from a configured proxy, where the PROXY protocol is required."""
+    """A connection did not come from a configured proxy although the PROXY protocol is required."""
     BAD_PROXY_HEADER = "bad_proxy_header"
-    """A proxy's connection did not begin with a header of the PROXY protocol in time."""
+    """A proxy's connection did not begin with a PROXY protocol header in time."""
     TLS_HANDSHAKE_FAILED = "tls_handshake_failed"
     """The TLS handshake failed or took too long."""
     PREFACE_TIMEOUT = "preface_timeout"
-    """The peer did not finish HTTP/2's preface and first SETTINGS in time."""
+    """The peer did not complete HTTP/2's preface and first SETTINGS in time."""
     NOT_HTTP2 = "not_http2"
     """The connection did not start with the HTTP/2 preface."""
     PROTOCOL_ERROR = "protocol_error"
-    """The peer broke HTTP/2."""
+    """The peer violated HTTP/2."""
     FRAME_TOO_LARGE = "frame_too_large"
-    """A frame was longer than the peer was told it may be."""
+    """A frame was longer than announced to the peer."""
     HEADERS_TOO_LARGE = "headers_too_large"
     """A header block was too long."""
     FLOW_CONTROL = "flow_control"
-    """The peer sent more than the window it was given."""
+    """The peer sent more than its window."""
     CONNECTION_IDLE = "connection_idle"
-    """A connection was without a call for too long."""
+    """A connection had no call for too long."""
     PING_TIMEOUT = "ping_timeout"
     """The peer did not answer a PING in time."""
     TOO_MANY_STREAMS = "too_many_streams"
-    """The peer opened more calls at a time than it may."""
+    """The peer exceeded its limit of concurrent calls."""
     RESET_FLOOD = "reset_flood"
     """Too many calls were reset, or had to be reset or refused, in a short time."""
     PING_FLOOD = "ping_flood"
@@ -55,27 +55,27 @@ class Refusal(StrEnum):
     OTHER_FRAME_FLOOD = "other_frame_flood"
     """Too many PRIORITY, GOAWAY, CONTINUATION, trailers or unknown frames in a short time."""
     TOO_MANY_CALLS = "too_many_calls"
-    """More calls of one method on one connection than it may have at a time."""
+    """Too many concurrent calls of one method on one connection."""
     CALL_MEMORY = "call_memory"
-    """Calls and what waits for them took as much memory as the server, or one address, may have."""
+    """Calls and their waiting data reached the memory limit of the server or of one address."""
     BAD_REQUEST = "bad_request"
-    """A call's headers were not those of gRPC, or its metadata could not be read."""
+    """A call's headers were not valid for gRPC, or its metadata was malformed."""
     UNKNOWN_METHOD = "unknown_method"
-    """A call asked for a method that is not served here."""
+    """A call requested a method that this server does not have."""
     MESSAGE_TOO_LARGE = "message_too_large"
-    """A gRPC message announced a length above the cap."""
+    """A gRPC message announced a length above the limit."""
     MESSAGE_COMPRESSED = "message_compressed"
-    """A gRPC message was marked as compressed though no compression was agreed."""
+    """A gRPC message was marked as compressed although no compression was negotiated."""
     MESSAGE_MALFORMED = "message_malformed"
     """A gRPC message was cut short, had too many fields, or was not the protobuf message of its method."""
     REQUEST_TIMEOUT = "request_timeout"
-    """A call's request message did not come to its end in time, or the call lasted longer than its method may."""
+    """A call's request message was not complete in time, or the call exceeded its method's time limit."""
     ANSWER_NOT_TAKEN = "answer_not_taken"
-    """The peer left no room for an answer, or left what was sent unread, for too long or by too many bytes."""
+    """The peer left no room for an answer, or left too much unread or for too long."""
     STREAM_IDLE = "stream_idle"
     """A byte stream received nothing for too long."""
     INTERNAL_ERROR = "internal_error"
-    """An error of ours while a connection was handled; it is in the log with its traceback."""
+    """An internal error while handling a connection; the log has its traceback."""
 
 
 PEER_FAULTS = frozenset((
@@ -90,7 +90,7 @@ PEER_FAULTS = frozenset((
     Refusal.ANSWER_NOT_TAKEN,
     Refusal.FLOW_CONTROL,
 ))  # fmt: skip
-"""Refusals of a call that only a peer's own doing leads to. Too many of them end its connection."""
+"""Refusals of a call that only the peer can cause. Too many of them end its connection."""
 
 ERROR_CODES: dict[Refusal, ErrorCodes] = {
     Refusal.TOO_MANY_CONNECTIONS: ErrorCodes.ENHANCE_YOUR_CALM,
@@ -115,7 +115,7 @@ ERROR_CODES: dict[Refusal, ErrorCodes] = {
     Refusal.ANSWER_NOT_TAKEN: ErrorCodes.ENHANCE_YOUR_CALM,
     Refusal.INTERNAL_ERROR: ErrorCodes.INTERNAL_ERROR,
 }
-"""HTTP/2's error code (RFC 9113, 7) in the GOAWAY of a refused connection; PROTOCOL_ERROR for the rest."""
+"""The HTTP/2 error code (RFC 9113, 7) in the GOAWAY of a refused connection; PROTOCOL_ERROR for all others."""
 
 
 class Refused(Exception):

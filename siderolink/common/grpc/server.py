@@ -1,4 +1,4 @@
-"""The API's server: listening, admission of connections, and a clean end."""
+"""The API's server: listening, admission of connections, and shutdown."""
 
 import asyncio
 import contextlib
@@ -36,11 +36,11 @@ _ACCEPT_PAUSE = 0.1
 _ACCEPTS_PER_TURN = 8
 SECOND_HELLOS = 4
 _TLS_SECONDS = 0.001
-"""Approximate processor time of a TLS handshake's first step, in which a server signs."""
+"""Approximate processor time of the first step of a TLS handshake, in which the server signs."""
 
 
 class GrpcServer:
-    """A running server; made by `serve`."""
+    """A running server, created by `serve`."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class GrpcServer:
         is_known: Callable[[str], bool],
     ) -> None:
         self.refusals: Counter[Refusal] = Counter()
-        """How often each thing was refused."""
+        """Number of refusals by reason."""
         self._methods = methods
         self._sockets = sockets
         self._tls = tls
@@ -88,30 +88,30 @@ class GrpcServer:
 
     @property
     def connections(self) -> int:
-        """How many connections are open, those in their TLS handshake included."""
+        """The number of open connections, including those in their TLS handshake."""
         return self._connections
 
     @property
     def is_accepting(self) -> bool:
-        """False while a listening socket is closed, or rests because this host had no descriptor left for a connection."""
+        """False while a listening socket is closed, or paused because this host had no file descriptor left."""
         return not self._paused and all(sock.fileno() >= 0 for sock in self._sockets)
 
     def start(self) -> None:
-        """Begin to accept connections."""
+        """Start accepting connections."""
         for sock in self._sockets:
             sock.setblocking(False)
             tune(sock, self._limits)
             self._listen(sock)
 
     async def stop(self) -> None:
-        """Stop accepting, tell running calls UNAVAILABLE, and close every connection; at most `shutdown_timeout` + 0.5 s."""
+        """Stop accepting, end running calls with UNAVAILABLE, and close all connections; within `shutdown_timeout` + 0.5 s."""
         for timer in self._paused.values():
             timer.cancel()
         for sock in self._sockets:
             if sock.fileno() >= 0:
                 self._loop.remove_reader(sock)
                 sock.close()
-        # a task that is cancelled before it began closes nothing
+        # a task that is cancelled before its start closes nothing
         await asyncio.sleep(0)
         for task in self._handshakes:
             task.cancel()
@@ -141,13 +141,13 @@ class GrpcServer:
             self._callback(refusal, message)
 
     def _accept(self, sock: socket.socket) -> None:
-        """Take what is pending, up to a bound: a flood of connections leaves the others their turn."""
+        """Accept pending connections, up to a limit, so that a flood does not block other tasks."""
         for _ in range(_ACCEPTS_PER_TURN):
             try:
                 connection, address = sock.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            except ConnectionError:  # the peer is gone again
+            except ConnectionError:  # the peer has already disconnected
                 continue
             except OSError:  # out of descriptors or memory
                 self._loop.remove_reader(sock)
@@ -168,7 +168,7 @@ class GrpcServer:
             task.add_done_callback(self._handshakes.discard)
 
     def _first_refusal(self, address: object) -> Refusal | None:
-        """Refusals before any byte is read, where a PROXY header is required."""
+        """Refusals before any byte is read, if a PROXY header is required."""
         if not self._proxies.protocol_from:
             return None
         if not isinstance(address, tuple) or not contains(self._proxies.protocol_from, str(address[0])):
@@ -202,7 +202,7 @@ class GrpcServer:
         return True
 
     async def _admit(self, accepted: "_Accepted") -> None:
-        """Bring a connection to the point where HTTP/2 begins."""
+        """Handle a connection up to the start of HTTP/2."""
         began = False
         try:
             if accepted.held is None:
@@ -214,7 +214,7 @@ class GrpcServer:
         except (BadHeaderError, TimeoutError, OSError) as error:
             if began:
                 raise
-            self._refuse(Refusal.BAD_PROXY_HEADER, f"from {accepted.name}: {str(error) or 'it took too long'}")
+            self._refuse(Refusal.BAD_PROXY_HEADER, f"from {accepted.name}: {str(error) or 'timed out'}")
         finally:
             if not began:
                 accepted.connection.close()
@@ -267,9 +267,9 @@ class GrpcServer:
 
     @asynccontextmanager
     async def _shaking_hands(self, connection: socket.socket, account: Account) -> AsyncIterator[None]:
-        """Wait for a ClientHello, and for the source's turn: a burst of handshakes must not hold the loop.
+        """Wait for a ClientHello and for the source's turn, so that a burst of handshakes does not block the loop.
 
-        A second ClientHello comes without a turn: of the strangers' handshakes that may need one, few run at a time.
+        A second ClientHello is processed without a turn; of strangers' handshakes that may need one, only a few run at a time.
         """
         async with contextlib.AsyncExitStack() as stack:
             async with asyncio.timeout(self._limits.preface_timeout):
@@ -291,11 +291,11 @@ class GrpcServer:
 
 @dataclass(eq=False)
 class _Accepted:
-    """A connection that was accepted, and how far it has come."""
+    """An accepted connection and its progress."""
 
     connection: socket.socket
     address: object
-    """The socket address that counts: the peer's, until a PROXY header names another."""
+    """The effective socket address: the peer's, or the one in a PROXY header."""
     held: Held | None = None
     protocol: Http2Protocol | None = None
     task: asyncio.Task[None] | None = None
@@ -310,7 +310,7 @@ class _Accepted:
         return plain(str(self.address[0])) if isinstance(self.address, tuple) else "a local process"
 
     def close(self, refusal: Refusal, message: str) -> None:
-        """Make room for others: say GOAWAY where that is possible, and close now."""
+        """Close immediately to make room for others, with GOAWAY if possible."""
         if self.protocol is not None and self.protocol.was_made:
             self.protocol.refuse(refusal, message)
             self.protocol.abort()
@@ -336,15 +336,15 @@ async def serve(
     is_known: Callable[[str], bool] = lambda address: False,
     reserved_for: Collection[str] = (),
 ) -> AsyncIterator[GrpcServer]:
-    """Serve gRPC on a TCP port of one or several hosts (None: all) or on a local socket at `path`, until the context is left.
+    """Serve gRPC on a TCP port of one or several hosts (None: all), or on a local socket at `path`, until the context ends.
 
-    Or on sockets that are `listening` already; they are closed with the server. A local socket is for this user and a `group`.
+    Or on sockets that are already `listening`; they are closed with the server. A local socket is for this user and a `group`.
 
-    `on_refusal` is called on the loop for whatever is refused, with one line about it; it must be quick and not raise.
-    `proxies` are believed where they say whom a connection or call comes from. With `has_tokens`, handlers tell of calls that
-    carried a valid token by `valid_token`, and connections from other sources have a budget of their own; `is_known` tells
-    which addresses count as known without one. Some connections are kept free for the addresses in `reserved_for`.
-    Raises AddressInUseError, or ConfigurationError when the address cannot be used.
+    `on_refusal` is called on the loop for every refusal, with a one-line description; it must be fast and not raise.
+    `proxies` are trusted about the origin of connections and calls. With `has_tokens`, handlers report calls with a valid
+    token by `valid_token`, and connections from other sources have a separate budget; `is_known` returns whether an address
+    counts as known without a token. Some connections are reserved for the addresses in `reserved_for`.
+    Raises AddressInUseError, or ConfigurationError if the address cannot be used.
     """
     methods = methods_of(handlers)
     await _prepare_models(methods)
@@ -371,7 +371,7 @@ async def serve(
     try:
         yield server
     finally:
-        # Bounded, so it may run to its end also when this task was cancelled.
+        # Takes limited time, so it may complete even if this task was cancelled.
         with anyio.CancelScope(shield=True):
             try:
                 await server.stop()
@@ -382,7 +382,7 @@ async def serve(
 
 
 async def _prepare_models(methods: Mapping[str, Method]) -> None:
-    """Have the models of all messages ready before the first caller comes; others run in between."""
+    """Prepare the models of all messages before the first call; yields to other tasks in between."""
     for method in methods.values():
         for kind in (method.handler.request_type, method.handler.reply_type):
             for model in models_within(kind):

@@ -1,7 +1,7 @@
-"""Where a connection or a call comes from: the peer's address, or what a trusted proxy says of it.
+"""The origin of a connection or a call: the peer's address, or the client that a trusted proxy names.
 
-A proxy says it by the PROXY protocol's header, version 1 or 2, before anything else on the connection; or, for each call, by
-``X-Forwarded-For``. Both are believed only when they come from configured networks.
+A proxy names it in the PROXY protocol's header, version 1 or 2, at the start of the connection; or, for each call, in
+``X-Forwarded-For``. Both are trusted only from configured networks.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ Network = IPv4Network | IPv6Network
 SocketAddress = tuple[str, int]
 
 SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
-"""How a header of version 2 begins."""
+"""The signature of a version 2 header."""
 MAX_HEADER_BYTES = 536
-"""The longest header taken, of either version: what every path carries in one segment."""
+"""Maximum header length of either version; fits in one segment on every path."""
 HEADER_SECONDS = 3.0
 """How long a proxy may take to send its header."""
 _LONGEST_V1 = 107
 _SHORTEST = 15
-"""``PROXY UNKNOWN`` and its line's end. No header is shorter."""
+"""``PROXY UNKNOWN`` and a line end: the shortest header."""
 _V1_FAMILIES: dict[bytes, type[IPv4Address] | type[IPv6Address]] = {b"TCP4": IPv4Address, b"TCP6": IPv6Address}
 _SO_PEERGROUPS = 59
 _MAX_GROUPS = 256
@@ -35,11 +35,11 @@ _TCP4, _TCP6, _UNIX_STREAM, _UNSPECIFIED = 0x11, 0x21, 0x31, 0x00
 
 
 class BadHeaderError(Exception):
-    """Raised when a connection does not begin with a header of the PROXY protocol."""
+    """Raised when a connection does not begin with a valid PROXY protocol header."""
 
 
 def parse_networks(texts: Iterable[str], option: str) -> tuple[Network, ...]:
-    """Networks and single addresses. Raises ConfigurationError, which names the option."""
+    """Parse networks and single addresses. Raises ConfigurationError, which names the option."""
     networks: list[Network] = []
     for text in texts:
         try:
@@ -51,18 +51,18 @@ def parse_networks(texts: Iterable[str], option: str) -> tuple[Network, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustedProxies:
-    """The proxies whose word about addresses counts."""
+    """The proxies trusted about clients' addresses."""
 
     protocol_from: tuple[Network, ...] = ()
-    """Where connections come from, each with a PROXY header. Where any is named, connections from elsewhere are refused."""
+    """Networks whose connections begin with a PROXY header. If any are given, other connections are refused."""
     forwarded_from: tuple[Network, ...] = ()
-    """Proxies that say in ``X-Forwarded-For`` whom a call comes from."""
+    """Proxies trusted to name a call's client in ``X-Forwarded-For``."""
 
     def forwarded_for(self, peer: str, fields: Sequence[str]) -> str:
-        """The address a call comes from: the rightmost that is no configured proxy's, or the last proxy's where there is none.
+        """The client of a call: the rightmost address that is not a configured proxy's, or else the last proxy's.
 
-        `fields` are the values of the call's ``X-Forwarded-For`` header fields, in order. What stands left of an entry that is
-        no address is not believed.
+        `fields` are the values of the call's ``X-Forwarded-For`` fields, in order. Entries left of one that is not an address
+        are not trusted.
         """
         address = peer
         if not self.forwarded_from or not contains(self.forwarded_from, peer):
@@ -78,20 +78,20 @@ class TrustedProxies:
 
 
 def contains(networks: Iterable[Network], address: str) -> bool:
-    """Whether one of the networks holds the address; an IPv4-mapped one counts as IPv4."""
+    """Whether a network contains the address; an IPv4-mapped one counts as IPv4."""
     ip = _parsed(address)
     return ip is not None and any(ip.version == network.version and ip in network for network in networks)
 
 
 @lru_cache(maxsize=4096)
 def plain(address: str) -> str:
-    """The address without a zone, and as IPv4 where it is mapped into IPv6."""
+    """The address without its zone, and as IPv4 if it is IPv4-mapped."""
     return str(_parsed(address) or address)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalPeer:
-    """The process at the other end of a local socket, as it was when it connected (unix(7), SO_PEERCRED)."""
+    """The process at the other end of a local socket when it connected (unix(7), SO_PEERCRED)."""
 
     pid: int
     uid: int
@@ -101,7 +101,7 @@ class LocalPeer:
 
 
 def local_peer(connection: socket.socket) -> LocalPeer | None:
-    """Who is at the other end of a local socket; None for any other socket."""
+    """The process at the other end of a local socket; None for any other socket."""
     if connection.family != socket.AF_UNIX:
         return None
     pid, uid, gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -113,7 +113,7 @@ def local_peer(connection: socket.socket) -> LocalPeer | None:
 
 
 def source_of(address: str, ipv6_bits: int) -> str:
-    """The key of a source: an IPv4 address, or a prefix of an IPv6 one."""
+    """The key of a source: an IPv4 address, or an IPv6 prefix."""
     return _source_of(address, ipv6_bits)
 
 
@@ -138,7 +138,7 @@ def _parsed(address: str) -> IPv4Address | IPv6Address | None:
 
 
 def _forwarded_address(entry: str) -> str | None:
-    """The address of one entry, which may have a port, and brackets; None where it is none."""
+    """The address of one entry, without port and brackets; None if it is invalid."""
     text = entry.strip(" \t")
     if len(text) > 64:
         return None
@@ -157,7 +157,7 @@ def _forwarded_address(entry: str) -> str | None:
 
 
 def parse_header(header: bytes) -> SocketAddress | None:
-    """The address that a whole PROXY header names; None where the connection is the proxy's own, or of an unknown kind.
+    """The client's address in a complete PROXY header; None for the proxy's own connection or an unknown kind.
 
     Raises BadHeaderError.
     """
@@ -174,14 +174,14 @@ def _parse_v1(header: bytes) -> SocketAddress | None:
         return None
     family = _V1_FAMILIES.get(words[1])
     if family is None or len(words) != 6:
-        raise BadHeaderError("a PROXY header names a protocol, two addresses and two ports")
+        raise BadHeaderError("a PROXY header needs a protocol, two addresses and two ports")
     try:
         source, _ = (str(family(word.decode("ascii"))) for word in words[2:4])
         port, _ = (_port(word) for word in words[4:])
     except ValueError:
         raise BadHeaderError("a PROXY header has an invalid address or port") from None
     if "%" in source:
-        raise BadHeaderError("a PROXY header names an address with a zone")
+        raise BadHeaderError("an address in a PROXY header has a zone")
     return source, port
 
 
@@ -211,7 +211,7 @@ def _parse_v2(header: bytes) -> SocketAddress | None:
 
 
 async def read_header(sock: socket.socket) -> SocketAddress | None:
-    """Read the PROXY header from a connection, and not a byte more. Raises BadHeaderError, TimeoutError or OSError."""
+    """Read exactly the PROXY header from a connection. Raises BadHeaderError, TimeoutError or OSError."""
     async with asyncio.timeout(HEADER_SECONDS):
         header = await _read_exactly(sock, _SHORTEST)
         if header.startswith(SIGNATURE):
@@ -224,8 +224,8 @@ async def read_header(sock: socket.socket) -> SocketAddress | None:
             raise BadHeaderError("no PROXY header")
         while not header.endswith(b"\r\n"):
             if len(header) >= _LONGEST_V1:
-                raise BadHeaderError("a PROXY header's line does not end")
-            # at least this much is missing
+                raise BadHeaderError("a PROXY header's line has no end")
+            # the minimum number of missing bytes
             header += await _read_exactly(sock, 1 if header.endswith(b"\r") else 2)
         return parse_header(header)
 

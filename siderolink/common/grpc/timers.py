@@ -1,4 +1,4 @@
-"""The deadlines of one connection and its calls, by name, on a single timer of the loop."""
+"""The deadlines of one connection and its calls, by name, on one timer of the loop."""
 
 import asyncio
 from collections.abc import Callable, Hashable
@@ -7,7 +7,7 @@ _GRAIN = 0.001
 
 
 class Timers:
-    """Calls back once for each name, unless it is stopped or set again. It may be early by a millisecond, never late."""
+    """Calls back once per name unless it is stopped or set again. May be a millisecond early, never late."""
 
     def __init__(self, run: Callable[..., None]) -> None:
         """`run` is called with the callback and its arguments."""
@@ -18,7 +18,7 @@ class Timers:
         self._timer_at = 0.0
 
     def after(self, name: Hashable, seconds: float, callback: Callable[..., None], *args: object) -> None:
-        """Call back in so many seconds."""
+        """Call back after `seconds`."""
         at = self._loop.time() + seconds
         self._due[name] = (at, callback, args)
         if self._timer is None or at < self._timer_at:
@@ -35,7 +35,7 @@ class Timers:
             self._timer = None
 
     def close(self) -> None:
-        """Stop all, for good."""
+        """Stop all, permanently."""
         self.stop_all()
         self._run = None
 

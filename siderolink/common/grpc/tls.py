@@ -1,4 +1,4 @@
-"""TLS contexts for gRPC: HTTP/2 by ALPN, TLS 1.2 or newer (RFC 9113, 9.2), and a server's certificate that can be replaced."""
+"""TLS contexts for gRPC: HTTP/2 by ALPN, TLS 1.2 or newer (RFC 9113, 9.2), and reloadable server certificates."""
 
 import asyncio
 import contextlib
@@ -14,16 +14,16 @@ from cryptography.x509 import load_pem_x509_certificates
 from siderolink.common.errors import ConfigurationError
 
 _VERIFY_FLAGS = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
-"""The same on every Python. From 3.13 on the default has VERIFY_X509_STRICT, too, which refuses private CAs without a key
-identifier; curl and Go take these, and a trusted certificate that is no root."""
+"""The same on every Python version. From 3.13 on the default includes VERIFY_X509_STRICT, which rejects private CAs without a
+key identifier; curl and Go accept these. A trusted certificate need not be a root."""
 _PAIR_TRIES = 5
 _PAIR_PAUSE = 0.1
 
 
 def client_tls(ca_file: str | Path | None = None, *, extra_roots: str | None = None) -> ssl.SSLContext:
-    """A context that checks the server's certificate and name against the system's roots, or against `ca_file` (PEM) alone.
+    """A context that verifies the server's certificate and name with the system's roots, or only with `ca_file` (PEM).
 
-    `extra_roots` (PEM text) are trusted besides. Raises ConfigurationError when either cannot be read or holds no certificate.
+    `extra_roots` (PEM text) are trusted in addition. Raises ConfigurationError if either is unreadable or has no certificate.
     """
     try:
         context = _verifying(None if ca_file is None else str(ca_file))
@@ -38,7 +38,7 @@ def client_tls(ca_file: str | Path | None = None, *, extra_roots: str | None = N
 
 
 def proxy_tls() -> ssl.SSLContext:
-    """A context for an https proxy, checked against the system's roots."""
+    """A context for an https proxy, verified with the system's roots."""
     return _verifying(None)
 
 
@@ -49,17 +49,17 @@ def _verifying(ca_file: str | None) -> ssl.SSLContext:
 
 
 def server_tls(cert: str | Path, key: str | Path | None = None) -> ssl.SSLContext:
-    """A context that presents the certificate chain in `cert` (PEM); its private key stands in `key` or in the same file.
+    """A context that presents the certificate chain in `cert` (PEM), with its private key in `key` or in the same file.
 
-    Raises ConfigurationError when the files cannot be read or do not belong together.
+    Raises ConfigurationError if the files are unreadable or do not belong together.
     """
     return ServerCertificate(cert, key).context
 
 
 def mutual_tls(chain: bytes, root: str, *, server: bool) -> ssl.SSLContext:
-    """A context for one end of mutual TLS 1.3: it presents `chain` (PEM, with its key) and admits what `root` (PEM) has signed.
+    """A context for one end of mutual TLS 1.3: presents `chain` (PEM, with key), accepts certificates signed by `root` (PEM).
 
-    Names are not checked: who the other end is has to be told by its certificate. Raises ssl.SSLError.
+    Names are not checked; the caller identifies the other end by its certificate. Raises ssl.SSLError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -71,16 +71,16 @@ def mutual_tls(chain: bytes, root: str, *, server: bool) -> ssl.SSLContext:
         context.load_cert_chain(path)
     context.set_alpn_protocols(["h2"])
     if server:
-        context.num_tickets = 0  # each connection proves itself anew
+        context.num_tickets = 0  # each connection does a full handshake
     return context
 
 
 class ServerCertificate:
-    """A certificate chain and its key in PEM files. Connections made after `reload` see the new one."""
+    """A certificate chain and its key in PEM files. Connections after `reload` use the new one."""
 
     def __init__(self, cert: str | Path, key: str | Path | None = None) -> None:
-        """Raises ConfigurationError as server_tls does. A pair that does not match is read again for half a second: it may be
-        on its way."""
+        """Raises ConfigurationError like server_tls. A pair that does not match is read again for half a second, because it
+        may be being replaced."""
         self._cert, self._key = Path(cert), None if key is None else Path(key)
         self.context = _serving()
         for attempt in range(1, _PAIR_TRIES + 1):
@@ -104,14 +104,14 @@ class ServerCertificate:
         return min(found.not_valid_after_utc.timestamp() for found in load_pem_x509_certificates(self._in_use[0]))
 
     def reload(self) -> bool:
-        """Read the files again; returns whether they hold another certificate or key than is in use.
+        """Read the files again; returns whether they contain another certificate or key than the one in use.
 
-        Raises ConfigurationError, and then the old pair stays in use.
+        Raises ConfigurationError, in which case the old pair stays in use.
         """
         found = self._read_files()
         if found == self._in_use:
             return False
-        # OpenSSL takes the certificate first: a key that does not belong to it must not leave half a pair in use.
+        # OpenSSL loads the certificate first: a key that does not belong to it must not leave half a pair in use.
         self._load(_serving(), found)
         self._load(self.context, found)
         self._in_use = found
@@ -125,7 +125,7 @@ class ServerCertificate:
             raise ConfigurationError(f"the certificate {str(self._cert)!r} and its key cannot be used: {what}") from error
 
     def _load(self, context: ssl.SSLContext, pems: tuple[bytes, ...]) -> None:
-        """Load what was read, whatever the files hold by now. Raises ConfigurationError."""
+        """Load the bytes read before, whatever the files contain now. Raises ConfigurationError."""
         try:
             with contextlib.ExitStack() as stack:
                 paths = [stack.enter_context(_memory_file(pem)) for pem in pems]
@@ -136,7 +136,7 @@ class ServerCertificate:
 
 @contextlib.contextmanager
 def _memory_file(data: bytes) -> Iterator[str]:
-    """The path of a file in memory; OpenSSL reads certificates and keys from paths only."""
+    """The path of an in-memory file, because OpenSSL reads certificates and keys only from paths."""
     descriptor = os.memfd_create("pem")
     try:
         with open(descriptor, "wb", closefd=False) as file:
@@ -172,9 +172,9 @@ _LONGEST_HELLO = 20 * 1024
 
 
 def hello_bytes(data: bytes) -> int:
-    """How many bytes a connection's first TLS message takes, as far as its beginning tells (RFC 8446, 4 and 5.1).
+    """The length of a connection's first TLS message, as far as its beginning shows (RFC 8446, 4 and 5.1).
 
-    What does not begin a ClientHello is taken to be whole: TLS refuses it at no cost.
+    Anything that is not a ClientHello counts as complete: TLS refuses it at no cost.
     """
     pos, message = 0, b""
     while pos < _LONGEST_HELLO:
@@ -197,13 +197,13 @@ _SUPPORTED_GROUPS, _SUPPORTED_VERSIONS, _KEY_SHARE = 10, 43, 51
 _TLS13 = 0x0304
 _X25519MLKEM768 = 0x11EC
 _GROUPS = frozenset((0x001D, 0x0017, _X25519MLKEM768))
-"""Groups of key shares that every server takes, and the one that newer ones ask for: X25519, P-256."""
+"""Key share groups that every server accepts, including the one newer servers request: X25519, P-256."""
 
 
 def may_need_another(hello: bytes) -> bool:
-    """Whether the server may answer a ClientHello by asking for a second one (RFC 8446, 4.1.4): it signs only after that.
+    """Whether the server may answer a ClientHello by requesting a second one (RFC 8446, 4.1.4), and sign only after that.
 
-    True for what offers TLS 1.3 without a key share that servers take. What is no ClientHello is refused without one.
+    True for TLS 1.3 without a key share that servers accept. Anything that is not a ClientHello is refused without one.
     """
     try:
         extensions = _extensions(hello)
@@ -224,7 +224,7 @@ def _numbers(data: bytes) -> list[int]:
 
 
 def _extensions(hello: bytes) -> dict[int, bytes]:
-    """The extensions of a ClientHello in its records, by type (RFC 8446, 4.1.2). Raises IndexError where it is cut short."""
+    """The extensions of a ClientHello in its records, by type (RFC 8446, 4.1.2). Raises IndexError if it is cut short."""
     message = bytearray()
     while hello:
         end = _RECORD_HEADER + int.from_bytes(hello[3:_RECORD_HEADER])
@@ -243,9 +243,9 @@ def _extensions(hello: bytes) -> dict[int, bytes]:
 
 
 async def wait_for_hello(sock: socket.socket) -> bytes:
-    """Wait until a client's first TLS message is there, without taking it. Until then its handshake costs nothing.
+    """Wait until a client's first TLS message is complete, without consuming it. Until then its handshake costs nothing.
 
-    Returns what is there. Raises OSError.
+    Returns the available bytes. Raises OSError.
     """
     loop = asyncio.get_running_loop()
     wanted = _RECORD_HEADER
@@ -255,7 +255,7 @@ async def wait_for_hello(sock: socket.socket) -> bytes:
             await _readable(loop, sock)
             data = sock.recv(_LONGEST_HELLO + _LONGEST_RECORD, socket.MSG_PEEK)
             needed = hello_bytes(data)
-            if len(data) < wanted or needed <= len(data):  # it ended, or it is whole
+            if len(data) < wanted or needed <= len(data):  # the connection ended, or the message is complete
                 return data[:needed]
             wanted = needed
     finally:

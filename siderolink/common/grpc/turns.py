@@ -1,4 +1,4 @@
-"""Turns of the event loop: input and calls that cost processor time share it by source, known sources first.
+"""Turns of the event loop: input and calls that need processor time share it by source, known sources first.
 
 In one turn of the loop, strangers together get `TURN_SECONDS`, and known sources twice as much. What does not fit waits for the
 next turn, in which everything else, such as the streams of proven machines, is served between. Each source has a slice in
@@ -14,16 +14,16 @@ from typing import Any
 
 TURN_SECONDS = 0.004
 SLICE_SECONDS = 0.001
-"""What one connection or call of a source takes before the next source has its slice."""
+"""Time of one connection or call of a source before the next source's slice."""
 CALL_SECONDS = 0.0005
-"""Processor time of an ordinary call beyond its frames, charged when it starts."""
+"""Processor time of an ordinary call in addition to its frames, charged when it starts."""
 
 Work = Callable[[float], float]
-"""Works until the loop's time that it is given; returns the seconds that calls begun by it are going to take."""
+"""Works until the given loop time; returns the estimated seconds of the calls that it started."""
 
 
 class _Class:
-    """What waits of one class of sources, by source."""
+    """The waiting work of one class of sources, by source."""
 
     def __init__(self, share: int) -> None:
         self.spent = 0.0
@@ -75,7 +75,7 @@ class Turns:
         self._is_scheduled = False
 
     def ask(self, source: str, work: Work, *, is_known: bool) -> None:
-        """Do the work when it is the source's turn."""
+        """Run the work in the source's turn."""
         (self._known if is_known else self._strangers).add(source, work)
         if not self._is_scheduled:
             self._is_scheduled = True
@@ -87,7 +87,7 @@ class Turns:
             self.ask(source, work, is_known=is_known)
 
     async def wait(self, source: str, seconds: float = CALL_SECONDS, *, is_known: bool) -> None:
-        """Wait until it is the source's turn, in which it is going to use so many seconds."""
+        """Wait for the source's turn, for work that takes `seconds`."""
         turn = asyncio.get_running_loop().create_future()
 
         def come(_: float) -> float:
@@ -100,7 +100,7 @@ class Turns:
         await turn
 
     def spend(self, seconds: float, *, is_known: bool) -> None:
-        """A call ran for so long outside of a turn."""
+        """Record the time of a call that ran outside of a turn."""
         (self._known if is_known else self._strangers).spent += seconds
 
     def _run(self) -> None:
@@ -115,14 +115,14 @@ class Turns:
 
 
 class Metered:
-    """Awaits a coroutine and reports how much processor time each of its steps took."""
+    """Awaits a coroutine and reports the processor time of each step."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, None], spend: Callable[[float], object]) -> None:
         self._coroutine = coroutine
         self._spend = spend
 
     def __await__(self) -> Generator[Any, Any, None]:
-        clock = time.thread_time  # a busy host's other work is not the call's
+        clock = time.thread_time  # excludes other processes on a busy host
         error: BaseException | None = None
         while True:
             began = clock()
@@ -131,7 +131,7 @@ class Metered:
             except StopIteration:
                 return
             finally:
-                error = None  # its traceback leads back here
+                error = None  # its traceback refers back here
                 self._spend(clock() - began)
             try:
                 yield awaited

@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "LinkTransport", "OnInterrupted", "Route", "TunnelTransport", "UdpTransport", "choose"]
 
 STABLE_AFTER = 10.0
-"""Seconds; a stream that lived this long is reopened immediately."""
+"""Seconds; a stream that lasted this long is reopened immediately."""
 _MOVE_SECONDS, _MOVE_LOOK_SECONDS = 2.0, 0.005
 _MOVE_ATTEMPTS = 7
-"""How often a stream to another server is tried, within about 20 s: balancers take a while to see that a server is left."""
+"""How often to try a stream to another server, within about 20 s, because balancers notice a draining server with a delay."""
 _UNDER_WAY_SECONDS = 1.0
-"""For which an old stream is still read after another has taken over."""
+"""How long an old stream is still read after another one has taken over."""
 STREAM_LIMITS = Limits(tcp_keepalive_idle=9, tcp_keepalive_interval=3)
-"""A stream's connection is given up 18 s after its last sign of life. HTTP/2's own pings may not be sent as often: other
+"""A stream's connection is given up 18 s after its last sign of life. HTTP/2 pings may not be sent that often, because other
 servers end connections for it."""
 
 
 OnInterrupted = Callable[[str], None]
-"""Called with the reason when a route is interrupted. It recovers by itself, which the next handshake shows."""
+"""Called with the reason when a route is interrupted. It recovers by itself; the next handshake shows that."""
 
 
 class Answer(Protocol):
-    """The part of a Provision answer that decides the transport."""
+    """The part of a Provision answer that determines the transport."""
 
     @property
     def endpoints(self) -> tuple[HostPort, ...]: ...
@@ -54,14 +54,14 @@ class Answer(Protocol):
 
 
 class Route(Protocol):
-    """One way to reach the server."""
+    """One route to the server."""
 
     @property
     def remote(self) -> str | None:
-        """The address, as text, that this host sends to on this route; None while none is known."""
+        """The address (as text) to which this host sends on this route; None if unknown."""
 
     async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
-        """Set the peer up on the device, begin a handshake, and keep datagrams flowing.
+        """Set the peer up on the device, start a handshake, and forward datagrams.
 
         Returns the reason once this route no longer works.
         """
@@ -70,27 +70,27 @@ class Route(Protocol):
         """Start a handshake on this route. Does nothing while the route is interrupted."""
 
     async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> bool:
-        """Begin a handshake with the first of other endpoints of the same peer, while the session stays in use here.
+        """Start a handshake with the first of the peer's other endpoints, while the session stays in use on this route.
 
-        Whether it was answered; returns after a short time. Does nothing if the device or the route does not support it.
+        Returns after a short time whether it was answered. Does nothing if the device or the route does not support it.
         """
 
     def reopen(self) -> None:
-        """Replace whatever this route holds open, because it may be dead."""
+        """Replace the open stream, if any, because it may be dead."""
 
     def __str__(self) -> str:
-        """The route, for people."""
+        """The route, for display."""
 
 
 class LinkTransport(Protocol):
-    """A transport: its routes, and what it requires of the device."""
+    """A transport: its routes, and its requirements of the device."""
 
     @property
     def kind(self) -> Literal["udp", "tunnel"]: ...
 
     @property
     def interface(self) -> str:
-        """The interface's usual name: one per transport, so that a switch never meets an interface of the other kind."""
+        """The interface's default name: one per transport, so that a switch never finds an interface of the other kind."""
 
     @property
     def listen_port(self) -> int | None:
@@ -109,9 +109,9 @@ def choose(
     retry: RetryTrigger | None = None,
     turn: int = 0,
 ) -> LinkTransport:
-    """The tunnel if the server answered with a virtual address, whether or not it was requested; else UDP.
+    """Choose the tunnel if the server answered with a virtual address, whether or not it was requested; otherwise UDP.
 
-    `retry` ends waits between attempts. Each `turn` uses another of the addresses that a name resolves to.
+    `retry` ends waits between attempts. Each `turn` uses another one of the addresses of a host name.
     """
     if answer.virtual_address is not None:
         return TunnelTransport(url, answer.virtual_address, tls, retry or RetryTrigger())
@@ -130,7 +130,7 @@ class UdpTransport:
 
 
 class UdpRoute:
-    """One endpoint; its name is resolved afresh whenever it is tried."""
+    """One endpoint, whose name is resolved again for each attempt."""
 
     def __init__(self, endpoint: HostPort, turn: int) -> None:
         self._endpoint = endpoint
@@ -145,7 +145,7 @@ class UdpRoute:
         try:
             addresses = await self._endpoint.resolve()
         except OSError as error:
-            return f"{self._endpoint.host} cannot be resolved: {error.strerror or error}"
+            return f"cannot resolve {self._endpoint.host}: {error.strerror or error}"
         self._address = addresses[self._turn % len(addresses)]
         try:
             await dial_peer(device, replace(peer, endpoint=self._address))
@@ -181,14 +181,14 @@ class UdpRoute:
         return False
 
     def reopen(self) -> None:
-        """Nothing is held open."""
+        """Does nothing: there is no stream."""
 
     def __str__(self) -> str:
         return f"udp {self._endpoint}"
 
 
 class TunnelTransport:
-    """WireGuard inside one gRPC stream on the API's own host; no UDP at all."""
+    """WireGuard inside one gRPC stream on the API's host, without UDP."""
 
     kind: Literal["tunnel"] = "tunnel"
     interface = "siderolinktun"
@@ -201,7 +201,7 @@ class TunnelTransport:
 
 
 class TunnelRoute:
-    """The stream, reopened whenever it ends: immediately, then with backoff."""
+    """The stream, reopened whenever it ends: first immediately, then with backoff."""
 
     def __init__(
         self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None, retry: RetryTrigger
@@ -215,7 +215,7 @@ class TunnelRoute:
         self._attempt: anyio.CancelScope | None = None
         self._tasks: TaskGroup | None = None
         self._next: _StreamBeside | None = None
-        """The stream that carries the link when the present one ends."""
+        """The stream that takes over when the present one ends."""
         self.remote: str | None = None
 
     async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
@@ -228,7 +228,7 @@ class TunnelRoute:
     async def _keep_carrying(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
         while True:
             opened_at = anyio.current_time()
-            reason = "it is opened anew"
+            reason = "it is being reopened"
             try:
                 with anyio.CancelScope() as self._attempt, translate_errors():
                     await self._carry_once(device, peer)
@@ -280,9 +280,9 @@ class TunnelRoute:
             await dial_peer(device, peer, self._path)
 
     async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> bool:
-        """By a second stream, which leads wherever the API's address does now, and replaces the first once it is answered.
+        """Try a second stream to wherever the API's address leads now; it replaces the first one once it is answered.
 
-        The first stays in use while the second is refused, silent or cut; others are tried, with backoff.
+        The first one stays in use while the second is refused, silent or cut; further ones are tried with backoff.
         """
         if not isinstance(device, CanShakeHands):
             self.reopen()
@@ -292,13 +292,13 @@ class TunnelRoute:
             if attempt:
                 await self._retry.sleep(backoff.next())
             if self._tasks is None or self._path is None:
-                return False  # a stream is being opened anyway
+                return False  # a stream is already being opened
             if await self._move(self._tasks, device, peer):
                 return True
         return False
 
     async def _move(self, tasks: "TaskGroup", device: Device, peer: PeerConfig) -> bool:
-        """Whether a second stream was answered; it carries the link from then on."""
+        """Whether a second stream was answered and now carries the link."""
         attempt, beside = self._attempt, _StreamBeside()
         self._next = beside
         try:
@@ -342,7 +342,7 @@ class _StreamBeside:
         self._error: GRPCError | JoinError | None = None
 
     async def carry(self, opened: Callable[[], _Opened], device: Device) -> None:
-        """Open it, and pass its datagrams until it ends. Whoever waits for it is told why."""
+        """Open it and forward its datagrams until it ends. Waiters receive its error."""
         try:
             with self._scope, translate_errors():
                 async with opened() as (stream, path):
@@ -356,7 +356,7 @@ class _StreamBeside:
             self._ended.set()
 
     async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
-        """Begin a handshake by it; returns once that is answered, or the stream has ended."""
+        """Start a handshake on it; returns once that is answered, or the stream has ended."""
         await self._opened.wait()
         if self.path is None or not isinstance(device, CanShakeHands):
             return
@@ -366,7 +366,7 @@ class _StreamBeside:
             self.is_answered = device.sends_by(peer.public_key, self.path)
 
     def decide(self) -> None:
-        """It was answered by now, or is given up."""
+        """Settle whether it was answered in time."""
         if not self.is_answered:
             self._scope.cancel()
         self._decided.set()
@@ -376,7 +376,7 @@ class _StreamBeside:
         return self.is_answered
 
     async def until_ended(self) -> None:
-        """Ends it where the caller is cancelled. Raises GRPCError, JoinError."""
+        """Wait for its end; ends it if the caller is cancelled. Raises GRPCError, JoinError."""
         try:
             await self._ended.wait()
         finally:
@@ -386,5 +386,5 @@ class _StreamBeside:
 
 
 def _host(stream: ByteStream) -> str | None:
-    """The address that this host sends to."""
+    """The address to which this host sends."""
     return stream.peer_name.rpartition(":")[0] or None

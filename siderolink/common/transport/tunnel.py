@@ -1,4 +1,4 @@
-"""The gRPC tunnel: WireGuard datagrams inside one bidirectional stream, as a path."""
+"""The gRPC tunnel: WireGuard datagrams in one bidirectional stream, as a path."""
 
 import asyncio
 from collections import Counter, deque
@@ -10,26 +10,26 @@ from siderolink.common.transport.tunnel_messages import HEADROOM, MessageRun, Tu
 from siderolink.common.wireguard.path import Datagrams, Receive
 
 ADDRESS_METADATA = "x-siderolink-ipv6-addr"
-"""The request's metadata that says whose stream it is: the machine's virtual ``[address]:port``."""
+"""The request metadata that identifies the machine: its virtual ``[address]:port``."""
 QUEUE_BYTES = 256 * 1024
-"""How much may wait for a stream that has no room, by default."""
+"""Default limit of bytes queued for a stream without room."""
 
 _AT_ONCE_BYTES = 16 * 1024
 
 
 class TunnelDrop(StrEnum):
-    """Why a datagram did not get into a stream."""
+    """The reason why a datagram was not sent by a stream."""
 
     FULL = "tunnel_full"
-    """The oldest of a stream's queue: the other end reads too slowly."""
+    """The oldest of a stream's queue, because the other end reads too slowly."""
     ENDED = "tunnel_ended"
-    """One for a stream that has ended."""
+    """A datagram for a stream that has ended."""
 
 
 class TunnelPath:
     """The path through one stream. Messages that do not fit are queued up to a limit; then the oldest are dropped and counted.
 
-    Small batches are sent together at the end of the loop's turn; nothing waits for more to come.
+    Small batches are sent together at the end of the loop iteration; nothing waits longer.
     """
 
     headroom = HEADROOM
@@ -46,7 +46,7 @@ class TunnelPath:
         self.peer = peer
         """The only public key (32 bytes) accepted here; None accepts any."""
         self.drops: Counter[TunnelDrop] = Counter() if drops is None else drops
-        """How many datagrams were dropped, for want of room or because the stream had ended; several paths may share one."""
+        """Datagrams dropped because the queue was full or the stream had ended; several paths may share one."""
         self._stream = stream
         self._name = name
         self._limit = queue_bytes
@@ -59,7 +59,7 @@ class TunnelPath:
 
     @property
     def source(self) -> bytes:
-        """The sender's name, for cookies and rate limits: its virtual address."""
+        """The sender's name for cookies and rate limits: its virtual address."""
         return self._name.encode()
 
     @property
@@ -69,7 +69,7 @@ class TunnelPath:
 
     @property
     def is_writable(self) -> bool:
-        """False while a quarter of the queue is taken."""
+        """False while more than a quarter of the queue is used."""
         return self._queued <= self._limit // 4
 
     @property
@@ -83,11 +83,11 @@ class TunnelPath:
 
     @property
     def queued_bytes(self) -> int:
-        """Bytes that wait for room in the stream."""
+        """Bytes waiting for room in the stream."""
         return self._queued
 
     def send(self, datagrams: Datagrams) -> None:
-        """Send a batch that has 8 bytes of headroom. Never blocks or raises."""
+        """Send a batch with 8 bytes of headroom. Never blocks or raises."""
         if not self.is_open:
             self.drops[TunnelDrop.ENDED] += datagrams.count
             return
@@ -112,7 +112,7 @@ class TunnelPath:
         self._discard_queue()
 
     def detach(self) -> None:
-        """Stop using the stream, and leave ending it to its owner."""
+        """Stop using the stream; its owner ends it."""
         self._detached = True
         self._discard_queue()
 
@@ -120,7 +120,7 @@ class TunnelPath:
         return self._name
 
     def __repr__(self) -> str:
-        return f"<TunnelPath {self._name} {'open' if self.is_open else 'closed'}, {self._queued} bytes wait>"
+        return f"<TunnelPath {self._name} {'open' if self.is_open else 'closed'}, {self._queued} bytes queued>"
 
     def _enqueue(self, run: MessageRun) -> None:
         self._queue.append(run)
@@ -156,7 +156,7 @@ class TunnelPath:
             self._notify_writable()
 
     def _next_bytes(self) -> memoryview:
-        """The bytes to send next: the oldest run, or enough small ones to fill about one frame."""
+        """The next bytes to send: the oldest run, or enough small ones to fill about one frame."""
         oldest = self._queue[0]
         if len(oldest.data) - oldest.sent >= _AT_ONCE_BYTES or len(self._queue) == 1:
             return oldest.data[oldest.sent :]
@@ -214,9 +214,8 @@ class TunnelPath:
 async def carry(stream: ByteStream, path: TunnelPath, receive: Receive) -> None:
     """Pass the stream's datagrams to `receive` as batches of `path`, until the stream ends.
 
-    The stream's owner ends it.
-
-    Raises GRPCError when the peer ended it with another status than OK, StreamTerminatedError when it was cut.
+    Does not end the stream; that is its owner's part. Raises GRPCError if the peer ended it with a status other than OK,
+    StreamTerminatedError if it was cut.
     """
     reader = TunnelReader()
 

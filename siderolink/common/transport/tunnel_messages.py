@@ -1,8 +1,8 @@
 """The messages of a tunnel stream, sans-IO: WireGuard datagrams as `PeerPacket`s in gRPC's length-prefixed frames.
 
 One message is 0x00, the length in four bytes (big-endian), then the protobuf: tag 0x12, the datagram's length as a varint, the
-datagram. Where that varint takes two bytes, which is the case for 128 to 16,383, the header has eight bytes, and datagrams of
-one length behind eight bytes of headroom each become a run of messages by filling the headroom.
+datagram. If that varint takes two bytes (128 to 16,383), the header has eight bytes, and datagrams of one length with eight
+bytes of headroom each become a run of messages by filling the headroom.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ from siderolink.common.protobuf_wire import BYTES, MalformedWireError, encode_va
 from siderolink.common.wireguard.path import Datagrams
 
 HEADROOM = 8
-"""Free bytes before each datagram, so that it needs no copy."""
+"""Free bytes before each datagram, to avoid a copy."""
 MAX_DATAGRAM = 65_535
 MAX_MESSAGE = MAX_DATAGRAM + 1024
-"""The longest message accepted: the longest datagram, with room for fields of newer peers."""
+"""Maximum message accepted: the longest datagram, with room for fields of newer peers."""
 
 _FIELD = 2
 _TAG = 0x12
@@ -28,16 +28,16 @@ _LONGEST_ROW = 16_383
 
 @dataclass(slots=True)
 class MessageRun:
-    """Messages back to back, all of `stride` bytes but the last, which may be shorter."""
+    """Consecutive messages of `stride` bytes each, except that the last may be shorter."""
 
     data: memoryview
     stride: int
     sent: int = 0
-    """Bytes that were already sent."""
+    """Bytes already sent."""
 
     @property
     def begun_end(self) -> int:
-        """The end of the last message of which any byte was sent."""
+        """The end of the last message that is at least partly sent."""
         return min(-(-self.sent // self.stride) * self.stride, len(self.data))
 
     @property
@@ -53,7 +53,7 @@ def message_header(size: int) -> bytes:
 
 
 def encode(datagrams: Datagrams) -> list[MessageRun]:
-    """Turn a batch with the headroom of a tunnel into runs of messages, in place where the lengths and the buffer allow."""
+    """Convert a batch with tunnel headroom to runs of messages, in place if lengths and buffer allow."""
     size = datagrams.stride - HEADROOM
     last = len(datagrams.data) - (datagrams.count - 1) * datagrams.stride - HEADROOM
     data, stride = datagrams.data, datagrams.stride
@@ -71,14 +71,14 @@ def encode(datagrams: Datagrams) -> list[MessageRun]:
 
 
 def _fill(data: memoryview, header: bytes, rows: int, stride: int) -> None:
-    """Write the header at the beginning of every row, one column at a time."""
+    """Write the header at the start of every row, one column at a time."""
     end = (rows - 1) * stride + 1
     for column in range(HEADROOM):
         data[column : column + end : stride] = header[column : column + 1] * rows
 
 
 def _copy(datagrams: Sequence[memoryview]) -> MessageRun:
-    """Messages of datagrams that are equally long."""
+    """Messages of datagrams of equal length."""
     size = len(datagrams[0])
     header = message_header(size)
     parts = [part for datagram in datagrams for part in (header, datagram)]
@@ -86,7 +86,7 @@ def _copy(datagrams: Sequence[memoryview]) -> MessageRun:
 
 
 class TunnelReader:
-    """Reads messages from pieces of any size; a run of equally long datagrams becomes one batch, without a copy."""
+    """Reads messages from pieces of any size; a run of datagrams of equal length becomes one batch without a copy."""
 
     def __init__(self, max_message: int = MAX_MESSAGE) -> None:
         self._max_message = max_message
@@ -95,11 +95,11 @@ class TunnelReader:
 
     @property
     def is_between_messages(self) -> bool:
-        """True if all bytes so far formed whole messages."""
+        """Whether all bytes so far formed complete messages."""
         return not self._partial
 
     def feed(self, pieces: Sequence[memoryview]) -> Iterator[Datagrams]:
-        """Yield the datagrams that the next bytes complete, as slices of the piece where possible.
+        """Yield the datagrams completed by the next bytes, as slices of the piece if possible.
 
         Raises Refused: MESSAGE_COMPRESSED, MESSAGE_TOO_LARGE or MESSAGE_MALFORMED; the reader cannot be used afterwards.
         """
@@ -108,7 +108,7 @@ class TunnelReader:
             return
         chunk = pieces[0]
         if self._partial or len(pieces) > 1:
-            chunk = memoryview(bytearray().join((self._partial, *pieces)))  # writable: it is decrypted where it lies
+            chunk = memoryview(bytearray().join((self._partial, *pieces)))  # writable, for decryption in place
             self._partial.clear()
         pos, end = 0, len(chunk)
         while end - pos >= _PREFIX:
@@ -150,7 +150,7 @@ def _length(head: bytes, longest: int) -> int:
 
 
 def _headroom(head: bytes, total: int) -> int:
-    """How long the header is, if the message is a datagram behind the shortest header that it can have; otherwise 0."""
+    """The header's length if the message is a datagram after the shortest possible header; otherwise 0."""
     if len(head) < HEADROOM or head[5] != _TAG:
         return 0
     if head[6] < _SHORTEST_ROW:
@@ -160,7 +160,7 @@ def _headroom(head: bytes, total: int) -> int:
 
 
 def _run(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> tuple[Datagrams, int]:
-    """The batch that begins at `start`, and where it ends: rows with the same header, and one shorter row behind them."""
+    """The batch that begins at `start`, and its end: rows with the same header, and one shorter row after them."""
     count, stop, headroom = 1, start + stride, len(head)
     while end - stop >= stride and chunk[stop : stop + headroom] == head:
         count += 1
@@ -175,7 +175,7 @@ def _run(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> t
 
 
 def parse_peer_packet(message: memoryview) -> memoryview | None:
-    """The datagram in one PeerPacket, None where there is none; unknown fields are skipped. Raises Refused."""
+    """The datagram in one PeerPacket, or None; skips unknown fields. Raises Refused."""
     found: memoryview | None = None
     pos = 0
     try:

@@ -1,8 +1,8 @@
-"""Moves packets between an interface and paths, in batches. The engine has the protocol, `packets` the work on rows.
+"""Moves packets between an interface and paths, in batches. The engine implements the protocol, `packets` the work on rows.
 
-Outwards: a super-packet from the interface is split into rows, sealed by the engine and sent as one batch; small packets for
-the same peer that are read together are gathered into one batch. Inwards: the engine opens each run of one session's datagrams,
-and the packets that it accepts are merged and written to the interface. A single packet is a batch of one.
+Outbound: a super-packet from the interface is split into rows, sealed by the engine and sent as one batch; small packets for
+one peer that are read together are gathered into one batch. Inbound: the engine opens each run of one session's datagrams; the
+accepted packets are merged and written to the interface. A single packet is a batch of one.
 """
 
 from collections.abc import Callable
@@ -30,19 +30,19 @@ from siderolink.common.wireguard.packets.unreachable import unreachable
 from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Message, Path, SendMany
 
 MAX_READS: Final = 64
-"""Frames read from the interface in one turn of the event loop."""
+"""Maximum frames read from the interface per loop iteration."""
 MAX_BYTES: Final = 3 << 16
-"""Bytes read from the interface in one turn; enough for one batch of four full super-packets."""
+"""Maximum bytes read from the interface per loop iteration: one batch of four full super-packets."""
 MIXED_CHANGES: Final = 0.5
 """Changes of the peer, of all packets read in one turn, above which packets are sealed and sent together though not alike."""
 _AROUND: Final = 128
 """No path and no message adds more to a packet."""
 REFUSALS_PER_SECOND: Final = 100
-"""ICMP errors sent for packets to addresses that no peer has."""
+"""Maximum ICMP errors per second for packets to addresses without a peer."""
 
 
 class DataPlane:
-    """Moves packets. Its owner calls it when the interface is readable and when a path has received something."""
+    """Moves packets. The owner calls it when the interface is readable and when a path has received datagrams."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class DataPlane:
         on_blocked: Callable[[Path], bool],
     ) -> None:
         """`rows` also made the ciphers. `on_drained` is called after each call, to arm a timer; `on_blocked` when a path is
-        full: True holds packets back.
+        full: returning True stops reading the interface.
         """
         self._engine = engine
         self._interface = interface
@@ -71,21 +71,21 @@ class DataPlane:
         """Called when what came after a lull has been written: what the host answers by itself waits and may leave at once."""
         self._mixed_frames = memoryview(bytearray(MAX_BYTES if self.mixed is not None else 0))
         self._is_mixed = False
-        """Whether the last packets were for one peer after the other."""
+        """Whether the last packets alternated between peers."""
         self._merger = rows.merger(tso=interface.tso, uso=interface.uso)
         self._peer: Peer | None = None
-        """The peer that the collected packets are for."""
+        """The peer of the collected packets."""
         self._batch_bytes = 0
-        """Maximum bytes of one send on its path."""
+        """Maximum bytes per send on its path."""
         self._pair = b""
-        """The addresses of the last packet; most packets have those of the one before."""
+        """The addresses of the last packet, which most packets share with the one before."""
         self._is_blocked = False
         self.backlog = Backlog()
         """What was read while a path was full."""
         self._quiet_flows = QuietFlows()
         self._read_at = self._delivered_at = 0.0
         self._changes = 0
-        """How often the packets read in this turn were for another peer than the one before."""
+        """How often consecutive packets of this iteration were for different peers."""
         self._refusals = TokenBucket(REFUSALS_PER_SECOND, REFUSALS_PER_SECOND)
 
     def _set_mtu(self, mtu: int) -> None:
@@ -93,7 +93,7 @@ class DataPlane:
         self._splitter = self._rows.splitter(mtu)
         self._gatherer = self._rows.gatherer(mtu)
         self._collector: SuperPacketSplitter | SmallPacketGatherer = self._gatherer
-        """The one of the two that holds packets now."""
+        """The one of the two that contains packets now."""
 
     def change_mtu(self, mtu: int) -> None:
         """Follow the interface's MTU."""
@@ -166,7 +166,7 @@ class DataPlane:
         return bool(self.backlog.frames) and not self._is_blocked
 
     def _read_mixed(self, mixed: MixedPackets, send_many: SendMany, now: float) -> None:
-        """Read what is waiting in one call, and seal and send in one call what needs nothing else."""
+        """Read the waiting packets in one call, then seal and send in one call those that need nothing else."""
         data = self._mixed_frames
         frames, has_failed = mixed.read(self._interface, data, self._engine.mtu, MAX_READS)
         lone: list[tuple[Peer, int, int]] = []
@@ -189,7 +189,7 @@ class DataPlane:
         self._send_lone(mixed, send_many, lone, now)
         self._is_mixed = not frames or changes > MIXED_CHANGES * len(frames)
         if has_failed:
-            self._interface.read()  # tells why
+            self._interface.read()  # raises the reason
         self.drain(now)
 
     def _send_lone(self, mixed: MixedPackets, send_many: SendMany, packets: list[tuple[Peer, int, int]], now: float) -> None:
@@ -201,7 +201,7 @@ class DataPlane:
                 self._on_blocked(full)
 
     def _read_on(self, most: int) -> tuple[memoryview | None, int]:
-        """The next frame, and how many became part of the batch before it; no frame if none is waiting, or so many did."""
+        """The next frame, and how many frames were joined to the batch before it; no frame if none waits, or at the limit."""
         if self._collector is self._gatherer and len(self._gatherer):
             return self._gatherer.read_on(self._interface, most)
         return self._interface.read(), 0
@@ -288,7 +288,7 @@ class DataPlane:
         return True
 
     def _find_peer(self, frame: memoryview, pair: bytes, now: float) -> Peer | None:
-        """The peer that a packet goes to; None if it was dropped and counted."""
+        """The packet's peer; None if the packet was dropped and counted."""
         half = len(pair) // 2
         destination = pair[half:]
         peer = self._engine.find_peer(pair[:half], destination)
@@ -338,7 +338,7 @@ class DataPlane:
             self._is_blocked = True
 
     def _within(self, peer: Peer, packets: Packets, now: float) -> Packets | None:
-        """The packets that the bandwidth limits let through; None if there are none."""
+        """The packets that pass the bandwidth limits; None if there are none."""
         buckets = peer.outbound_rates
         if buckets is None:
             return packets
@@ -357,7 +357,7 @@ class DataPlane:
         if datagrams.count == 1:
             self._receive(datagrams, 0, 1, path, now)
         elif datagrams.stride - datagrams.headroom < TRANSPORT_OVERHEAD:
-            # no valid message is this short, and one read from a stream can hold tens of thousands of them
+            # no valid message is this short, and one read from a stream can contain tens of thousands of them
             self._engine.drop(Drop.MALFORMED, datagrams.count)
         else:
             for run in find_runs(datagrams):
@@ -422,12 +422,12 @@ class DataPlane:
 
 
 def _device_path(path: EnginePath | None) -> Path:
-    """The engine's type for paths is narrower, but every path in it came from this device."""
+    """The engine's path type is narrower, but all its paths came from this device."""
     return cast("Path", path)
 
 
 def _is_routing_loop(frame: memoryview, pair: bytes, peer: Peer) -> bool:
-    """Whether a packet for the peer is a datagram to the peer's own endpoint: routes send the tunnel through itself."""
+    """Whether a packet for the peer is addressed to the peer's own endpoint: the routes lead the tunnel through itself."""
     if peer.path is None:
         return False
     source = peer.path.source

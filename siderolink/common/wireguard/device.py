@@ -23,70 +23,70 @@ OpenPorts = frozenset[tuple[int, int]] | None
 DEFAULT_MTU = 1280
 
 _INTERFACE_NAME: Final = re.compile(r"[!-$&-.0-9;-~]{1,15}")
-"""Interface names that the kernel accepts (visible ASCII without `/` and `:`), except `%`, which makes it number interfaces."""
+"""Interface names that the kernel accepts (visible ASCII without `/` and `:`), without `%`, which it expands."""
 _RESERVED_NAMES: Final = (".", "..", "all", "default")
-"""In sysctls, the last two mean every interface; one of that name has no settings of its own, and the kernel no IPv6 for it."""
+"""As sysctl names, `all` and `default` mean every interface, so an interface of that name cannot have IPv6 settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceConfig:
-    """How to make a device."""
+    """The configuration of a new device."""
 
     name: str
     """The interface's name, 1 to 15 bytes."""
     private_key: PrivateKey | None
-    """None for a device that gets its key later. Until then no handshake can succeed."""
+    """None for a device that gets its key later. No handshake can succeed before."""
     addresses: tuple[Interface, ...] = ()
-    """Addresses for the interface, each with its prefix length."""
+    """Addresses of the interface, each with its prefix length."""
     mtu: int = DEFAULT_MTU
     listen_port: int | None = 0
-    """The UDP port: 0 for any free one, None for no UDP at all (every path is then a tunnel)."""
+    """The UDP port: 0 for any free one, None for no UDP (every path is then a tunnel)."""
     up: bool = True
-    """Bring the interface up; a tool that leaves this to others says False."""
+    """Bring the interface up; False leaves that to another tool."""
     isolate: bool = False
-    """Pass only packets between a peer's own address and one of `addresses`: peers reach neither each other nor beyond."""
+    """Pass only packets between a peer's own address and one of `addresses`: peers reach neither each other nor other hosts."""
     open_ports: OpenPorts = None
-    """In force before the interface is up. Pings pass, and so do answers to what this host begins."""
+    """Applied before the interface is up. Pings, and replies to connections from this host, always pass."""
     is_shown: bool = True
-    """Let `wg` show and change the device, where it can; the kernel always does."""
+    """Let `wg` show and change the device where possible; with the kernel it always is."""
     timestamps: "Timestamps | None" = None
-    """Where handshakes take their timestamps from, for a key that outlives the process. The kernel has its own."""
+    """The source of handshake timestamps, for a key that outlives the process. The kernel uses its own."""
     namespace: str | None = None
-    """The network namespace for the interface, by name or path; UDP sockets stay in the calling thread's. None: there, too."""
+    """The interface's network namespace, by name or path (UDP sockets stay outside); None for the calling thread's."""
     rate_in: int | None = None
-    """Bytes of inner packets a second that are taken from all peers together; None for no limit."""
+    """Limit in bytes of inner packets per second from all peers together; None disables it."""
     rate_out: int | None = None
-    """The same to all peers."""
+    """The same, to all peers."""
     has_peer_rates: bool = False
-    """Peers will have limits of their own. The kernel's WireGuard needs nf_tables for any of these: see `InterfaceRates`."""
+    """Whether peers will have limits of their own. The kernel's WireGuard needs nf_tables for limits: see `InterfaceRates`."""
     keep: bool = False
-    """Kernel only: the interface, its peers and its isolation stay when the context is left, and one that stayed is taken up
-    again as it is. The private key and the port should be the same as before; with another key its sessions end."""
+    """Kernel only: keep the interface, its peers and its isolation when the context ends, and adopt an existing one as it is.
+    The private key and the port should be the same as before; another key ends its sessions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerConfig:
-    """The wanted configuration of a peer; setting it again keeps only sessions and counters."""
+    """The configuration of a peer. Setting it again keeps only sessions and counters."""
 
     public_key: PublicKey
     allowed_ips: tuple[Network, ...] = ()
     endpoint: Endpoint | None = None
-    """Where to dial by UDP; None leaves the path as it is."""
+    """The UDP endpoint to dial; None keeps the present path."""
     preshared_key: PresharedKey | None = None
     persistent_keepalive: int = 0
-    """Seconds between keepalives, 0 for none, at most 65,535."""
+    """Seconds between keepalives, 0 to 65,535; 0 disables them."""
     is_passive: bool = False
-    """Another device with the same key has the peer now: send it nothing, forget its endpoint, and keep its sessions for what
-    it may still send here. Packets to it are answered as unreachable. A session that it begins here makes it active."""
+    """Another device with the same key serves the peer: send it nothing, forget its endpoint, and keep its sessions only for
+    for what it still sends here. Packets to it are answered as unreachable. A new session that it begins makes it active."""
     rate_in: int | None = None
-    """Bytes of inner packets a second that are taken from it; what is more is dropped and counted. None for no limit."""
+    """Limit in bytes of inner packets per second from the peer; excess packets are dropped and counted. None disables it."""
     rate_out: int | None = None
-    """The same to it."""
+    """The same, to the peer."""
 
 
 @dataclass(slots=True, kw_only=True)
 class PeerChange:
-    """A change of one peer. None leaves a setting unchanged."""
+    """A change to one peer. None keeps a setting."""
 
     public_key: PublicKey
     remove: bool = False
@@ -100,19 +100,19 @@ class PeerChange:
     replace_allowed_ips: bool = False
     """Drop the peer's prefixes before the changes below."""
     allowed_ips: list[tuple[bool, Network]] = field(default_factory=list)
-    """In order: True and a prefix to add, False and one to remove."""
+    """In order: True with a prefix to add, False with one to remove."""
 
 
 @dataclass(slots=True, kw_only=True)
 class DeviceChange:
-    """A change of a device. None leaves a setting unchanged."""
+    """A change to a device. None keeps a setting."""
 
     clear_private_key: bool = False
     private_key: PrivateKey | None = None
     listen_port: int | None = None
-    """0 for any free one."""
+    """0 selects a free port."""
     fwmark: int | None = None
-    """0 for none."""
+    """0 clears the mark."""
     replace_peers: bool = False
     """Remove all peers before the changes below."""
     peers: list[PeerChange] = field(default_factory=list)
@@ -125,7 +125,7 @@ class PeerStatus:
     public_key: PublicKey
     allowed_ips: tuple[Network, ...]
     path: str | None
-    """The endpoint it was last heard from, as display text; None if never."""
+    """The endpoint where it was last heard, as display text; None if never."""
     last_handshake: float | None
     """Unix time in seconds of the last completed handshake; None if there was none."""
     last_received: float | None
@@ -139,7 +139,7 @@ class PeerStatus:
     """Seconds since the first data or initiation after which nothing was heard; None without any, or where it is not known."""
 
     def silence(self, now: float) -> float | None:
-        """Seconds since the last authenticated packet, at this Unix time of the host; None if there was none."""
+        """Seconds since the last authenticated packet, at Unix time `now` of this host; None if there was none."""
         if self.silent_for is not None:
             return self.silent_for
         return None if self.last_received is None else max(0.0, now - self.last_received)
@@ -147,7 +147,7 @@ class PeerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterfaceCounters:
-    """Inner packets and bytes, as the kernel counts them. A super-packet of a TUN interface counts once."""
+    """Inner packets and bytes as counted by the kernel. A super-packet of a TUN interface counts once."""
 
     is_up: bool
     received_packets: int
@@ -160,30 +160,30 @@ class InterfaceCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCounters:
-    """Counters of a device since it was opened. Totals never decrease, because they include removed peers."""
+    """Counters of a device since it was opened. They include removed peers, so totals never decrease."""
 
     peers: int
     received_bytes: int
-    """WireGuard datagrams that authenticated, their headers included."""
+    """Authenticated WireGuard datagrams, including headers."""
     sent_bytes: int
     session_ages: tuple[float, ...]
-    """Seconds since the last handshake of each peer that has had one."""
+    """Seconds since the last handshake of each peer with a completed one."""
     interface: InterfaceCounters | None
-    """None without an interface, or once it is gone."""
+    """None without an interface, also after it was deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerHandshake:
-    """A session with the peer was made or renewed, and the peer has proved that it holds it."""
+    """A session with the peer was established or renewed, and the peer has proved possession of its keys."""
 
     public_key: PublicKey
     keys_age: float | None = None
-    """Seconds since this end made the session's keys; None where the device does not tell."""
+    """Seconds since this end derived the session's keys; None if the device does not report it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathChanged:
-    """An authenticated packet arrived by another path, which replies now use."""
+    """An authenticated packet arrived by another path, which is used for replies from now on."""
 
     public_key: PublicKey
     old: Path | None
@@ -206,7 +206,7 @@ class PeerSilent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterfaceLost:
-    """The interface was deleted by somebody else; the device passes no packet any more and can only be left."""
+    """The interface was deleted by another program; the device passes no packets and can only be closed."""
 
     reason: str
 
@@ -218,11 +218,11 @@ COMMON_BANDWIDTH_DROPS: Final = ("bandwidth_all_in", "bandwidth_all_out")
 
 DeviceEvent = PeerHandshake | PathChanged | HandshakeGaveUp | PeerSilent | InterfaceLost
 OnDeviceEvent = Callable[[DeviceEvent], None]
-"""Called on the event loop, between packets: it must be quick, must not raise, and may not call the device's `deliver`."""
+"""Called on the event loop, between packets: must be fast, must not raise, and must not call the device's `deliver`."""
 
 
 class Device(Protocol):
-    """A running WireGuard device. Everything is called on the event loop that opened it."""
+    """A running WireGuard device. All calls must be made on the event loop that opened it."""
 
     @property
     def name(self) -> str: ...
@@ -244,47 +244,47 @@ class Device(Protocol):
         """Switch the filter between peers; see DeviceConfig.isolate."""
 
     async def set_open_ports(self, open_ports: OpenPorts) -> None:
-        """Replace DeviceConfig.open_ports in one step. Raises DeviceUnavailableError where there is no nf_tables."""
+        """Replace DeviceConfig.open_ports atomically. Raises DeviceUnavailableError without nf_tables."""
 
     async def set_peer(self, peer: PeerConfig) -> None:
-        """Add the peer or replace its configuration. An allowed IP that another peer holds moves to this one."""
+        """Add the peer or replace its configuration. An allowed IP of another peer moves to this one."""
 
     async def remove_peer(self, public_key: PublicKey) -> None:
-        """Forget the peer and its keys; no error if it is unknown."""
+        """Remove the peer with its keys; does nothing if it is unknown."""
 
     async def settle(self) -> None:
-        """Finish setting peers: remove those of a kept interface that were not set again.
+        """Finish setting peers after the start: removes peers of a kept interface that were not set again.
 
-        Existing sessions are reported as new ones.
+        Reports existing sessions as new ones.
         """
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None: ...
 
     async def peers(self, keys: Iterable[PublicKey] | None = None) -> list[PeerStatus]:
-        """All peers, or those of `keys` that there are; other tasks run in between."""
+        """All peers, or the existing ones of `keys`; yields to other tasks in between."""
 
     async def counters(self) -> DeviceCounters:
-        """The counters; other tasks run meanwhile. Figures of the kernel's peers may be a few seconds old."""
+        """The counters; yields to other tasks. Figures of the kernel's peers may be a few seconds old."""
 
     def read_interface(self) -> "NetworkLink | None":
-        """The interface as it is; None without one, also once it is gone."""
+        """The interface's present state; None without one, also after it was deleted."""
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
-        """Use `path` for the peer if it has no open one and is not passive. Without one it is unreachable until it is heard."""
+        """Use `path` for the peer if it has no open one and is not passive. A peer without a path is unreachable."""
 
     def own_peers_for(self, seconds: float | None) -> None:
-        """For so long no other device with this key can have taken a peer; None is for ever. Peers that do not answer after
-        that are unreachable until they are heard. The kernel's device cannot be told.
+        """Assume for `seconds` (None: forever) that no other device with this key has taken over a peer. After that, peers that
+        do not answer are unreachable until they are heard. Has no effect on the kernel's device.
         """
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
-        """Process datagrams from `path` (a tunnel stream; a device reads its own UDP socket itself)."""
+        """Process datagrams from `path` (a tunnel stream; a device reads its own UDP socket)."""
 
     def drops(self) -> dict[str, int]:
-        """How many datagrams and packets were dropped, by named reason (docs/drops.md)."""
+        """Numbers of dropped datagrams and packets by published reason (docs/drops.md)."""
 
     async def limit_drops(self) -> dict[PublicKey, tuple[int, int]]:
-        """Packets from and to each peer that its own limits dropped (PeerConfig.rate_in, rate_out); of peers with any."""
+        """Packets from and to each peer dropped by its own limits (PeerConfig.rate_in, rate_out); only peers with drops."""
 
 
 @runtime_checkable
@@ -294,11 +294,11 @@ class CanShakeHands(Protocol):
     async def handshake(self, public_key: PublicKey, path: Path | None = None) -> None:
         """Start a handshake with the peer. Its sessions stay valid. Ignores unknown peers.
 
-        With `path`, the initiation alone goes there; the answer brings the path along.
+        With `path`, only the initiation is sent there; the answer makes it the peer's path.
         """
 
     def sends_by(self, public_key: PublicKey, path: Path) -> bool:
-        """Whether the peer's packets take this path now."""
+        """Whether the peer's packets currently use this path."""
 
 
 DeviceContext = AbstractAsyncContextManager[Device]
@@ -323,7 +323,7 @@ async def dial_peer(device: Device, peer: PeerConfig, path: Path | None = None, 
 
 
 def interface_counters(link: "NetworkLink | None") -> InterfaceCounters | None:
-    """Of an interface as netlink shows it; None for one that is gone."""
+    """The counters of an interface as shown by netlink; None if it does not exist."""
     if link is None or len(link.counters) < 4:
         return None
     received_packets, sent_packets, received_bytes, sent_bytes = link.counters[:4]
@@ -337,7 +337,7 @@ def interface_counters(link: "NetworkLink | None") -> InterfaceCounters | None:
 
 
 def check_interface(name: str, mtu: int) -> None:
-    """Check an interface's name and MTU. Raises ConfigurationError for what the kernel would refuse."""
+    """Validate an interface's name and MTU. Raises ConfigurationError for values that the kernel would refuse."""
     if not _INTERFACE_NAME.fullmatch(name) or name in _RESERVED_NAMES:
         raise ConfigurationError(
             f"{name!r} cannot name an interface: 1 to 15 visible ASCII characters without '/', ':' and '%', "

@@ -19,7 +19,7 @@ _PORT_ATTEMPTS: Final = 32
 
 
 class UdpSockets:
-    """The sockets of one device. Make them with open_udp()."""
+    """The sockets of one device. Created by open_udp()."""
 
     def __init__(self, sockets: "list[UdpSocket]", routes: Routes | None) -> None:
         self._sockets = {udp.family: udp for udp in sockets}
@@ -31,7 +31,7 @@ class UdpSockets:
         return self._sockets[socket.AF_INET].port
 
     def path(self, endpoint: Endpoint) -> UdpPath:
-        """The path to an address. Raises ConfigurationError for one that cannot be dialled from here."""
+        """The path to an address. Raises ConfigurationError if it cannot be dialled from here."""
         address, port = endpoint
         if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
             address = address.ipv4_mapped
@@ -40,12 +40,12 @@ class UdpSockets:
         if isinstance(address, IPv4Address):
             return UdpPath(self._sockets[socket.AF_INET], (str(address), port), None)
         if socket.AF_INET6 not in self._sockets:
-            raise ConfigurationError(f"{address} cannot be reached: this host has no IPv6")
+            raise ConfigurationError(f"cannot reach {address}: this host has no IPv6")
         host, _, zone = str(address).partition("%")
         return UdpPath(self._sockets[socket.AF_INET6], (host, port, 0, _zone_index(zone)), None)
 
     def rebind(self, port: int) -> None:
-        """Listen on another port (0: any); paths stay valid. Raises what open_udp raises, and then keeps the old port."""
+        """Listen on another port (0: any free one); paths stay valid. Raises like open_udp, and then keeps the old port."""
         if port == self.port:
             return
         for sock in _bind(port):
@@ -56,12 +56,12 @@ class UdpSockets:
                 sock.close()
 
     def set_mark(self, mark: int) -> None:
-        """Put a firewall mark (SO_MARK; 0 for none) on everything sent. Raises ConfigurationError if that is not allowed."""
+        """Set a firewall mark (SO_MARK; 0 for none) on all sent packets. Raises ConfigurationError if not permitted."""
         for udp in self._sockets.values():
             udp.set_mark(mark)
 
     def send_many(self, data: memoryview, datagrams: Sequence[tuple[Path, int, int]]) -> Path | None:
-        """See `SendMany`. Paths of other kinds are sent to one by one."""
+        """See `SendMany`. Paths of other kinds are used one by one."""
         groups: dict[UdpSocket, list[tuple[UdpPath, int, int]]] = {}
         full: Path | None = None
         for path, start, end in datagrams:
@@ -81,7 +81,7 @@ class UdpSockets:
         return {str(reason): count for reason, count in counted.items()}
 
     def close(self) -> None:
-        """Close both sockets and with them all paths. Idempotent."""
+        """Close both sockets, and so all paths. Idempotent."""
         for udp in self._sockets.values():
             udp.close()
         if self._routes is not None:
@@ -96,11 +96,11 @@ def open_udp(
     mixed: MixedPackets | None = None,
     receive_many: ReceiveMany | None = None,
 ) -> UdpSockets:
-    """Listen on a UDP port (0: any that is free for both IP versions), on the running event loop.
+    """Listen on a UDP port (0: one that is free for both IP versions), on the running event loop.
 
-    `gso`: whether to use segmentation offloads where the kernel has them. `mixed` and `receive_many`: what receives data
-    messages of many senders in one call, and what processes them. IPv6 is left out on a host without it.
-    Raises AddressInUseError, or ConfigurationError for a port that is not allowed.
+    `gso`: use segmentation offloads if the kernel supports them. `mixed` receives data messages of many senders in one call,
+    and `receive_many` processes them. Without IPv6 on the host, only IPv4 is used.
+    Raises AddressInUseError, or ConfigurationError for a port that is not permitted.
     """
     loop = asyncio.get_running_loop()
     sockets = _bind(port)

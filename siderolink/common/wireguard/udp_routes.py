@@ -1,8 +1,8 @@
-"""The source address and interface of replies: those that the peer's packets came to, while they still lead to the peer.
+"""The source address and interface of replies: those that the peer's packets were sent to, while they still lead to the peer.
 
 A machine may have several addresses and several routes, and a peer expects the reply from the address it wrote to. When that
 address disappears, or a better route replaces the one in use, the routing table decides again. The kernel announces such
-changes by netlink (rtnetlink(7)), and the next send looks the route up: nothing polls, and idle peers cost nothing.
+changes by netlink (rtnetlink(7)), and the next send repeats the lookup: nothing polls, and idle peers cost nothing.
 """
 
 import asyncio
@@ -20,23 +20,23 @@ Control = tuple[int, int, bytes]
 """A control message for sendmsg."""
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int]
-"""As the socket module writes it: host, port, and for IPv6 flow information and zone."""
+"""As in the socket module: host, port, and for IPv6 flow information and scope id."""
 
 _CONTROL_HEADER: Final = struct.Struct("@Nii")
 _IP_PKTINFO: Final = 8
 _RULES: Final = 0x80 | 0x40000
-"""RTMGRP_IPV4_RULE, and of IPv6 the same."""
+"""RTMGRP_IPV4_RULE, and the same for IPv6."""
 NO_ROUTE: Final = 0
-"""There is no route; interface indexes begin at 1."""
+"""No route; interface indexes begin at 1."""
 
 
 class Routes:
     """Looks up routes in the network namespace in which this is created."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Raises OSError where there is no netlink."""
+        """Raises OSError without netlink."""
         self.generation = 0
-        """Rises whenever something may have changed."""
+        """Increases whenever a lookup's result may have changed."""
         self._lookup = RouteLookup()
         try:
             opened = open_events(ADDRESSES | ROUTES | _RULES)
@@ -51,13 +51,13 @@ class Routes:
         self._lookup.close()
 
     def invalidate(self) -> None:
-        """Note a change that may lead packets elsewhere."""
+        """Note a change that may affect routing."""
         self.generation += 1
 
     def outgoing(self, destination: bytes, source: bytes, mark: int, interface: int = 0) -> int | None:
-        """The interface by which packets would leave, or NO_ROUTE; None if the kernel did not say.
+        """The outgoing interface, or NO_ROUTE; None if the kernel did not answer.
 
-        Addresses are of 4 or 16 bytes. `interface`: consider only routes through this one.
+        Addresses have 4 or 16 bytes. `interface`: consider only routes through this one.
         """
         try:
             route = self._lookup.find(destination, source=source, mark=mark, interface=interface)
@@ -67,25 +67,25 @@ class Routes:
 
 
 class LocalEnd:
-    """The local end of a path: makes replies leave from the address and interface that the peer's packets came to."""
+    """The local end of a path: sends replies from the address and interface to which the peer's packets were sent."""
 
     __slots__ = ("_checked", "_destination", "_interface", "_is_forced", "_kept", "_outgoing", "_source", "control")
 
     def __init__(self, destination: bytes, source: bytes, interface: int) -> None:
-        """`source` is the local address, `interface` the one that packets came by."""
+        """`source` is the local address, `interface` the one on which packets arrived."""
         self._destination = destination
         self._source = source
         self._interface = interface
         self._kept = _control(source, interface if _is_link_local(source) else 0)
         self._is_forced = False
-        """The routing table alone would send by another interface."""
+        """Whether the routing table alone would choose another interface."""
         self._checked = -1
         self._outgoing: int | None = None
         self.control: Control | None = self._kept
         """For sendmsg; None leaves the choice to the routing table."""
 
     def check(self, routes: Routes, mark: int) -> Control | None:
-        """The control message; looks at the routing table again if that has changed."""
+        """The control message; repeats the lookup if routing has changed."""
         if self._checked != routes.generation:
             is_first, self._checked = self._checked < 0, routes.generation
             if not (_is_link_local(self._source) or _is_link_local(self._destination)):
@@ -115,12 +115,12 @@ def _control(source: bytes, interface: int) -> Control:
 
 
 def _is_link_local(address: bytes) -> bool:
-    """Such an address means nothing without its interface."""
+    """Such an address is meaningless without its interface."""
     return len(address) == 16 and address[0] == 0xFE and address[1] & 0xC0 == 0x80
 
 
 def encode_address(address: SocketAddress, source: bytes) -> bytes:
-    """sockaddr_in or sockaddr_in6, as the kernel takes it; `source` is the IP address and the port in two bytes."""
+    """Encode sockaddr_in or sockaddr_in6; `source` is the IP address and the port in two bytes."""
     if len(address) == 2:
         return socket.AF_INET.to_bytes(2, sys.byteorder) + source[-2:] + source[:-2] + bytes(8)
     family = socket.AF_INET6.to_bytes(2, sys.byteorder)
@@ -129,7 +129,7 @@ def encode_address(address: SocketAddress, source: bytes) -> bytes:
 
 
 def encode_control(control: Control) -> bytes:
-    """cmsghdr and data, as the kernel takes them (cmsg(3))."""
+    """Encode cmsghdr and data (cmsg(3))."""
     level, kind, data = control
     header = _CONTROL_HEADER.pack(socket.CMSG_LEN(len(data)), level, kind)
     return (header + data).ljust(socket.CMSG_SPACE(len(data)), b"\0")

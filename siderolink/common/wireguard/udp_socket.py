@@ -18,18 +18,18 @@ from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Message,
 from siderolink.common.wireguard.udp_routes import Control, LocalEnd, Routes, SocketAddress, encode_address, encode_control
 
 MAX_READS: Final = 16
-"""Receives in one turn of the event loop; each gives up to 64 KiB of datagrams."""
+"""Maximum receives per loop iteration; each returns up to 64 KiB of datagrams."""
 MAX_MIXED_READS: Final = 64
-"""The same where all are received in one call, of which up to MAX_READS may be something else than one data message."""
+"""The same when all are received in one call, of which at most MAX_READS may be anything other than one data message."""
 MAX_BYTES: Final = 3 << 16
-"""Bytes received in one turn of the event loop."""
+"""Maximum bytes received per loop iteration."""
 MAX_SEGMENTS: Final = 64
-"""Datagrams of one send; Linux before 6.9 takes no more."""
+"""Maximum datagrams per send; Linux before 6.9 accepts no more."""
 MAX_PENDING: Final = 1 << 19
-"""Bytes kept while the socket's buffer is full."""
+"""Maximum bytes queued while the socket's buffer is full."""
 _BUFFER_SIZE: Final = 8 << 20
 _MAX_PATHS: Final = 16_384
-"""Senders whose paths are cached; a new sender costs one route lookup with the first reply."""
+"""Number of senders whose paths are cached; a new sender costs one route lookup with the first reply."""
 _MAX_PLAIN: Final = 1024
 _PLAIN_SECONDS: Final = 60.0
 """Seconds after which GSO is tried again, because routes and interfaces change."""
@@ -58,7 +58,7 @@ _CANNOT_SEGMENT: Final = "UDP sends cannot be segmented (UDP_SEGMENT) on some ro
 
 
 class UdpPath:
-    """A remote UDP address, and the local end that its packets came to."""
+    """A remote UDP address, and the local end to which its packets were sent."""
 
     __slots__ = ("_control", "_target", "address", "local_end", "source", "udp")
 
@@ -69,11 +69,11 @@ class UdpPath:
     def __init__(self, udp: "UdpSocket", address: SocketAddress, local_end: LocalEnd | None) -> None:
         self.udp = udp
         self.address = address
-        """As the socket module writes it: host, port, and for IPv6 flow information and zone."""
+        """As in the socket module: host, port, and for IPv6 flow information and scope id."""
         self.source = socket.inet_pton(udp.family, address[0].partition("%")[0]) + address[1].to_bytes(2, "big")
         """The address (4 or 16 bytes) and the port (2 bytes, big-endian)."""
         self.local_end = local_end
-        """Where packets leave from; None leaves it to the routing table."""
+        """The local end for replies; None leaves the choice to the routing table."""
         self._control: Control | None = None
         self._target: tuple[bytes, bytes] | None = None
 
@@ -96,7 +96,7 @@ class UdpPath:
         self.udp.when_writable(callback)
 
     def target(self) -> tuple[bytes, bytes]:
-        """The address and the control messages of a send, as the kernel takes them."""
+        """The encoded address and control messages of a send."""
         control = self.local_end.control if self.local_end is not None else None
         if self._target is None or control is not self._control:
             around = b"" if control is None else encode_control(control)
@@ -125,7 +125,7 @@ class UdpSocket:
     def __init__(
         self, sock: socket.socket, loop: asyncio.AbstractEventLoop, receive: Receive, gso: bool, routes: Routes | None = None
     ) -> None:
-        """The caller closes `routes`. Without it, replies leave from the address that was written to, while that exists."""
+        """The caller closes `routes`. Without it, replies are sent from the address the peer wrote to, while that exists."""
         self.family = socket.AddressFamily(sock.family)
         self.port: int = sock.getsockname()[1]
         self.is_open = True
@@ -139,16 +139,16 @@ class UdpSocket:
         self._read_at = 0.0
         self._mark = 0
         self._plain: dict[SocketAddress, float] = {}
-        """Destinations to which the kernel refused GSO, and when it is tried again; the oldest first."""
+        """Destinations for which the kernel refused GSO, and when to try it again; oldest first."""
         self._suspect: UdpPath | None = None
-        """Where a segmented send was refused, and GSO or the local address may be the reason."""
+        """The path of a refused segmented send, whose cause may be GSO or the local address."""
         self._max_bytes = 65_507 if self.family == socket.AF_INET else 65_527
         self._pending: deque[tuple[Datagrams, UdpPath]] = deque()
         self._pending_bytes = 0
         self._waiting: list[Callable[[], None]] = []
         self._paths: dict[tuple[SocketAddress, bytes], UdpPath] = {}
         self._senders: dict[bytes, UdpPath] = {}
-        """The same paths by what the kernel gives with a datagram."""
+        """The same paths by the kernel's encoded sender address and control data."""
         self._mixed: tuple[MixedPackets, ReceiveMany] | None = None
         self._data = memoryview(bytearray(MAX_BYTES + (1 << 16)))
         self._buffers = (self._data,)
@@ -182,14 +182,14 @@ class UdpSocket:
             self._loop.add_writer(sock, self._on_writable)
 
     def set_mark(self, mark: int) -> None:
-        """Put a firewall mark on everything sent. Raises ConfigurationError."""
+        """Set a firewall mark on all sent packets. Raises ConfigurationError."""
         self._mark = mark
         if self._routes is not None:
             self._routes.invalidate()
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         except OSError as error:
-            raise ConfigurationError(f"the firewall mark {mark} cannot be set: {error.strerror}") from error
+            raise ConfigurationError(f"cannot set the firewall mark {mark}: {error.strerror}") from error
 
     def close(self) -> None:
         if self.is_open:
@@ -203,11 +203,11 @@ class UdpSocket:
     # Receiving
 
     def mix(self, mixed: MixedPackets, receive_many: ReceiveMany) -> None:
-        """Receive by `mixed`, and give lone data messages of many senders to `receive_many`, all of one turn together."""
+        """Receive by `mixed`, and pass single data messages of many senders together to `receive_many`, once per iteration."""
         self._mixed = mixed, receive_many
 
     def _on_readable(self) -> None:
-        """Receive what is waiting, up to a limit. Datagrams of one length from one sender become one batch."""
+        """Receive waiting datagrams, up to a limit. Consecutive ones of one length from one sender become one batch."""
         now = self._loop.time()
         is_alone, self._read_at = now - self._read_at >= QUIET_INTERVAL, now
         if self._mixed is not None:
@@ -227,7 +227,7 @@ class UdpSocket:
             size, came_stride, came_by = taken
             if path is not None and (came_by is not path or came_stride != stride):
                 self._deliver(filled, stride, path)
-                if not self.is_open:  # what was received closed the socket
+                if not self.is_open:  # the receiver closed the socket
                     return
                 self._data[:size] = self._data[filled : filled + size]
                 filled = 0
@@ -241,7 +241,7 @@ class UdpSocket:
             self._deliver(filled, stride, path)
 
     def _receive_into(self, filled: int) -> tuple[int, int, UdpPath] | None:
-        """Receive into the buffer behind `filled` bytes. Returns size, stride and path; None if nothing is waiting."""
+        """Receive into the buffer after `filled` bytes. Returns size, stride and path; None if nothing is waiting."""
         buffers = (self._data[filled:],) if filled else self._buffers
         for _ in range(MAX_READS):
             try:
@@ -272,7 +272,7 @@ class UdpSocket:
             read_on(self._loop, self._sock, self._on_readable)
         lone: list[Message] = []
         index, count = 0, len(found)
-        while index < count and self.is_open:  # what was received may close the socket
+        while index < count and self.is_open:  # the receiver may close the socket
             sender, start, size, stride, receiver = found[index]
             index += 1
             while index < count and stride and not size % stride and found[index][0] == sender and found[index][3] == stride:
@@ -326,8 +326,8 @@ class UdpSocket:
             self._send(datagrams, path)
 
     def _send_single(self, datagram: memoryview, path: UdpPath) -> bool:
-        """Send one datagram from the address that was written to; False, and nothing was sent, where that is not all there is
-        to do.
+        """Send one datagram from the address that the peer wrote to. Returns False, with nothing sent, if that needs
+        more than one call.
         """
         if path.local_end is None or self._routes is None or path is self._suspect:
             return False
@@ -336,12 +336,12 @@ class UdpSocket:
             return False
         try:
             self._sock.sendmsg((datagram,), (control,), 0, path.address)
-        except OSError:  # `_send` meets it again, and knows what follows from it
+        except OSError:  # `_send` gets the same error, and handles it
             return False
         return True
 
     def send_many(self, data: memoryview, datagrams: list[tuple[UdpPath, int, int]]) -> bool:
-        """Send datagrams of a buffer, from start to end, each by its path. False if the socket is full; then they are kept."""
+        """Send datagrams of a buffer, each given by path, start and end. False if the socket is full; they are then queued."""
         if not self.is_open:
             self.drops[Drop.SEND_FAILED] += len(datagrams)
             return True
@@ -354,7 +354,7 @@ class UdpSocket:
                 targets.append((start, end, *path.target()))
             tried, failed = self._mixed[0].send(self._sock.fileno(), data, targets)
             for path, start, end in [datagrams[index] for index in failed]:
-                self._send(Datagrams.single(data[start:end]), path)  # it knows what may be changed, and counts
+                self._send(Datagrams.single(data[start:end]), path)  # handles errors, and counts drops
         for path, start, end in datagrams[tried:]:
             if self._pending_bytes + end - start > MAX_PENDING:
                 self.drops[Drop.SEND_BUFFER_FULL] += 1
@@ -397,14 +397,15 @@ class UdpSocket:
             self._sock.sendmsg((data,), controls, 0, path.address)
         else:
             self._sock.sendto(data, path.address)
-        if path is self._suspect and count == 1:  # the address was not to blame
+        if path is self._suspect and count == 1:  # the address was not the cause
             self._suspect = None
             say_once(_CANNOT_SEGMENT)
 
     def _can_retry(self, code: int, path: UdpPath, count: int) -> bool:
-        """Drop an option that the kernel may have refused; False if there is none left to drop.
+        """Disable an option that the kernel may have refused; returns False if none is left.
 
-        EINVAL may mean GSO or the local address. GSO goes first: if a single datagram is then refused, too, it was the address.
+        EINVAL may be caused by GSO or by the local address. GSO is disabled first: if a single datagram is then refused, too,
+        the cause is the address.
         """
         control = path.local_end.control if path.local_end is not None else None
         if count > 1 and code in _NO_GSO:
@@ -417,7 +418,7 @@ class UdpSocket:
             self._plain[path.address] = self._loop.time() + _PLAIN_SECONDS
             return True
         if path.local_end is not None and control is not None and code in _UNPIN:
-            path.local_end.control = None  # the local address is gone
+            path.local_end.control = None  # the local address no longer exists
             self._suspect = None
             self._plain.pop(path.address, None)
             return True
@@ -434,7 +435,7 @@ class UdpSocket:
         return False
 
     def _queue_rest(self, datagrams: Datagrams, sent: int, path: UdpPath) -> None:
-        """Copy the unsent rows, up to a limit, and send them when the socket is writable."""
+        """Copy the unsent rows, up to a limit, to send them when the socket is writable."""
         stride = datagrams.stride
         count = datagrams.count - sent
         kept = max(1, min(count, MAX_PENDING // stride))
@@ -450,7 +451,7 @@ class UdpSocket:
             self._pending_bytes -= len(datagrams.data)
             before = len(self._pending)
             self._send(datagrams, path)
-            if len(self._pending) > before:  # it is full again
+            if len(self._pending) > before:  # the buffer is full again
                 return
         if not self._pending:
             self._loop.remove_writer(self._sock)
@@ -463,7 +464,7 @@ class UdpSocket:
 
 
 def _can_segment(sock: socket.socket) -> bool:
-    """Whether the kernel knows UDP_SEGMENT. One that does not ignores it, and would send all rows as one datagram."""
+    """Whether the kernel supports UDP_SEGMENT. One that does not ignores it, and would send all rows as one datagram."""
     try:
         sock.setsockopt(_SOL_UDP, _UDP_SEGMENT, 0)
     except OSError:
@@ -476,10 +477,10 @@ def _set_options(sock: socket.socket, *, gro: bool) -> None:
     for force, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
         try:
             sock.setsockopt(socket.SOL_SOCKET, force, _BUFFER_SIZE)
-        except OSError:  # without CAP_NET_ADMIN the system's limit holds
+        except OSError:  # without CAP_NET_ADMIN the system's limit applies
             sock.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_SIZE)
     if sock.family == socket.AF_INET:
-        # Like the kernel's WireGuard: no DF, so that routers may fragment and a lost ICMP message makes no black hole.
+        # Like the kernel's WireGuard: no DF, so that routers may fragment and a lost ICMP message causes no black hole.
         sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
         sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     else:

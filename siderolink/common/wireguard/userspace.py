@@ -1,6 +1,6 @@
 """The built-in WireGuard on the event loop: the protocol engine between an interface and paths.
 
-Subclasses bring the interface: a TUN interface (`tun_device`), or a callable that takes packets (`packet_device`).
+Subclasses provide the interface: a TUN interface (`tun_device`), or a callable that receives packets (`packet_device`).
 """
 
 import os
@@ -77,7 +77,7 @@ class UserspaceDevice:
         self.engine.rates.set_all(config.rate_in, config.rate_out)
         self.engine.allowed_ips.only_to = self._local if config.isolate else None
         self.read_interface: Callable[[], NetworkLink | None] = lambda: None
-        """The current interface, if the packet device has one; None once it is gone."""
+        """The current interface, if the packet device has one; None after it was deleted."""
         self._udp: UdpSockets | None = None
         if config.listen_port is not None:
 
@@ -111,10 +111,10 @@ class UserspaceDevice:
         self.engine.allowed_ips.only_to = self._local if isolate else None
 
     async def set_open_ports(self, open_ports: OpenPorts) -> None:
-        """Nothing to do without an interface."""
+        """Does nothing without an interface."""
 
     async def set_peer(self, peer: PeerConfig) -> None:
-        """Raises ConfigurationError for a key that cannot be a peer's."""
+        """Raises ConfigurationError for a key that no peer can have."""
         now = boot_time()
         self._configurator.set_peer(peer, now)
         self.plane.drain(now)
@@ -133,7 +133,7 @@ class UserspaceDevice:
         self.engine.remove_peer(bytes(public_key))
 
     async def settle(self) -> None:
-        """Nothing to do: this device starts without peers."""
+        """Does nothing: this device starts without peers."""
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
         entry = self.engine.peers.get(bytes(public_key))
@@ -150,7 +150,7 @@ class UserspaceDevice:
 
     async def counters(self) -> DeviceCounters:
         now, count = boot_time(), len(self.engine.peers)
-        # objects of peers that were removed meanwhile keep their counts
+        # counts of peers removed meanwhile are in the objects held here
         received, sent = self.engine.removed_received_bytes, self.engine.removed_sent_bytes
         ages: list[float] = []
         for part in in_parts(self.engine.peers.values(), 500):
@@ -219,24 +219,24 @@ class UserspaceDevice:
         self.plane.drain(now)
 
     def stop(self) -> None:
-        """Forget all sessions and pass nothing until `start`."""
+        """Drop all sessions and pass no packets until `start`."""
         self.is_passing = False
         self.plane.backlog.clear()
         self.engine.stop()
 
     def close(self) -> None:
-        """Stop for good and close the sockets."""
+        """Stop permanently and close the sockets."""
         self.stop()
         self._timer.close()
         if self._udp is not None:
             self._udp.close()
 
     def pause_reading(self, path: Path) -> bool:
-        """Called when a path is full. A subclass that can stop reading does so until it is writable, and returns True."""
+        """Called when a path is full. Returns True if the subclass stops reading the interface until the path is writable."""
         return False
 
     def _arm_timer(self, now: float) -> None:
-        """Keep one timer armed. It may fire early, never late, so that packets need not move it."""
+        """Keep one timer armed. It may fire early, never late, so that packets need not rearm it."""
         at = self.engine.earliest_deadline()
         if at < self._timer_at and self.is_passing:
             self._timer_at = at

@@ -1,4 +1,4 @@
-"""The administration of a server: what may be changed by whom, as Python objects and by gRPC."""
+"""The administration of a server, with roles, as Python objects and by gRPC."""
 
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.api_keys import ApiKeys

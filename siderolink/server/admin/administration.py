@@ -1,4 +1,4 @@
-"""All of a server's administration, put together."""
+"""Assembles a server's administration."""
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -51,7 +51,7 @@ _KEPT_NAMES: Final = 4096
 
 
 class Administration:
-    """What may be looked at and changed, each with a role; see its parts."""
+    """All administrative operations; each requires a role. See its parts."""
 
     def __init__(
         self,
@@ -73,12 +73,12 @@ class Administration:
         membership: Membership | None = None,
         draining: Draining | None = None,
     ) -> None:
-        """`admits` tells whether the join token that a machine presented would still let it in.
+        """`admits` returns whether the join token that a machine presented would still admit it.
 
-        `open_port` connects to a machine's port over the overlay. `join_url` is the URL for a token, empty where that is not
-        known. `owner_of` tells the server that holds a machine's session, where several share the store. `open_api` leads to a
-        machine's own API. `limits` knows which limits bite. `membership` and `draining` are this server's among those that
-        share the store.
+        `open_port` connects to a machine's port over the overlay. `join_url` returns the URL for a token, empty if unknown.
+        `owner_of` returns the server that has a machine's session if several share the store. `open_api` connects to a
+        machine's own API. `limits` reports limits in effect. `membership` and `draining` are this server's among those that
+        store.
         """
         self.limits = limits or LimitWatch(device, directory, events, clock)
         self.join_url = join_url
@@ -100,11 +100,11 @@ class Administration:
         self._token_names: dict[str, str] = {}
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
-        """What changes in the store from now on. Raises StoreError."""
+        """The changes of the store from now on. Raises StoreError."""
         return self._store.changes()
 
     async def token_names(self, token_ids: Iterable[str]) -> dict[str, str]:
-        """The names of join tokens by id. Unknown tokens are left out."""
+        """The names of join tokens by id. Unknown ids are left out."""
         wanted = {token_id for token_id in token_ids if token_id not in self._token_names}
         if wanted:
             if len(self._token_names) + len(wanted) > _KEPT_NAMES:
@@ -121,7 +121,7 @@ class Administration:
 
     @asynccontextmanager
     async def run(self, audit_kept: float | None) -> AsyncIterator[None]:
-        """Follow the store, and keep the audit for this many seconds, while the context lasts."""
+        """Follow the store and prune the audit (`audit_kept` in seconds) until the context ends."""
         async with background_tasks() as tasks:
             started = anyio.Event()
             tasks.start_soon(keep_running, "following the API keys", lambda: self._follow(started))
@@ -162,5 +162,5 @@ class Administration:
         try:
             await self.api_keys.refresh()
         except SideroLinkError as error:
-            log.warning("the API keys cannot be read, and none is taken meanwhile: %s", error)
+            log.warning("cannot read the API keys, refusing all of them meanwhile: %s", error)
             raise

@@ -1,4 +1,4 @@
-"""API keys: made, listed, taken back, and recognised by their digests."""
+"""API keys: created, listed, revoked, and authenticated by their digests."""
 
 import hashlib
 import logging
@@ -38,17 +38,17 @@ from siderolink.server.store.audit import EMBEDDER, Grant
 log = logging.getLogger(__name__)
 
 PREFIX: Final = "slk_"
-"""How each key begins, so that scanners for leaked secrets find it."""
+"""The prefix of every key, by which scanners for leaked secrets find it."""
 KEY_BYTES: Final = 32
 MAX_KEYS: Final = 1000
 MAX_GRANTS: Final = 100
-"""Machines and ports that one key may forward to."""
+"""Machines and ports per key."""
 _MAX_KEY_LENGTH: Final = 128
 _NOTE_EVERY: Final = 60.0
 
 
 class ApiKeys:
-    """All methods need the role admin, and raise ForbiddenError for others."""
+    """Every method needs the role admin and raises ForbiddenError without it."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -58,10 +58,10 @@ class ApiKeys:
         self._held: dict[str, set[anyio.CancelScope]] = {}
         self._writing = anyio.Lock()
         self._changing = anyio.Lock()
-        """What was read before a key was made does not take the place of what was read after it."""
+        """Keeps an older read of the keys from replacing a newer one."""
 
     def now(self) -> float:
-        """The clock that decides when keys expire."""
+        """Unix time of the clock by which keys expire."""
         return self._clock.time()
 
     # --- administration
@@ -77,10 +77,10 @@ class ApiKeys:
         forward: Sequence[str] = (),
         actor: Actor = EMBEDDER,
     ) -> tuple[Principal, str]:
-        """A new key, and its secret, which is not stored. `ttl` is in seconds from now.
+        """Create a key; returns it and its secret, which is not stored. `ttl` is in seconds from now.
 
-        `forward` names machines, each as ``MACHINE`` or ``MACHINE:PORT``, whose ports the key may forward to whatever its role.
-        Raises ConfigurationError, NotFoundError, or AlreadyExistsError for a name that another key has.
+        `forward` lists machines as ``MACHINE`` or ``MACHINE:PORT`` whose ports the key may forward to regardless of its role.
+        Raises ConfigurationError, NotFoundError, or AlreadyExistsError for a name already in use.
         """
         require(actor, Role.ADMIN)
         now = self._clock.time()
@@ -115,18 +115,18 @@ class ApiKeys:
         return principal, secret
 
     async def page(self, page_size: int = 0, page_token: str = "", *, actor: Actor = EMBEDDER) -> Page[Principal]:
-        """The keys by name."""
+        """One page of keys, ordered by name."""
         require(actor, Role.ADMIN)
         found = sorted(await self._all(), key=_sort_key)
         return page_of([self._with_use(one) for one in found], _sort_key, page_size, page_token)
 
     async def revoke(self, name: str, *, actor: Actor = EMBEDDER) -> Principal:
-        """End a key and the calls that it makes; it stays in the list."""
+        """End a key and the calls made with it; the key stays listed."""
         now = self._clock.time()
         return await self._end(name, "apikey.revoke", actor, lambda one: replace(one, revoked_at=one.revoked_at or now))
 
     async def delete(self, name: str, *, actor: Actor = EMBEDDER) -> Principal:
-        """End a key and the calls that it makes, and forget it."""
+        """End a key and the calls made with it, and remove it."""
         return await self._end(name, "apikey.delete", actor, lambda one: None)
 
     @uninterrupted
@@ -170,15 +170,15 @@ class ApiKeys:
         return await self._store.transact(lambda transaction: transaction.principals())
 
     def _with_use(self, principal: Principal) -> Principal:
-        """With its last use, which may not be written yet."""
+        """The principal with its last use, which may not be stored yet."""
         if (used := self._used.get(principal.id)) is None:
             return principal
         return replace(principal, last_used_at=used[0], last_source=used[1])
 
-    # --- recognising
+    # --- authentication
 
     def authenticate(self, secret: str, source: str) -> tuple[Actor, Principal]:
-        """The principal with this key, without a query. UnauthenticatedError does not tell whether a key was ever valid."""
+        """The principal of this key, without a query. UnauthenticatedError does not reveal whether the key was ever valid."""
         principal = self._by_digest.get(_digest(secret)) if len(secret) <= _MAX_KEY_LENGTH else None
         now = self._clock.time()
         if principal is None:
@@ -189,10 +189,10 @@ class ApiKeys:
         return _actor(principal, source), principal
 
     def recall(self, principal_id: str, source: str) -> tuple[Actor, Principal]:
-        """Who has the key of this id, which another server has seen. Raises UnauthenticatedError."""
+        """The principal with this id, whose key another server has checked. Raises UnauthenticatedError."""
         principal = next((one for one in self._by_digest.values() if one.id == principal_id), None)
         if principal is None or not principal.is_active(self._clock.time()):
-            raise UnauthenticatedError("the API key is not known here, was revoked, or has expired")
+            raise UnauthenticatedError("the API key is unknown, was revoked, or has expired")
         return _actor(principal, source), principal
 
     @contextmanager
@@ -212,7 +212,7 @@ class ApiKeys:
                 self._held.pop(principal.id, None)
 
     async def refresh(self) -> None:
-        """Read the keys again, and end the calls of those that are gone. None is taken where they cannot be read."""
+        """Read the keys again and end the calls of removed ones. If reading fails, no key is accepted."""
         async with self._changing:
             try:
                 known = {one.key_digest: one for one in await self._all()}
@@ -233,28 +233,28 @@ class ApiKeys:
             await self.write_uses()
 
     async def write_uses(self) -> None:
-        """Write when keys were last used."""
+        """Write the times of last use."""
         async with self._writing:
             used = dict(self._used)
             try:
                 if used:
                     await self._store.note_principals(used)
             except SideroLinkError as error:
-                log.warning("the last uses of API keys could not be written: %s", error)
+                log.warning("cannot store when API keys were last used: %s", error)
                 return
-            for principal_id, use in used.items():  # until then they are told from here
+            for principal_id, use in used.items():  # listed from `used` until then
                 if self._used.get(principal_id) == use:
                     del self._used[principal_id]
 
 
 def expiry(now: float, expires_at: float | None, ttl: float | None) -> float | None:
-    """When something expires. Raises ConfigurationError."""
+    """The Unix time of expiry. Raises ConfigurationError."""
     if expires_at is not None and ttl is not None:
         raise ConfigurationError("give an expiry or a time to live, not both")
     if ttl is not None:
         expires_at = now + ttl
     if expires_at is not None and not now < expires_at < now + 1e10:
-        raise ConfigurationError("an expiry lies in the future")
+        raise ConfigurationError("an expiry must be in the future")
     return expires_at
 
 
@@ -263,7 +263,7 @@ def _actor(principal: Principal, source: str) -> Actor:
 
 
 async def _grant(transaction: Transaction, text: str) -> Grant:
-    """The grant of ``MACHINE`` or ``MACHINE:PORT``; a machine that is named otherwise later stays the same one."""
+    """Parse ``MACHINE`` or ``MACHINE:PORT``. The grant stores the machine's id, so it survives a rename."""
     name, colon, digits = text.rpartition(":")
     if not (colon and digits.isascii() and digits.isdigit()):
         name, digits = text, ""

@@ -1,4 +1,4 @@
-"""The audit: listed, followed, exported, kept for a time; and samples of logins that failed."""
+"""The audit: listing, following, export and pruning, and sampled records of failed logins."""
 
 import time
 from collections import OrderedDict
@@ -18,7 +18,7 @@ EVERYTHING: Final = AuditQuery()
 _AT_ONCE: Final = 500
 _PRUNE_EVERY: Final = 3600.0
 _SAMPLE_EVERY: Final = 60.0
-"""Seconds between two entries of failed logins from one source."""
+"""Minimum seconds between two entries of failed logins from one source."""
 _MAX_SOURCES: Final = 1024
 _SAMPLES_PER_MINUTE: Final = 10
 
@@ -30,7 +30,7 @@ class _Failures:
 
 
 class AuditLog:
-    """What was changed by whom. Reading it needs the role admin; each method raises ForbiddenError for others."""
+    """Who changed what. Reading needs the role admin; methods raise ForbiddenError without it."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -41,7 +41,7 @@ class AuditLog:
     # --- reading
 
     async def page(self, query: AuditQuery = EVERYTHING, page_token: str = "", *, actor: Actor = EMBEDDER) -> Page[AuditEntry]:
-        """Entries, the newest first. The query's limit is the page's size, 0 for the usual one. Raises ConfigurationError."""
+        """One page of entries, newest first. The query's limit is the page size (0: default). Raises ConfigurationError."""
         require(actor, Role.ADMIN)
         size = page_size(query.limit)
         before = query.before_seq
@@ -52,7 +52,7 @@ class AuditLog:
         return Page(items=part, next_page_token=str(part[-1].seq) if len(entries) > size else "", total=len(part))
 
     async def follow(self, query: AuditQuery = EVERYTHING, *, actor: Actor = EMBEDDER) -> AsyncIterator[AuditEntry]:
-        """Follow the audit: entries from now on, or after the query's `after_seq`, the oldest first."""
+        """Follow the audit: entries from now on, or after the query's `after_seq`; oldest first."""
         require(actor, Role.ADMIN)
         async with self._store.changes() as changes:
             last = query.after_seq
@@ -65,7 +65,7 @@ class AuditLog:
             known = last
             async for change in changes:
                 if isinstance(change, AuditAdded):
-                    # of a database that several servers write, a lower number may come later
+                    # with several servers, lower numbers may arrive later
                     if change.entry.seq > known and query.matches(change.entry):
                         last = max(last, change.entry.seq)
                         yield change.entry
@@ -76,7 +76,7 @@ class AuditLog:
                     known = last
 
     async def export(self, query: AuditQuery = EVERYTHING, *, actor: Actor = EMBEDDER) -> AsyncIterator[AuditEntry]:
-        """All entries that the query selects, the oldest first."""
+        """All entries that the query selects, oldest first."""
         require(actor, Role.ADMIN)
         async for entry in self._after(query, query.after_seq or 0):
             yield entry
@@ -95,15 +95,15 @@ class AuditLog:
 
     @uninterrupted
     async def add(self, entry: AuditEntry) -> None:
-        """Record what changes no row, in a transaction of its own."""
+        """Record an action that changes no row, in its own transaction."""
         await self._store.transact(lambda transaction: transaction.audit(entry))
 
     async def record(self, actor: Actor, action: str, object_kind: str) -> None:
-        """As `add`, for an object that exists only once."""
+        """Like `add`, for an object of which there is only one."""
         await self.add(AuditEntry(at=self._clock.time(), actor=actor, action=action, object_kind=object_kind))
 
     async def login_failed(self, source: str, reason: str) -> None:
-        """Record a failed login: once a minute for each source, with a count, and a few a minute in total."""
+        """Record a failed login: once a minute per source, with a count, and a few per minute in total."""
         now = time.monotonic()
         known = self._failures.setdefault(source, _Failures(0, -_SAMPLE_EVERY))
         self._failures.move_to_end(source)
@@ -124,13 +124,13 @@ class AuditLog:
         )
 
     async def keep(self, seconds: float) -> None:
-        """Remove entries that are older than this, until cancelled."""
+        """Remove entries older than `seconds` periodically, until cancelled."""
         while True:
             await self.prune(seconds)
             await self._clock.sleep(_PRUNE_EVERY)
 
     async def prune(self, seconds: float) -> int:
-        """Remove entries that are older than this, some at a time; returns how many."""
+        """Remove entries older than `seconds`, in parts; returns how many."""
         total, before = 0, self._clock.time() - seconds
         while (removed := await self._store.prune_audit(before, _AT_ONCE)) > 0:
             total += removed

@@ -1,4 +1,4 @@
-"""Bans: UUIDs, keys and unique tokens by which machines are refused."""
+"""Bans of machines by UUID, key or unique token."""
 
 from dataclasses import dataclass, replace
 
@@ -31,17 +31,17 @@ class StandingBan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BanOutcome:
-    """What a call of `Bans.add` did."""
+    """The result of `Bans.add`."""
 
     ban: Ban
     is_new: bool
-    """False where it was banned already."""
+    """Whether the ban is new."""
     machine: MachineStatus | None
-    """The machine that was removed, as it was."""
+    """The machine that was removed, in its last state."""
 
 
 class Bans:
-    """Each method that changes something is audited, and raises ForbiddenError where the actor's role is too low."""
+    """Every change is audited and raises ForbiddenError if the actor's role is too low."""
 
     def __init__(self, store: Store, machines: Machines, administration: MachineAdministration, clock: Clock) -> None:
         self._store = store
@@ -50,17 +50,17 @@ class Bans:
         self._clock = clock
 
     async def page(self, page_size: int = 0, page_token: str = "") -> Page[StandingBan]:
-        """The bans, by kind and value."""
+        """One page of bans, ordered by kind and value."""
         found = [StandingBan(ban=ban, grounds=grounds) for ban, grounds in (await self._store.bans()).items()]
         found.sort(key=_sort_key)
         return page_of(found, _sort_key, page_size, page_token)
 
     @uninterrupted
     async def add(self, name: str, *, kind: BanKind | None = None, reason: str = "", actor: Actor = EMBEDDER) -> BanOutcome:
-        """Refuse a machine from now on, and end its link at once.
+        """Refuse a machine from now on, and end its link immediately.
 
-        `name` is a UUID, an id, a name or a public key; with `kind` KEY or UNIQUE, what is banned is the named machine's key or
-        unique token instead of its UUID. Raises ConfigurationError where it names nothing that can be banned.
+        `name` is a UUID, id, name or public key; with `kind` KEY or UNIQUE, the machine's key or unique token is banned instead
+        of its UUID. Raises ConfigurationError if the name leads to nothing that can be banned.
         """
         require(actor, Role.OPERATOR)
         check_note(reason)
@@ -92,9 +92,9 @@ class Bans:
 
     @uninterrupted
     async def lift(self, value: str, *, kind: BanKind = BanKind.UUID, actor: Actor = EMBEDDER) -> Ban:
-        """Lift a ban of a UUID, of a public key, or of a unique token (itself, or its digest in hexadecimal digits).
+        """Lift the ban of a UUID, a public key, or a unique token (given itself or as its digest in hexadecimal digits).
 
-        Raises ConfigurationError for what is none of these, NotFoundError where it is not banned.
+        Raises ConfigurationError for anything else, NotFoundError if it is not banned.
         """
         require(actor, Role.OPERATOR)
         ban = Ban(kind=kind, value=_banned_value(value, kind))

@@ -1,4 +1,4 @@
-"""All machines for a program that keeps the list itself: told once, and from then on by what changed, look by look."""
+"""The list of machines for programs that keep a copy: all machines once, then changes with each poll."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from siderolink.server.admin.hostnames import Hostnames
 from siderolink.server.admin.machines import MachineAdministration, MachineStatus
 
 MAX_FOLLOWERS: Final = 16
-"""Each holds what it was told of every machine."""
+"""Maximum programs; each costs the state it was sent of every machine."""
 _AT_ONCE: Final = 100
 _WHOLE: Final = 20
-"""Machines in one part: whole ones take long to encode."""
+"""Whole machines in one part, which take long to encode."""
 
 Row = tuple[int, str]
 Link = tuple[object, ...]
@@ -23,26 +23,26 @@ Link = tuple[object, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FollowedPart:
-    """A part of what one look has found."""
+    """A part of the result of one poll."""
 
     machines: list[MachineStatus] = field(default_factory=list)
-    """New ones, and those whose rows or hostnames changed."""
+    """New machines, and those whose rows or hostnames changed."""
     links: list[MachineStatus] = field(default_factory=list)
-    """Others whose links changed."""
+    """Other machines, whose links changed."""
     gone: list[str] = field(default_factory=list)
     is_last: bool = False
 
 
 class Follower:
-    """What one program knows of the machines."""
+    """What one program was sent."""
 
     def __init__(self, machines: MachineAdministration, hostnames: Hostnames) -> None:
         self._machines = machines
         self._hostnames = hostnames
-        self._told: dict[str, tuple[Row, Link]] = {}
+        self._sent: dict[str, tuple[Row, Link]] = {}
 
     async def look(self) -> AsyncIterator[FollowedPart]:
-        """What is new to it, in parts. Other tasks run meanwhile."""
+        """The changes since the last poll, in parts. Yields to other tasks meanwhile."""
         seen: set[str] = set()
         machines: list[MachineStatus] = []
         links: list[MachineStatus] = []
@@ -50,12 +50,12 @@ class Follower:
             for status in part:
                 machine_id = status.machine.id
                 seen.add(machine_id)
-                now, before = self._state(status), self._told.get(machine_id)
+                now, before = self._state(status), self._sent.get(machine_id)
                 if before is None or before[0] != now[0]:
                     machines.append(status)
                 elif before[1] != now[1]:
                     links.append(status)
-                self._told[machine_id] = now
+                self._sent[machine_id] = now
             for whole in in_parts(machines, _WHOLE):
                 yield FollowedPart(machines=whole)
             if len(links) >= _AT_ONCE:
@@ -63,13 +63,13 @@ class Follower:
                 links = []
             machines = []
             await checkpoint()
-        gone = [machine_id for machine_id in self._told if machine_id not in seen]
+        gone = [machine_id for machine_id in self._sent if machine_id not in seen]
         for machine_id in gone:
-            del self._told[machine_id]
+            del self._sent[machine_id]
         yield FollowedPart(links=links, gone=gone, is_last=True)
 
     def _state(self, status: MachineStatus) -> tuple[Row, Link]:
-        """What of a machine is compared. Times are not: what moves them moves the counters."""
+        """What is compared of a machine. Times are left out: whatever changes them also changes the counters."""
         machine, peer = status.machine, status.peer
         link: Link = (status.state, *status.limits_biting)
         if peer is not None:
@@ -78,7 +78,7 @@ class Follower:
 
 
 class Followers:
-    """How many programs follow."""
+    """Limits the number of programs that follow."""
 
     def __init__(self, machines: MachineAdministration, hostnames: Hostnames) -> None:
         self._machines = machines
@@ -87,7 +87,7 @@ class Followers:
 
     @contextmanager
     def one_more(self) -> Iterator[Follower | None]:
-        """None where there are as many as may be."""
+        """Register a follower; yields None if the limit is reached."""
         if self._count >= MAX_FOLLOWERS:
             yield None
             return

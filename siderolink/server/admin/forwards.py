@@ -1,6 +1,6 @@
-"""Ports of machines for callers from elsewhere: who may reach which, how many at a time, and the record of it.
+"""Connections to machines' ports for remote callers: permissions, limits and audit.
 
-A machine takes the overlay's server for its administrator, so a connection from here is as good as that role.
+To a machine, the server's overlay address is its administrator, so a connection from here carries that power.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ from siderolink.server.store.audit import EMBEDDER
 log = logging.getLogger(__name__)
 
 MAX_FORWARDS: Final = 256
-"""Connections at a time; each holds 256 KiB at most."""
+"""Maximum connections; each buffers 256 KiB at most."""
 UNSENT_BYTES: Final = 64 * 1024
-"""What the kernel keeps unsent of a connection to a machine's port; the rest is credited when it takes it."""
+"""Unsent bytes kept by the kernel for a connection to a machine's port; data is credited when the kernel takes it."""
 _REFUSALS_PER_MINUTE: Final = 10
 _RECORD_SECONDS: Final = 5.0
 
 OpenPort = Callable[[Machine, int], Awaitable[socket.socket]]
 """Connects to a port of a machine over the overlay. Raises OSError, TimeoutError or SideroLinkError."""
 StartPipe = Callable[[socket.socket], Awaitable[Pipe]]
-"""Tells the caller that the port is open, and makes the pipe to it."""
+"""Tells the caller that the port is open, and creates the pipe to it."""
 
 
 class ForwardRefusal(StrEnum):
@@ -61,15 +61,15 @@ class ForwardRefusal(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardCounters:
-    """What was forwarded since the start."""
+    """Counters since the start."""
 
     open: int
-    """Connections now."""
+    """Open connections."""
     opened: int
     refusals: Mapping[str, int]
     """Those that were not opened, by `ForwardRefusal`."""
     held_bytes: int
-    """Bytes of all connections that wait to be written out."""
+    """Bytes of all connections waiting to be written."""
     to_machines: int
     from_machines: int
 
@@ -96,10 +96,10 @@ class _Forward:
 
 
 class Forwards:
-    """Connections to ports of machines: for admins, and for API keys with a grant for the machine."""
+    """Connections to machines' ports, for admins and for API keys with a grant for the machine."""
 
     def __init__(self, machines: MachineAdministration, audit: AuditLog, clock: Clock, open_port: OpenPort | None) -> None:
-        """`open_port` is None where there is no overlay."""
+        """`open_port` is None without an overlay."""
         self._machines = machines
         self._audit = audit
         self._clock = clock
@@ -121,12 +121,12 @@ class Forwards:
         )
 
     async def check(self, name: str, port: int, *, actor: Actor = EMBEDDER) -> Machine:
-        """The machine of that name, id, UUID or public key, if the actor may reach this port of it.
+        """The machine with this name, id, UUID or public key, if the actor may reach the port.
 
-        Raises ForbiddenError, NotFoundError, ConfigurationError, and SideroLinkError for a machine that has no link.
+        Raises ForbiddenError, NotFoundError, ConfigurationError, and SideroLinkError for a machine without a link.
         """
         if not 1 <= port <= 65535:
-            raise ConfigurationError(f"a port is a number from 1 to 65535, not {port}")
+            raise ConfigurationError(f"a port must be a number from 1 to 65535, not {port}")
         is_admin = actor.role is not None and actor.role.includes(Role.ADMIN)
         if not is_admin and not actor.grants:
             await self._refuse(actor, port, one_line(name, limit=64))
@@ -163,9 +163,9 @@ class Forwards:
         )
 
     async def run(self, name: str, port: int, start: StartPipe, *, actor: Actor = EMBEDDER) -> None:
-        """Carry one connection to the machine's port, to its end.
+        """Run one connection to a machine's port until it ends.
 
-        Raises what `check` raises, SideroLinkError for a port that does not answer, and what `Pipe.run` raises.
+        Raises the errors of `check` and of `Pipe.run`, and SideroLinkError for a port that does not answer.
         """
         machine = await self.check(name, port, actor=actor)
         if len(self._running) >= MAX_FORWARDS:
@@ -180,7 +180,7 @@ class Forwards:
                 with forward.scope:
                     outcome = await self._carry(forward, start)
                 if forward.scope.cancelled_caught:
-                    outcome = "the machine has no link any more"
+                    outcome = "the machine no longer has a link"
                     raise SideroLinkError(f"the machine {machine.shown_name} was removed or denied")
             except PipeCutError as error:
                 outcome = "reset by the machine" if error.is_connection else "reset by the caller"
@@ -242,7 +242,7 @@ class Forwards:
                 await self._audit.add(entry)
         except (StoreError, TimeoutError) as error:
             fields = forward.machine.log_fields
-            log.warning("the end of a forwarded connection could not be audited: %s", error, extra=fields)
+            log.warning("cannot audit the end of a forwarded connection: %s", error, extra=fields)
 
     def end_of(self, machine_id: str) -> None:
         """End the connections to a machine that was removed or denied."""
@@ -254,14 +254,14 @@ class Forwards:
 async def open_machine_port(
     machine: Machine, port: int, *, source: IPv6Address, interface: str, namespace: str | None = None
 ) -> socket.socket:
-    """A TCP connection from the server's overlay address to a port of the machine. Raises OSError, TimeoutError.
+    """Open a TCP connection from the server's overlay address to a machine's port. Raises OSError, TimeoutError.
 
     Raises ForbiddenError for a row with the server's own address.
     """
     if machine.overlay_address == source:
-        raise ForbiddenError("that is the server's own address")
+        raise ForbiddenError("this is the server's own address")
     sock = await dial_overlay(source, machine.overlay_address, port, interface, namespace=namespace)
-    with contextlib.suppress(OSError):  # it may be reset already
+    with contextlib.suppress(OSError):  # it may already be reset
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

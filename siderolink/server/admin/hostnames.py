@@ -1,4 +1,4 @@
-"""Hostnames from machines' events, for display and search. No call accepts one as a name, because machines can claim any."""
+"""Hostnames from machines' events, for display and search only: machines may claim any name, so no call accepts one."""
 
 import re
 from collections.abc import AsyncIterator
@@ -11,11 +11,11 @@ from siderolink.server.reporting import MachineEvent, ReportsLost
 _EVENT: Final = AddressEvent.__name__
 _NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _PRUNED_ABOVE: Final = 1024
-"""Names are forgotten with their machines once there are so many more of them."""
+"""Names of removed machines are dropped once there are this many more names than machines."""
 
 
 class Hostnames:
-    """The last hostname of each machine, since this server started."""
+    """The last hostname that each machine reported since this server started."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -26,13 +26,13 @@ class Hostnames:
         return self._names.get(machine_id, "")
 
     async def follow(self, events: AsyncIterator[MachineEvent | ReportsLost]) -> None:
-        """Read machines' events, until cancelled."""
+        """Process machines' events until cancelled."""
         async for event in events:
             if isinstance(event, MachineEvent) and event.kind == _EVENT:
                 self.note(event)
 
     def note(self, event: MachineEvent) -> None:
-        """Note the hostname in an event, if it has a valid one."""
+        """Store the event's hostname if it has a valid one."""
         told = event.payload
         name = told.hostname.lower() if isinstance(told, AddressEvent) and len(told.hostname) <= 253 else ""
         if _NAME.fullmatch(name) is None:

@@ -1,4 +1,4 @@
-"""What a machine's own API says of the machine: a fixed list of read calls, bounded in bytes, number and time."""
+"""Queries a machine's own API with a fixed list of read calls, bounded in bytes, number and time."""
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -23,15 +23,15 @@ from siderolink.server.fleet.directory import LinkState
 from siderolink.server.store import Machine
 
 OpenApi = Callable[[Machine], AbstractAsyncContextManager[GrpcChannel]]
-"""A channel to a machine's API over the overlay."""
+"""Opens a channel to a machine's API over the overlay."""
 S = TypeVar("S", HostnameStatusSpec, NodeAddressSpec, MachineStatusSpec)
 
 SECONDS: Final = 8.0
 AT_ONCE: Final = 16
 ANSWER_BYTES: Final = 1024 * 1024
-"""Of one call."""
+"""Per call."""
 _MOST: Final = 64
-"""Addresses, disks and conditions of one machine."""
+"""Maximum addresses, disks and conditions of one machine."""
 _LONGEST: Final = 128
 
 
@@ -46,7 +46,7 @@ class MachineDisk:
 
 @dataclass(slots=True, kw_only=True)
 class MachineAnswer:
-    """Text is as the machine says, made printable and short; empty is what it did not say."""
+    """The answers of one machine. Texts are made printable and shortened; empty if the machine did not answer."""
 
     version: str = ""
     platform: str = ""
@@ -54,12 +54,12 @@ class MachineAnswer:
     """Such as "running"."""
     is_ready: bool = False
     unmet: list[str] = field(default_factory=list)
-    """Why it is not ready."""
+    """The reasons why it is not ready."""
     hostname: str = ""
     addresses: list[str] = field(default_factory=list)
     disks: list[MachineDisk] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    """What it did not answer, each with a status."""
+    """Calls that failed, each with its status."""
 
 
 def _text(text: str) -> str:
@@ -67,7 +67,7 @@ def _text(text: str) -> str:
 
 
 class MachineAnswers:
-    """Asks machines whose link is up."""
+    """Queries machines whose link is up."""
 
     def __init__(self, machines: MachineAdministration, open_api: OpenApi | None) -> None:
         self._machines = machines
@@ -75,10 +75,10 @@ class MachineAnswers:
         self._limiter = anyio.CapacityLimiter(AT_ONCE)
 
     async def ask(self, name: str) -> MachineAnswer:
-        """Raises NotFoundError, SideroLinkError for a link that is not up, and ServerUnreachableError for no answer in time."""
+        """Raises NotFoundError, SideroLinkError if the link is not up, and ServerUnreachableError if there is no answer."""
         status = await self._machines.get(name)
         if self._open_api is None or status.state is not LinkState.UP:
-            raise SideroLinkError("the machine's link is not up, so that its API cannot be asked")
+            raise SideroLinkError("cannot query the machine's API: its link is not up")
         try:
             with anyio.fail_after(SECONDS):
                 async with self._limiter, self._open_api(status.machine) as channel:
@@ -88,7 +88,7 @@ class MachineAnswers:
 
 
 async def ask_machine(channel: GrpcChannel) -> MachineAnswer:
-    """By all the calls; what one does not answer is noted. Raises ServerUnreachableError or InvalidAnswerError."""
+    """Make all calls; failures of single calls are noted. Raises ServerUnreachableError or InvalidAnswerError."""
     answer = MachineAnswer()
     calls: Sequence[tuple[str, Callable[[GrpcChannel, MachineAnswer], Awaitable[None]]]] = (
         ("version", _ask_version),

@@ -1,4 +1,4 @@
-"""The administration of machines: listed, named, labelled, let in and removed."""
+"""The administration of machines: list, name, label, accept, limit and remove."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +45,7 @@ _HEARD_SECONDS: Final = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineStatus:
-    """One machine as it is now."""
+    """One machine's current status."""
 
     machine: Machine
     state: LinkState
@@ -56,14 +56,14 @@ class MachineStatus:
 
     @property
     def last_seen_at(self) -> float | None:
-        """When it was last heard, as a Unix time in seconds; None if never."""
+        """When it was last heard, as Unix time in seconds; None if never."""
         heard = None if self.peer is None else self.peer.last_received
         return max(filter(None, (heard, self.machine.seen_at)), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkElsewhere:
-    """A machine's link at another server that shares the store."""
+    """A machine's link at another server of the store."""
 
     server_id: str
     state: LinkState
@@ -72,22 +72,22 @@ class LinkElsewhere:
 
     @property
     def heard_at(self) -> float:
-        """When that server last heard the machine, as Unix time by this host's clock."""
+        """When that server last heard the machine, as Unix time of this host's clock."""
         return self.peer.last_received or 0.0
 
 
 class OtherServers(Protocol):
-    """The servers that share the store, asked for what they alone know. Who does not answer in time is passed over."""
+    """Queries to the other servers of the store. Servers that do not answer in time are left out."""
 
     async def link(self, machine_id: str) -> LinkElsewhere | None:
-        """A machine's link at the server that heard it last."""
+        """The machine's link at the server that heard it most recently."""
 
     async def links(self) -> Mapping[str, LinkElsewhere]:
-        """All their links, by the ids of the machines."""
+        """All links of the other servers, by machine id."""
 
 
 def with_elsewhere(status: MachineStatus, other: LinkElsewhere | None) -> MachineStatus:
-    """A machine's status, from the server that heard it last."""
+    """The machine's status as seen by the server that heard it most recently."""
     heard = status.peer.last_received if status.peer is not None else None
     if other is None or (heard or 0.0) >= other.heard_at:
         return status
@@ -119,22 +119,22 @@ async def statuses(device: Device, links: Sequence[MachineLink], limits: LimitWa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineQuery:
-    """Selects and sorts machines; what is empty selects all."""
+    """Selects and sorts machines; an empty field selects all."""
 
     states: Collection[str] = ()
-    """Admissions (accepted, pending, denied) and states of links (up, down); several of one kind: any of them."""
+    """Admissions (accepted, pending, denied) and link states (up, down). Several of one kind are alternatives."""
     text: str = ""
-    """A part of the name, the hostname or the UUID."""
+    """A substring of the name, the hostname or the UUID."""
     selector: str = ""
     """See `selection.Selector`."""
     version: str = ""
-    """A version, or the beginning of one."""
+    """A version or a prefix of one."""
     token: str = ""
-    """A join token's id, name, or the first digits of its digest."""
+    """A join token's id or name, or the first digits of its digest."""
     transport: str = ""
     """udp or tunnel."""
     sort: str = ""
-    """One of SORTS, the name if empty; with a leading "-" the other way."""
+    """One of SORTS, by default the name; a leading "-" reverses the order."""
     page_size: int = 0
     page_token: str = ""
 
@@ -157,17 +157,17 @@ SORTS: Final = (*_OF_ROW, *_OF_STATUS)
 
 
 class _Filter:
-    """A query's conditions, checked once."""
+    """A query's conditions, validated once."""
 
     def __init__(self, query: MachineQuery, hostnames: Hostnames, token_id: str, token_digest: bytes) -> None:
         admissions, links = {str(one) for one in MachineAdmission}, {str(LinkState.UP), str(LinkState.DOWN)}
         unknown = sorted(set(query.states) - admissions - links)
         if unknown:
             raise ConfigurationError(
-                f"a state is one of {', '.join(sorted(admissions | links))}, not {one_line(unknown[0], limit=32)}"
+                f"a state must be one of {', '.join(sorted(admissions | links))}, not {one_line(unknown[0], limit=32)}"
             )
         if query.transport not in ("", "udp", "tunnel"):
-            raise ConfigurationError(f"a transport is udp or tunnel, not {one_line(query.transport, limit=32)}")
+            raise ConfigurationError(f"a transport must be udp or tunnel, not {one_line(query.transport, limit=32)}")
         self._admissions = admissions.intersection(query.states)
         self._links = links.intersection(query.states)
         self._text = query.text.lower()
@@ -202,9 +202,9 @@ class _Filter:
 
 
 class MachineAdministration:
-    """Each method that changes something is audited, and raises ForbiddenError where the actor's role is too low.
+    """Every change is audited and raises ForbiddenError if the actor's role is too low.
 
-    `name` is a machine's name, id, UUID or public key; NotFoundError is raised where there is none.
+    `name` is a machine's name, id, UUID or public key; an unknown one raises NotFoundError.
     """
 
     def __init__(
@@ -228,10 +228,10 @@ class MachineAdministration:
         self._hostnames = hostnames or Hostnames(directory)
         self.other_servers: OtherServers | None = None
 
-    # --- looking
+    # --- reading
 
     def shown_name(self, machine_id: str) -> str:
-        """The name that is shown of a machine; empty if it is not known."""
+        """The machine's display name; empty if it is unknown."""
         link = self._directory.get(machine_id)
         return "" if link is None else link.machine.shown_name
 
@@ -252,7 +252,7 @@ class MachineAdministration:
         return with_elsewhere(found, await self.other_servers.link(machine.id))
 
     async def page(self, query: MachineQuery) -> Page[MachineStatus]:
-        """One page of the machines that a query selects. Raises ConfigurationError."""
+        """One page of the machines that the query selects. Raises ConfigurationError."""
         name, descending = query.sort.removeprefix("-") or "name", query.sort.startswith("-")
         elsewhere = {} if self.other_servers is None else await self.other_servers.links()
         links = await self._selected(query, elsewhere)
@@ -262,7 +262,7 @@ class MachineAdministration:
             keyed: list[tuple[SortKey, MachineStatus]] = [((of_status(one), one.machine.id), one) for one in found]
             return await _sorted_page(keyed, lambda status: status.machine, query, descending)
         if name not in _OF_ROW:
-            raise ConfigurationError(f"machines are sorted by {', '.join(SORTS)}, not by {one_line(name, limit=32)}")
+            raise ConfigurationError(f"machines can be sorted by {', '.join(SORTS)}, not by {one_line(name, limit=32)}")
         of_row = _OF_ROW[name]
         rows = list[tuple[SortKey, MachineLink]]()
         for part in in_parts(links, _AT_ONCE):
@@ -273,7 +273,7 @@ class MachineAdministration:
         return Page(items=found, next_page_token=page.next_page_token, total=page.total)
 
     async def every(self) -> list[MachineStatus]:
-        """The status of every machine. Other tasks run meanwhile."""
+        """The status of every machine. Yields to other tasks meanwhile."""
         elsewhere = {} if self.other_servers is None else await self.other_servers.links()
         links = [_as_elsewhere(link, elsewhere.get(link.machine.id)) for link in self._directory]
         await checkpoint()
@@ -284,7 +284,7 @@ class MachineAdministration:
         return [with_elsewhere(one, elsewhere.get(one.machine.id)) for one in found] if elsewhere else found
 
     async def all(self, query: MachineQuery) -> AsyncIterator[MachineStatus]:
-        """Every machine that a query selects, in its order, page by page."""
+        """Every machine that the query selects, in its order, loaded page by page."""
         token = ""
         while True:
             page = await self.page(replace(query, page_size=1000, page_token=token))
@@ -295,7 +295,7 @@ class MachineAdministration:
                 return
 
     async def selects(self, query: MachineQuery) -> Callable[[Machine], bool]:
-        """A query's condition, for machines one by one. Raises ConfigurationError."""
+        """The query's condition as a function of single machines. Raises ConfigurationError."""
         taken = await self._filter(query)
 
         def is_taken(machine: Machine) -> bool:
@@ -348,22 +348,22 @@ class MachineAdministration:
         return await self._change(name, actor, "machine.label", change)
 
     async def annotate(self, name: str, note: str, *, actor: Actor = EMBEDDER) -> Machine:
-        """Replace the note."""
+        """Replace a machine's note."""
         wanted = check_note(note)
         return await self._change(name, actor, "machine.note", lambda machine: replace(machine, note=wanted))
 
     async def set_tunnel(self, name: str, setting: TunnelSetting, *, actor: Actor = EMBEDDER) -> Machine:
-        """Decide whether the machine's next Provision call is answered with the tunnel."""
+        """Set whether the next Provision call makes the machine use the tunnel."""
         return await self._change(name, actor, "machine.tunnel", lambda machine: replace(machine, tunnel_setting=setting))
 
     async def set_rates(self, name: str, *, rx: int | None = None, tx: int | None = None, actor: Actor = EMBEDDER) -> Machine:
-        """Limit the bits a second that are taken from a machine (`rx`) and sent to it (`tx`).
+        """Limit the bandwidth from a machine (`rx`) and to it (`tx`), in bits per second.
 
-        0 is the server's limit for each machine; None leaves it as it is. Raises ConfigurationError.
+        0 selects the server's default per machine; None keeps the present limit. Raises ConfigurationError.
         """
         for rate in (rx, tx):
             if rate and not MIN_RATE <= rate <= MAX_RATE:
-                raise ConfigurationError(f"a limit of bandwidth is {MIN_RATE} to {MAX_RATE} bits a second, not {rate}")
+                raise ConfigurationError(f"a bandwidth limit must be {MIN_RATE} to {MAX_RATE} bits a second, not {rate}")
 
         def change(machine: Machine) -> Machine:
             wanted_rx = machine.rate_rx if rx is None else rx or None
@@ -375,13 +375,13 @@ class MachineAdministration:
     async def accept(self, name: str, *, forget_token: bool = False, actor: Actor = EMBEDDER) -> Machine:
         """Accept a pending or denied machine. `forget_token` unbinds an accepted machine's unique token.
 
-        Raises SideroLinkError where another accepted machine has its UUID.
+        Raises SideroLinkError if another accepted machine has its UUID.
         """
 
         async def change(transaction: Transaction, machine: Machine) -> Machine:
             owner = await transaction.machine_by_uuid(machine.node_uuid)
             if owner is not None and owner.id != machine.id:
-                raise SideroLinkError(f"another accepted machine has the UUID {machine.node_uuid}; forget that one first")
+                raise SideroLinkError(f"another accepted machine has the UUID {machine.node_uuid}; remove that one first")
             wanted = replace(machine, admission=MachineAdmission.ACCEPTED, has_uuid_conflict=False, assigned_uuid=None)
             return _unbound(wanted) if forget_token else wanted
 
@@ -395,7 +395,7 @@ class MachineAdministration:
 
     @uninterrupted
     async def deny(self, name: str, *, actor: Actor = EMBEDDER) -> Machine:
-        """End a machine's link and refuse its key, its UUID and its unique token until it is accepted or forgotten."""
+        """End a machine's link, and refuse its key, UUID and unique token until it is accepted or removed."""
         machine = await self._change(
             name, actor, "machine.deny", lambda machine: replace(machine, admission=MachineAdmission.DENIED)
         )
@@ -404,7 +404,7 @@ class MachineAdministration:
 
     @uninterrupted
     async def remove(self, name: str, *, actor: Actor = EMBEDDER) -> MachineStatus:
-        """Forget a machine and end its link; returns what it was. It may join again, as a new one."""
+        """Remove a machine and end its link; returns its last status. It may join again as a new machine."""
         require(actor, Role.OPERATOR)
         status = await self.get(name)
         if not await self._machines.remove(status.machine.id, LeaveReason.REMOVED, actor):
@@ -442,7 +442,7 @@ def _is_heard_here(status: MachineStatus) -> bool:
 
 
 def _as_elsewhere(link: MachineLink, other: LinkElsewhere | None) -> MachineLink:
-    """The link in the state that it has at another server, unless it is up here."""
+    """The link with its state at another server, unless it is up here."""
     if other is None or link.state in (other.state, LinkState.UP):
         return link
     return MachineLink(link.machine, other.state)
@@ -453,7 +453,7 @@ def _unbound(machine: Machine) -> Machine:
 
 
 def _weight(machine: Machine) -> int:
-    """About how long the machine's message is."""
+    """Approximate encoded size of the machine's message."""
     return 600 + 4 * len(machine.note) + sum(len(key) + len(value) + 8 for key, value in machine.labels.items())
 
 
@@ -479,4 +479,4 @@ async def _named(transaction: Transaction, name: str) -> Machine:
 
 
 def _unknown(name: str) -> NotFoundError:
-    return NotFoundError(f"no machine has the id, UUID or public key {one_line(name, limit=64)!r}, nor that name")
+    return NotFoundError(f"no machine has the id, name, UUID or public key {one_line(name, limit=64)!r}")

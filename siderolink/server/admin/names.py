@@ -1,4 +1,4 @@
-"""What administrators may write, and who is one. All raise ConfigurationError."""
+"""Checks of names, notes and roles. Checks of values raise ConfigurationError."""
 
 import re
 from typing import Final
@@ -14,17 +14,17 @@ _TAKEN = re.compile(r"[0-9a-f]{16}|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{
 
 
 def require(actor: Actor, least: Role) -> None:
-    """Raises ForbiddenError where the actor's role does not include this one."""
+    """Raises ForbiddenError if the actor's role does not include `least`."""
     if actor.role is None or not actor.role.includes(least):
         raise ForbiddenError(f"this needs the role {least}; {one_line(actor.name, limit=64)} has {actor.role or 'none'}")
 
 
 def check_name(text: str) -> str:
-    """A name in its one form, in lower case. None looks like an id or a UUID."""
+    """The name in lower case. A name must not look like an id or a UUID."""
     name = text.lower() if len(text) <= 63 else ""
     if _NAME.fullmatch(name) is None:
         raise ConfigurationError(
-            "a name has 1 to 63 letters, digits, dots, dashes and underscores, and begins and ends with a letter or digit"
+            "a name must have 1 to 63 letters, digits, dots, dashes and underscores, and start and end with a letter or digit"
         )
     if _TAKEN.fullmatch(name) is not None:
         raise ConfigurationError("a name may not look like an id or a UUID")
@@ -33,7 +33,7 @@ def check_name(text: str) -> str:
 
 def check_note(text: str) -> str:
     if len(text.encode("utf-8", "surrogatepass")) > MAX_NOTE_BYTES:
-        raise ConfigurationError(f"a note has at most {MAX_NOTE_BYTES} bytes")
+        raise ConfigurationError(f"a note may have at most {MAX_NOTE_BYTES} bytes")
     if any(not (character.isprintable() or character == "\n") for character in text):
         raise ConfigurationError("a note may not contain control characters")
     return text

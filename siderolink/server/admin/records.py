@@ -1,4 +1,4 @@
-"""What machines did and said: their history, kernel log lines and events, looked at and deleted."""
+"""Records of machines: history, kernel log lines and events; reading and deleting them."""
 
 import math
 from collections.abc import AsyncIterator, Sequence
@@ -21,10 +21,10 @@ from siderolink.server.store.audit import EMBEDDER
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """Whose records are meant."""
+    """The machine whose records are requested."""
 
     key: str
-    """Its id; of a machine that is gone its id or UUID, as it was given."""
+    """Its id; for a removed machine the id or UUID as given."""
     name: str
     is_known: bool
 
@@ -34,22 +34,22 @@ _ALL = _Owner("", "all machines", is_known=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How much is kept of machines. None where nothing of the kind is."""
+    """How much is kept of machines. None if nothing of the kind is kept."""
 
     history: HistoryOptions | None
     oldest: float | None
-    """The time of the history's first entry."""
+    """The time of the oldest history entry."""
     reports: KeepOptions | None
     """Kernel log lines and events in files."""
     reports_size: int
-    """Bytes of these files now."""
+    """Current size of these files in bytes."""
 
 
 class Records:
-    """A machine is named by its name, id, UUID or public key; one that is gone by its id or UUID.
+    """`machine` is a name, id, UUID or public key; for a removed machine its id or UUID.
 
-    Methods raise NotFoundError where neither a machine nor anything of one is known, ConfigurationError for a value that cannot
-    be, SideroLinkError where nothing of the kind is kept, and StoreError.
+    Methods raise NotFoundError for an unknown machine without records, ConfigurationError for an invalid value, SideroLinkError
+    if nothing of the kind is kept, and StoreError.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Records:
         size: int = 0,
         page_token: str = "",
     ) -> Page[HistoryEntry]:
-        """What happened to one machine or to all, the newest first."""
+        """The history of one machine or of all, newest first."""
         if self._history is None:
             raise SideroLinkError("this server keeps no history")
         size = page_size(size)
@@ -95,7 +95,7 @@ class Records:
         return Page(items=part, next_page_token=str(part[-1].seq) if len(found) > size else "", total=len(part))
 
     async def lines(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncIterator[KernelLine]:
-        """A machine's kernel log lines, the oldest first; with `follow` also those that come."""
+        """A machine's kernel log lines, oldest first; with `follow` also new ones."""
         owner = await self._owner(machine)
         found = False
         async with aclosing(self._kept.find_lines(owner.key, query, follow=follow)) as lines:
@@ -106,7 +106,7 @@ class Records:
             raise _unknown(machine)
 
     async def events(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncIterator[ReportedEvent]:
-        """What a machine told of itself; as `lines`."""
+        """A machine's events; like `lines`."""
         owner = await self._owner(machine)
         found = False
         async with aclosing(self._kept.find_events(owner.key, query, follow=follow)) as events:
@@ -118,15 +118,15 @@ class Records:
 
     @uninterrupted
     async def delete(self, machine: str = "", *, until: float | None = None, actor: Actor = EMBEDDER) -> tuple[int, int]:
-        """Delete the history, lines and events of a machine; with `until` what is older, without a machine of all.
+        """Delete the history, lines and events of a machine: all, or older ones with `until`. Without a machine, those of all.
 
-        Tells how many entries and bytes. Needs the role operator; audited.
+        Returns the number of entries and of bytes. Needs the role operator; audited.
         """
         require(actor, Role.OPERATOR)
         if not machine and until is None:
-            raise ConfigurationError("name a machine, or a time: what is older is deleted of all machines")
+            raise ConfigurationError("give a machine, or a time up to which the records of all machines are deleted")
         if until is not None and not math.isfinite(until):
-            raise ConfigurationError("the time up to which records are deleted is no time")
+            raise ConfigurationError("until must be a Unix time")
         owner = await self._owner(machine) if machine else _ALL
         key = owner.key or None
         entries = 0 if self._history is None else await self._history.delete(key, until=until)
@@ -159,15 +159,15 @@ class Records:
         )
 
     async def _is_kept(self, key: str) -> bool:
-        """Whether there is something in the history of a machine that is gone."""
+        """Whether the history has entries of a removed machine."""
         return self._history is not None and bool(await self._history.entries(key, limit=1))
 
     async def id_of(self, machine: str) -> str:
-        """The id of a machine; of one that is gone what it was named by."""
+        """The id of a machine; for a removed one the name as given."""
         return (await self._owner(machine)).key
 
     def name_of(self, machine_id: str) -> str:
-        """The name that is shown of a machine; empty for one that is gone."""
+        """The display name of a machine; empty for a removed one."""
         return self._machines.shown_name(machine_id)
 
     @property
@@ -189,8 +189,8 @@ def _kind(text: str) -> HistoryKind:
         return HistoryKind(text)
     except ValueError:
         known = ", ".join(HistoryKind)
-        raise ConfigurationError(f"the history knows {known}, not {one_line(text, limit=32)!r}") from None
+        raise ConfigurationError(f"a kind must be one of {known}, not {one_line(text, limit=32)!r}") from None
 
 
 def _unknown(name: str) -> NotFoundError:
-    return NotFoundError(f"no machine is known as {one_line(name, limit=64)!r}, and nothing is kept of one")
+    return NotFoundError(f"there is no machine {one_line(name, limit=64)!r}, and there are no records of one")

@@ -1,4 +1,4 @@
-"""How administrators let the machines of one server go to the others of its store."""
+"""Draining for administrators: moves the machines of one server to the others of its store."""
 
 import math
 from collections.abc import AsyncGenerator
@@ -20,12 +20,12 @@ _LONGEST: Final = 86_400.0
 
 
 def is_called(server: FleetServer, name: str) -> bool:
-    """Whether somebody who writes this means the server: its id, or the address where machines or other servers reach it."""
+    """Whether `name` refers to the server: its id, or the address at which machines or other servers reach it."""
     return name in (server.id, server.peer_address, *server.endpoints)
 
 
 class Servers:
-    """See the module. `membership` and `draining` are None where no other server can use the store."""
+    """See the module. `membership` and `draining` are None for a store that other servers cannot use."""
 
     def __init__(self, membership: Membership | None, draining: Draining | None, audit: AuditLog, clock: Clock) -> None:
         self._membership = membership
@@ -34,14 +34,14 @@ class Servers:
         self._clock = clock
 
     async def drain(self, name: str = "", timeout: float = 0.0, *, actor: Actor = EMBEDDER) -> AsyncGenerator[DrainStep]:
-        """Let the machines of this server go to others; tells each second how far it is. Needs the role admin.
+        """Move this server's machines to the others; yields the progress every second. Needs the role admin.
 
-        `timeout` is in seconds, 0.0 for the usual ones. The drain goes on when nobody follows it any more.
+        `timeout` is in seconds; 0.0 selects the default. The drain continues when its caller stops reading.
         Raises ConfigurationError, NotFoundError, SideroLinkError.
         """
         draining = self._mine(name, actor)
         if not (math.isfinite(timeout) and 0 <= timeout <= _LONGEST):
-            raise ConfigurationError(f"a drain takes 0 to {_LONGEST:g} seconds")
+            raise ConfigurationError(f"a drain timeout must be 0 to {_LONGEST:g} seconds")
         async with aclosing(draining.steps(timeout or DRAIN_SECONDS)) as steps:
             is_first = True
             async for step in steps:
@@ -51,7 +51,7 @@ class Servers:
                 yield step
 
     async def undo_drain(self, name: str = "", *, actor: Actor = EMBEDDER) -> None:
-        """Let this server stay after all. Needs the role admin. Raises NotFoundError, SideroLinkError."""
+        """End this server's drain. Needs the role admin. Raises NotFoundError, SideroLinkError."""
         await self._mine(name, actor).undo()
         await self._note("server.undo_drain", actor)
 
@@ -59,12 +59,12 @@ class Servers:
         require(actor, Role.ADMIN)
         membership, draining = self._membership, self._draining
         if membership is None or draining is None:
-            raise SideroLinkError("there are no other servers: only a store in Postgres is shared")
+            raise SideroLinkError("there are no other servers: draining needs a store in Postgres")
         mine = membership.get(membership.id)
         if name and not (mine is not None and is_called(mine, name)):
             raise NotFoundError(
-                f"no living server that can be called is {one_line(name, limit=64)!r}: see siderolink servers, "
-                "or ask that server itself"
+                f"no live server that can be called has the name {one_line(name, limit=64)!r}: see siderolink servers, "
+                "or call that server directly"
             )
         return draining
 

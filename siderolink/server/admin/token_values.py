@@ -1,4 +1,4 @@
-"""The values that an administrator may give to join tokens. Checks raise ConfigurationError, which repeats no secret."""
+"""Checks of join tokens' values. They raise ConfigurationError, whose message contains no secret."""
 
 import secrets
 import string
@@ -22,13 +22,13 @@ def random_secret() -> str:
 
 
 def check_secret(text: str) -> str:
-    """Raises ConfigurationError, which does not repeat it."""
+    """Raises ConfigurationError, whose message does not contain the token."""
     if not 0 < len(text.encode("utf-8", "surrogatepass")) <= MAX_JOIN_TOKEN_BYTES:
-        raise ConfigurationError(f"a join token has 1 to {MAX_JOIN_TOKEN_BYTES} bytes")
+        raise ConfigurationError(f"a join token must have 1 to {MAX_JOIN_TOKEN_BYTES} bytes")
     if not text.isprintable() or " " in text:
         raise ConfigurationError("a join token may not contain control characters or blanks")
     if is_signed(text):
-        raise ConfigurationError("a token that begins with v1: or v2: is a signed one; give the token that signs")
+        raise ConfigurationError("a token that begins with v1: or v2: is a signed one; give the token that signs it")
     return text
 
 
@@ -40,7 +40,7 @@ def check_name(text: str) -> str:
     if not text.isprintable():
         raise ConfigurationError("the join token name must not contain control characters")
     if text == GIVEN_TOKEN:
-        raise AlreadyExistsError(f"{GIVEN_TOKEN} is the name of the token that is given to the server")
+        raise AlreadyExistsError(f"{GIVEN_TOKEN} is the name of the server's own token")
     return text
 
 
@@ -50,22 +50,20 @@ def check_provider(kind: TokenKind, provider: str | None) -> str | None:
             raise ConfigurationError("only a token of the kinds v1 and v2 has a provider")
         return None
     if not provider or len(provider) > MAX_PROVIDER_LENGTH or not provider.isprintable():
-        raise ConfigurationError(
-            f"a token of kind {kind} is for one provider: name it, in at most {MAX_PROVIDER_LENGTH} characters"
-        )
+        raise ConfigurationError(f"a token of kind {kind} needs a provider, of at most {MAX_PROVIDER_LENGTH} characters")
     return provider
 
 
 def check_limits(max_uses: int | None, max_machines: int | None, *, one_time: bool = False) -> int | None:
-    """At most one of them, 1 to MAX_USES; returns how many uses there may be."""
+    """Checks that at most one is set, with 1 to MAX_USES; returns `max_uses`."""
     if one_time and max_uses not in (None, 1):
-        raise ConfigurationError("a one-time token has max_uses 1")
+        raise ConfigurationError("a one-time token cannot have another max_uses than 1")
     max_uses = 1 if one_time else max_uses
     if max_uses is not None and max_machines is not None:
-        raise ConfigurationError("a token limits its uses (max_uses) or its machines at a time (max_machines), not both")
+        raise ConfigurationError("set max_uses or max_machines, not both")
     for name, count in (("max_uses", max_uses), ("max_machines", max_machines)):
         if count is not None and not 1 <= count <= MAX_USES:
-            raise ConfigurationError(f"{name} is 1 to {MAX_USES}, not {count}")
+            raise ConfigurationError(f"{name} must be 1 to {MAX_USES}, not {count}")
     return max_uses
 
 
@@ -73,7 +71,7 @@ def expiry(now: float, at: float | None, seconds: float | None) -> float | None:
     if at is not None and seconds is not None:
         raise ConfigurationError("give expires_at or expires_in, not both")
     if seconds is not None and not 0 < seconds < 1e11:
-        raise ConfigurationError(f"expires_in is above 0 s, not {seconds:g}")
+        raise ConfigurationError(f"expires_in must be above 0 s, not {seconds:g}")
     if at is not None and not now < at < 1e12:
-        raise ConfigurationError("expires_at is a Unix time in the future")
+        raise ConfigurationError("expires_at must be a Unix time in the future")
     return at if seconds is None else now + seconds

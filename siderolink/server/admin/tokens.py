@@ -1,4 +1,4 @@
-"""The administration of join tokens. Every change is audited in the transaction that makes it; secrets are in no entry."""
+"""The administration of join tokens. Every change is audited in its transaction; entries contain no secret."""
 
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -45,40 +45,40 @@ _SHOWN: Final = (
     "labels",
     "is_default",
 )
-"""What the audit tells of a token."""
+"""The fields shown in the audit."""
 
 Change = Callable[[Transaction, JoinToken], Awaitable[JoinToken]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStatus:
-    """One join token as it is now."""
+    """One join token's current status."""
 
     token: JoinToken
-    """Its `secret` is sealed; `Tokens.show` tells it."""
+    """Its `secret` is sealed; `Tokens.show` returns it."""
     state: TokenState
     uses: int
-    """Of a token with a limit, the uses that are reserved or spent; of others, the machines that it last admitted."""
+    """For a limited token, its reserved and spent uses; for others, the number of machines that it last admitted."""
     machines: int
-    """Machines that are known now and that it last admitted; of one with `max_machines`, also those that are about to join."""
+    """Known machines that it last admitted; with `max_machines`, including those about to join."""
     is_given: bool = False
-    """It is the server's `join_token`: always there, and changed only there."""
+    """Whether it is the server's `join_token`, which cannot be changed or removed here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreatedToken:
-    """A new token, with its text: it is not shown again unless it is asked for."""
+    """A new token and its text. The text is shown again only by `show`."""
 
     status: TokenStatus
     secret: str = field(repr=False)
 
 
 class Tokens:
-    """The join tokens of a server, those of all servers that share its store. `server.tokens` is one.
+    """The join tokens of a server and of all servers that share its store; available as `server.tokens`.
 
-    Tokens are named by their name or id. Methods raise NotFoundError for a name that no token has, AlreadyExistsError for one
-    that another has, ConfigurationError for a value that cannot be, ForbiddenError for too low a role, SideroLinkError for what
-    the state forbids, and StoreError.
+    Tokens are identified by name or id. Methods raise NotFoundError for an unknown token, AlreadyExistsError for a name in use,
+    ConfigurationError for an invalid value, ForbiddenError if the role is too low, SideroLinkError if the token's state forbids
+    the operation, and StoreError.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Tokens:
         on_changed: Callable[[JoinToken, bool], None] = lambda token, is_gone: None,
         count_machines: Callable[[str], int] = lambda token_id: 0,
     ) -> None:
-        """`on_changed` is told each token that was changed here, and whether it is gone, before the caller goes on.
+        """`on_changed` is called with each token changed here, and whether it was removed, before the caller continues.
 
-        `count_machines` tells how many machines a token's id last admitted.
+        `count_machines` returns how many machines the token with an id last admitted.
         """
         self._store = store
         self._given = given
@@ -101,7 +101,7 @@ class Tokens:
     # --- reading
 
     async def list(self, *, after: str = "", limit: int = 100, states: Iterable[TokenState] = ()) -> Sequence[TokenStatus]:
-        """The first tokens by name whose names come after this one. Of `states`, if any are named."""
+        """One page of tokens ordered by name, after the name `after`; only those in `states`, if given."""
         wanted = set(states)
         found: list[TokenStatus] = []
         given = await self._given_status() if after < GIVEN_TOKEN else None
@@ -121,7 +121,7 @@ class Tokens:
         return given or (await self._statuses([await self._find(name)]))[0]
 
     async def show(self, name: str, *, actor: Actor = EMBEDDER) -> str:
-        """The token's text. Audited."""
+        """Return the token's text. Audited."""
         require(actor, Role.OPERATOR)
         if name == GIVEN_TOKEN and self._given.secret is not None:
             given = self._given.secret
@@ -140,7 +140,7 @@ class Tokens:
     async def signed(
         self, name: str, extra: Mapping[str, str] | None = None, *, version: TokenKind = TokenKind.V2, actor: Actor = EMBEDDER
     ) -> str:
-        """A signed token for the machines of a provider: of a token of kind V2 by itself, else by the default one. Audited."""
+        """Create a token for a provider's machines, signed by a V2 token itself or else by the default token. Audited."""
         require(actor, Role.OPERATOR)
         status = await self.get(name)
         token = status.token
@@ -148,7 +148,7 @@ class Tokens:
             signer = await self._store.transact(lambda transaction: transaction.tokens.find(*DEFAULT_TOKEN))
             secret = self._given.secret if signer is None else self._open(signer)
             if secret is None:
-                raise SideroLinkError("there is no default token that could sign")
+                raise SideroLinkError("there is no default token to sign with")
             kind = TokenKind.V1
         else:
             secret, kind = await self.show(name, actor=actor), TokenKind.V2
@@ -180,11 +180,11 @@ class Tokens:
         make_default: bool = False,
         actor: Actor = EMBEDDER,
     ) -> CreatedToken:
-        """Add a token: random, or with the text `token`. Expires never, at a Unix time, or in so many seconds from now.
+        """Add a token with a random text or the text `token`. It expires never, at a Unix time, or after some seconds.
 
-        `max_uses`, 1 to MAX_USES: how many machines may join by it; `one_time` means 1. `max_machines`: how many of them may be
-        known at a time; not both. `bound_uuid`: the only UUID that may.
-        `labels` and `tunnel` are for its machines. `kind` V1 and V2: for the machines of an infrastructure `provider`.
+        `max_uses`: how many machines may join by it, 1 to MAX_USES; `one_time` means 1. `max_machines`: how many of its
+        machines may be known at a time. At most one of the two can be set. `bound_uuid`: the only UUID that may use it.
+        `labels` and `tunnel` are given to its machines. `kind` V1 and V2: for the machines of an infrastructure `provider`.
         """
         require(actor, Role.OPERATOR)
         max_uses = check_limits(max_uses, max_machines, one_time=one_time)
@@ -216,7 +216,7 @@ class Tokens:
             await transaction.audit(self._entry(actor, "token.create", added, {}, _shown(added)))
             return added
 
-        with _told(made):
+        with _translated(made):
             added = await self._store.transact(work)
         self._on_changed(added, False)
         return CreatedToken(status=(await self._statuses([added]))[0], secret=secret)
@@ -236,10 +236,10 @@ class Tokens:
         remove_labels: Iterable[str] = (),
         actor: Actor = EMBEDDER,
     ) -> TokenStatus:
-        """Change what is not None; `bound_uuid` "" unbinds it, `max_uses` or `max_machines` 0 lifts its limit, `labels`
-        replaces them, `set_labels` and `remove_labels` change some.
+        """Change the values that are not None. `bound_uuid` "" unbinds it, `max_uses` or `max_machines` 0 lifts its limit,
+        `labels` replaces all labels, `set_labels` and `remove_labels` change some.
 
-        A token that was made without a limit gets none, and none of the other kind: its machines were not counted.
+        A token created without a limit cannot get one later, because its machines were not counted.
         """
 
         gone = frozenset(remove_labels)
@@ -248,8 +248,8 @@ class Tokens:
             for limit, wanted in (("max_uses", max_uses), ("max_machines", max_machines)):
                 if wanted and getattr(token, limit) is None:
                     raise SideroLinkError(
-                        f"a token that was made without {limit} cannot get it, because its machines "
-                        f"were not counted; make a new token with {limit}"
+                        f"a token created without {limit} cannot get it later, because its machines "
+                        f"were not counted; create a new token with {limit}"
                     )
             check_limits(max_uses or None, max_machines or None)
             fields: dict[str, object] = {
@@ -269,7 +269,7 @@ class Tokens:
         return await self._change(name, "token.update", actor, change)
 
     async def revoke(self, name: str, *, actor: Actor = EMBEDDER) -> TokenStatus:
-        """Admit no more machines by it; links stay. A machine with a bound unique token still gets in."""
+        """Stop admitting machines by it. Links stay, and a machine with a bound unique token may still join."""
         now = self._store.time()
 
         async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
@@ -278,7 +278,7 @@ class Tokens:
         return await self._change(name, "token.revoke", actor, change)
 
     async def reinstate(self, name: str, *, actor: Actor = EMBEDDER) -> TokenStatus:
-        """Take a revocation back; an expiry stays."""
+        """Undo a revocation. An expiry stays."""
 
         async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
             return replace(token, revoked_at=None)
@@ -288,7 +288,7 @@ class Tokens:
     async def renew(
         self, name: str, *, expires_at: float | None = None, expires_in: float | None = None, actor: Actor = EMBEDDER
     ) -> TokenStatus:
-        """Let it expire at another time, or never. Lifts no revocation."""
+        """Change the expiry, or remove it. Does not undo a revocation."""
         new_expiry = expiry(self._store.time(), expires_at, expires_in)
 
         async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
@@ -297,11 +297,11 @@ class Tokens:
         return await self._change(name, "token.renew", actor, change)
 
     async def make_default(self, name: str, *, actor: Actor = EMBEDDER) -> TokenStatus:
-        """Let it be the token that signs ``v1:`` tokens, and those ``v2:`` that name no provider. A revoked one may be, too."""
+        """Make it the token that signs ``v1:`` tokens, and ``v2:`` tokens without a provider. It may be a revoked one."""
 
         async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
             if token.kind is not TokenKind.PLAIN:
-                raise SideroLinkError("the token of a provider cannot be the default one")
+                raise SideroLinkError("the token of a provider cannot be the default token")
             if not token.is_default:
                 await _take_default(transaction)
             return replace(token, is_default=True)
@@ -310,7 +310,7 @@ class Tokens:
 
     @uninterrupted
     async def delete(self, name: str, *, actor: Actor = EMBEDDER) -> TokenStatus:
-        """Remove a token and what is known of its uses; links stay. Not the default one. Returns what it was."""
+        """Remove a token and its uses, and return its last status. Links stay. The default token cannot be removed."""
         require(actor, Role.OPERATOR)
         status = await self.get(name)
         _refuse_given(name)
@@ -327,7 +327,7 @@ class Tokens:
         self._on_changed(token, True)
         return replace(status, token=token)
 
-    # --- how
+    # --- implementation
 
     @uninterrupted
     async def _change(self, name: str, action: str, actor: Actor, change: Change) -> TokenStatus:
@@ -345,7 +345,7 @@ class Tokens:
                 await transaction.audit(self._entry(actor, action, new, before, after))
             return new
 
-        with _told(None):
+        with _translated(None):
             token = await self._store.transact(work)
         self._on_changed(token, False)
         return (await self._statuses([token]))[0]
@@ -386,7 +386,7 @@ class Tokens:
         return found
 
     async def _given_status(self) -> TokenStatus | None:
-        """The server's own token, as if it were stored."""
+        """The server's own token, in the form of a stored one."""
         if self._given.secret is None:
             return None
         default = await self._store.transact(lambda transaction: transaction.tokens.find(*DEFAULT_TOKEN))
@@ -401,13 +401,11 @@ def _given() -> JoinToken:
 
 def _refuse_given(name: str) -> None:
     if name == GIVEN_TOKEN:
-        raise SideroLinkError(
-            "the token that was given to the server can be changed only there: --join-token-file, or join_token"
-        )
+        raise SideroLinkError("the server's own token can only be changed at the server: --join-token-file, or join_token")
 
 
-class _told:
-    """Tells what may not be repeated in the words of the administration."""
+class _translated:
+    """Translates a duplicate value to an administration error."""
 
     def __init__(self, made: JoinToken | None) -> None:
         self._made = made

@@ -1,4 +1,4 @@
-"""The decision about a Provision call, and about a claim whose key was proved: each inside one transaction of the store."""
+"""The decisions about Provision calls and about claims whose key was proved, each inside one transaction of the store."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +22,10 @@ from siderolink.server.store import Claim, Machine, MachineAdmission, Transactio
 from siderolink.server.store.rows import NO_LABELS
 
 MAX_CLAIMS = 4
-"""Claims to one row at a time."""
+"""Maximum claims to one row."""
 MAX_CLAIMS_PER_SOURCE = 2
 CLAIM_SECONDS = 60.0
-"""How long a claim may take to be proved. WireGuard tries a handshake for 90 s, and a machine calls again after 30 s."""
+"""Time limit for proving a claim. WireGuard tries a handshake for 90 s, and a machine repeats its call after 30 s."""
 
 
 class Admission:
@@ -40,7 +40,7 @@ class Admission:
         policy: JoinPolicy | None = None,
         find_denied: Callable[[str, bytes | None], Iterable[str]] = lambda node_uuid, digest: (),
     ) -> None:
-        """`find_denied` tells the ids of rows that may be denied, by UUID and unique token."""
+        """`find_denied` returns the ids of rows that may be denied, by UUID and unique token."""
         self.policy = policy or JoinPolicy()
         self.pending = rows.pending
         self._liveness = liveness
@@ -49,7 +49,7 @@ class Admission:
         self._tokens = tokens
         self._find_denied = find_denied
 
-    # --- a call
+    # --- calls
 
     async def admit(self, transaction: Transaction, request: JoinRequest, new_id: str) -> Grant | Rejection:
         """Decide about a call; a new row or claim gets `new_id`."""
@@ -75,7 +75,7 @@ class Admission:
     async def _judge_token(
         self, transaction: Transaction, request: JoinRequest, owner: Machine | None, holder: Machine | None
     ) -> JoinRequest:
-        """The call with its token looked up, and with what that and the row say of the tunnel."""
+        """The request with its stored token looked up and the tunnel setting resolved from the row, the token and the call."""
         rows = [row for row in (owner, holder) if row is not None]
         join = await self._tokens.judge(transaction, request.credentials.join, request.node_uuid, rows)
         row = holder if holder is not None and holder.admission is MachineAdmission.PENDING else owner
@@ -96,7 +96,7 @@ class Admission:
         owner: Machine | None,
         holder: Machine | None,
     ) -> Grant:
-        """Reserve or spend a use of the token that admitted the call; the store ends one that another token had for the row."""
+        """Reserve or spend a use of the admitting token. The store ends the use of another token for the row."""
         token, row, claim = request.credentials.join.token, grant.machine, grant.claim
         before = next((known for known in (owner, holder) if known is not None and known.id == row.id), None)
         is_stored = claim is None and not grant.moves
@@ -140,7 +140,7 @@ class Admission:
         return await self._admit_other_key(transaction, request, new_id, owner, holder)
 
     def _check_tokens(self, request: JoinRequest, owner: Machine | None, holder: Machine | None) -> TokenVerdict | Rejection:
-        """The verdict on the call's tokens and UUID alone, before looking at the row."""
+        """Judge the call's tokens and UUID, before considering the row."""
         if holder is not None and holder.admission is MachineAdmission.DENIED:
             return refusal(JoinRefusal.DENIED, holder)
         known = Known(owner=owner, is_equal=_is_known(request, owner, holder))
@@ -151,14 +151,14 @@ class Admission:
         if request.credentials.join.is_provider_gone:
             return refusal(JoinRefusal.PROVIDER_GONE, owner)
         is_same = owner is not None and holder is not None and owner.id == holder.id
-        if is_placeholder(request.node_uuid) and not is_same:  # a row of an earlier version is known by its key
+        if is_placeholder(request.node_uuid) and not is_same:  # an earlier version's row is identified by its key
             return TokenVerdict.CONFLICT if self.policy.has_pending else refusal(JoinRefusal.PLACEHOLDER_UUID)
         return verdict
 
     async def _denied(
         self, transaction: Transaction, request: JoinRequest, owner: Machine | None, verdict: TokenVerdict
     ) -> Machine | None:
-        """A denied machine with a new key: it has the unique token of one, or the UUID and no accepted row for it."""
+        """Find the denied machine behind a new key: the call has its unique token, or its UUID and no accepted row."""
         for machine_id in self._find_denied(request.node_uuid, request.digest):
             row = await transaction.machine(machine_id)
             if row is None or row.admission is not MachineAdmission.DENIED:
@@ -169,7 +169,7 @@ class Admission:
         return None
 
     async def _admit_again(self, transaction: Transaction, request: JoinRequest, row: Machine) -> Grant | Rejection:
-        """The UUID and the key of one row: the same answer again, with a fresh virtual address where the link has died."""
+        """The UUID and the key belong to one row: repeat the answer, with a fresh virtual address if the link is dead."""
         is_assigned = _is_assigned_token(row, request.digest)
         if row.bound_digest is not None and not rules.same_token(row, request.digest) and not is_assigned:
             return refusal(JoinRefusal.OTHER_UNIQUE_TOKEN, row)
@@ -186,11 +186,11 @@ class Admission:
                 assigned_digest=None,
             )
         elif _is_contested(row, request.digest):
-            # Two callers name one key that nobody has proved, each with a token of its own: its handshake binds neither.
+            # Two callers with different tokens name the same unproved key: its handshake binds neither token.
             wanted = replace(row, unique_token_digest=None, unique_fingerprint="")
         is_living = link.unheard is not None and link.unheard < rules.ALIVE_SECONDS
         if not is_living or is_assigned or rules.same_token(row, request.digest):
-            # Who only repeats what is public changes nothing in a living link.
+            # A call that only repeats public values must not change a live link.
             wanted = replace(wanted, tunnel=request.use_tunnel, talos_version=request.talos_version)
             wanted = with_token(wanted, request.credentials.join)
         if wanted != row or needs_virtual:
@@ -200,7 +200,7 @@ class Admission:
     async def _admit_new(
         self, transaction: Transaction, request: JoinRequest, new_id: str, holder: Machine | None
     ) -> Grant | Rejection:
-        """A UUID that is not known."""
+        """Admit an unknown UUID."""
         if await self._is_claimed(transaction, request.public_key):
             return refusal(JoinRefusal.KEY_IN_USE)
         changed: tuple[Machine, ...] = ()
@@ -221,7 +221,7 @@ class Admission:
         return Grant(machine=row, basis=basis, changed=changed, evicted=evicted, is_new_machine=True, is_new_link=True)
 
     async def _take_key(self, transaction: Transaction, holder: Machine, row: Machine) -> tuple[tuple[Machine, ...], Machine]:
-        """Move a key away from its holder's row, and a working tunnel with it. Returns the rows that changed, and the key's."""
+        """Move a key, and a working tunnel, away from its holder's row. Returns the changed rows and the row with the key."""
         before = replace(holder, public_key=None, linked_at=None)
         link = await self._liveness.of(holder, transaction)
         if row.tunnel and not rules.needs_virtual_address(holder, False, link, self._clock.time()):
@@ -230,7 +230,7 @@ class Admission:
         return (await transaction.update(before),), row
 
     async def _rename(self, transaction: Transaction, request: JoinRequest, holder: Machine) -> Grant:
-        """The machine came back with the UUID that this server gave it: the row and its address stay."""
+        """The machine returns with the UUID that this server assigned: its row and address stay."""
         now = self._clock.time()
         needs_virtual = request.use_tunnel and holder.virtual_address is None
         row = replace(holder, node_uuid=request.node_uuid, assigned_uuid=None, tunnel=request.use_tunnel, joined_at=now)
@@ -240,7 +240,7 @@ class Admission:
     async def _admit_other_key(
         self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine, holder: Machine | None
     ) -> Grant | Rejection:
-        """A known UUID with another key than its row's: at most a claim."""
+        """A known UUID with another key than its row's: grants a claim at most."""
         link = await self._liveness.of(owner, transaction)
         basis = rules.may_take(
             owner,
@@ -292,7 +292,7 @@ class Admission:
         return replace(granted, evicted=evicted, ended=tuple(ended), is_new_link=True)
 
     async def _is_claimed(self, transaction: Transaction, public_key: PublicKey) -> bool:
-        """Whether a claim that has not expired names the key; one that has is removed."""
+        """Whether an unexpired claim names the key. Removes an expired one."""
         claim = await transaction.claim_by_key(public_key)
         if claim is not None and claim.expires_at <= self._clock.time():
             await transaction.delete_claim(claim)
@@ -300,7 +300,7 @@ class Admission:
         return claim is not None
 
     async def _claim_again(self, transaction: Transaction, request: JoinRequest, claim: Claim) -> Claim:
-        """The same claim for a repeated call; a machine that could not join by UDP may ask for the tunnel now."""
+        """The existing claim for a repeated call. A machine that could not join by UDP may request the tunnel now."""
         if not request.use_tunnel or claim.virtual_address is not None:
             return claim
         claim = replace(claim, virtual_address=self._rows.virtual_address())
@@ -311,7 +311,7 @@ class Admission:
         return Grant(machine=as_claimed(owner, claim), basis=basis, claim=claim)
 
     async def _take_own_key(self, transaction: Transaction, request: JoinRequest, owner: Machine, holder: Machine) -> Grant:
-        """The key was proved by another row, and both rows are bound to the caller's unique token: one machine, two UUIDs."""
+        """The key is another row's, and both rows are bound to the caller's unique token: one machine with two UUIDs."""
         virtual_address = None if request.use_tunnel else owner.virtual_address
         row = replace(owner, public_key=request.public_key, linked_at=None, virtual_address=virtual_address)
         row = replace(row, tunnel=request.use_tunnel, talos_version=request.talos_version, joined_at=self._clock.time())
@@ -320,10 +320,10 @@ class Admission:
         return Grant(machine=row, basis=Basis.UNIQUE_TOKEN, changed=changed, is_new_link=True)
 
     def _move_by_echo(self, request: JoinRequest, row: Machine, holder: Machine, *, is_new: bool) -> Grant | Rejection:
-        """The holder of a known key may have another UUID now: it has to answer at an address that only this answer tells.
+        """A known key arrives with another UUID: its holder must answer at an overlay address that only this response contains.
 
-        Public keys are no secrets, so nothing changes until then. The session goes on, and with it the tunnel's address. A
-        pending row takes no token but the one that the server will give it.
+        Public keys are not secret, so nothing changes before that. The session continues, so the tunnel's address stays. A
+        pending row takes no unique token except the one that the server will assign.
         """
         if is_new and self._rows.is_full:
             return refusal(JoinRefusal.TOO_MANY_MACHINES)
@@ -361,9 +361,9 @@ class Admission:
     async def _thin_claims(
         self, transaction: Transaction, request: JoinRequest, owner: Machine, claims: Sequence[Claim], now: float
     ) -> Rejection | list[Claim]:
-        """Delete expired claims. Returns a refusal if too many remain, unless the oldest has had time for its handshake.
+        """Delete expired claims. Refuses the call if too many remain, unless the oldest has had time for its handshake.
 
-        A caller with the bound token replaces the oldest immediately.
+        A caller with the bound token replaces the oldest claim immediately.
         """
         living = [claim for claim in claims if claim.expires_at > now]
         ended = [claim for claim in claims if claim.expires_at <= now]
@@ -384,7 +384,7 @@ class Admission:
     async def _make_pending(
         self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine | None, verdict: TokenVerdict
     ) -> Grant | Rejection:
-        """A row of its own, with addresses of its own, for a machine that this server gives a unique token or a UUID."""
+        """Create a separate row with its own addresses for a machine that this server will give a unique token or a UUID."""
         if await self._is_claimed(transaction, request.public_key):
             return refusal(JoinRefusal.KEY_IN_USE)
         evicted = await self._rows.make_room(transaction, request, is_row=True)
@@ -406,11 +406,11 @@ class Admission:
     async def _admit_pending(
         self, transaction: Transaction, request: JoinRequest, row: Machine, owner: Machine | None
     ) -> Grant | Rejection:
-        """A pending machine calls again: accepted as soon as it brings what this server gave it and its UUID is free."""
+        """A pending machine calls again: accept it once it presents the assigned values and its UUID is free."""
         has_own_uuid = row.assigned_uuid == request.node_uuid or not row.has_uuid_conflict
         has_own_token = _is_assigned_token(row, request.digest)
         if has_own_token and has_own_uuid and owner is not None:
-            # Of two machines with one UUID that were pending together, the other was accepted first.
+            # Two machines with one UUID were pending, and the other one was accepted first.
             row = replace(row, has_uuid_conflict=True, assigned_uuid=None)
             row = await self._rows.write(transaction, row, False, False)
         is_ready = has_own_token and has_own_uuid and owner is None
@@ -445,23 +445,23 @@ class Admission:
 
 
 def new_id() -> str:
-    """An id for a row or a claim."""
+    """A random id for a row or a claim."""
     return os.urandom(8).hex()
 
 
 def _is_assigned_token(row: Machine, digest: bytes | None) -> bool:
-    """Whether the digest is of the unique token that this server wrote to the machine (META 16)."""
+    """Whether the digest is that of the unique token that this server assigned to the machine (META 16)."""
     return digest is not None and assigned_digest(row) == digest
 
 
 def _is_contested(row: Machine, digest: bytes | None) -> bool:
-    """Whether a call names a key that was never proved with another unique token than the call before."""
+    """Whether the call presents another unique token than the call before, for a key that was never proved."""
     is_named = row.unique_token_digest is not None and digest is not None
     return is_named and not row.was_linked and not rules.same_token(row, digest)
 
 
 def _is_known(request: JoinRequest, owner: Machine | None, holder: Machine | None) -> bool:
-    """Whether the call's unique token admits it, whatever its join token is."""
+    """Whether the call's unique token admits it, regardless of its join token."""
     return any(_is_token_of(row, request.digest) for row in (owner, holder) if row is not None)
 
 

@@ -1,4 +1,4 @@
-"""What the audit says about a machine's row."""
+"""Audit entries about machines' rows."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -23,16 +23,16 @@ _FIELDS: Final = (
     "rate_rx",
     "rate_tx",
 )
-"""No digest and no token is among them."""
+"""The fields shown in entries; digests and tokens are not among them."""
 
 
 def by_machine(source: str | None) -> Actor:
-    """The actor of what a machine did by itself."""
+    """The actor of a machine's own calls."""
     return Actor(name="machine", source=source or "")
 
 
 def machine_entry(at: float, actor: Actor, action: str, before: Machine | None, after: Machine | None) -> AuditEntry:
-    """The entry of a change; a row that is made or removed is told whole, else only what differs."""
+    """The audit entry of a change: all fields of a created or removed row, otherwise only those that differ."""
     shown = after or before
     assert shown is not None
     old, new = _shown(before), _shown(after)
@@ -64,10 +64,10 @@ def _shown(machine: Machine | None) -> Mapping[str, object]:
 async def audit_grant(
     transaction: Transaction, at: float, request: JoinRequest, grant: Grant, known: Iterable[Machine]
 ) -> None:
-    """Record what a call changed of who a machine is. `known` are the rows of its UUID and its key, as they were."""
+    """Record how a call changed a machine's identity. `known` are the earlier rows of its UUID and its key."""
     row = grant.machine
     if grant.claim is not None or grant.moves:
-        return  # nothing is changed before a proof
+        return  # nothing changes before the proof
     before = next((one for one in known if one.id == row.id), None)
     action = None
     if grant.has_bound:
@@ -81,7 +81,7 @@ async def audit_grant(
 
 
 async def audit_proof(transaction: Transaction, at: float, proof: Proof, source: str | None) -> None:
-    """Record what a proved key changed of who a machine is. A bound unique token proves the same machine: that is a rejoin."""
+    """Record how a proved key changed a machine's identity. With a bound unique token it is the same machine, a rejoin."""
     row = proof.machine
     if row is None:
         return

@@ -1,4 +1,4 @@
-"""Why a unique token is no JSON of its form, in the words that other servers answer with: those of Go's encoding/json."""
+"""Error texts for unique tokens that are not valid JSON, equal to those of Go's encoding/json, which other servers use."""
 
 import json
 import re
@@ -13,7 +13,7 @@ _KINDS: Final = {str: "string", bool: "bool", int: "number", float: "number", li
 
 
 def unique_token_error(text: str) -> str:
-    """The parser's text; empty where the token can be read."""
+    """The parser's error text; empty for a valid token."""
     try:
         document = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -21,7 +21,7 @@ def unique_token_error(text: str) -> str:
     except _Constant as constant:
         return _invalid(text, text.find(str(constant)), "looking for beginning of value")
     except RecursionError:
-        return _ENDED  # a token of this length has no room to close so many brackets
+        return _ENDED  # a token of this length cannot close that many brackets
     if document is not None and not isinstance(document, dict):
         return f"json: cannot unmarshal {_KINDS[type(document)]} into Go value of type jointoken.{_TYPE}"
     for name, value in (document or {}).items():
@@ -32,7 +32,7 @@ def unique_token_error(text: str) -> str:
 
 
 class _Constant(Exception):
-    """Raised for NaN and Infinity, which Python reads and JSON does not have."""
+    """Raised for NaN and Infinity, which Python accepts although JSON does not have them."""
 
 
 def _no_constant(name: str) -> None:
@@ -67,7 +67,7 @@ def _syntax_error(text: str, message: str, at: int) -> str:
 
 
 def _ends_in_escape(text: str, at: int) -> bool:
-    """Whether a string that begins here ends behind a backslash."""
+    """Whether a string that begins here ends with a backslash."""
     return (len(text) - len(text.rstrip("\\"))) % 2 == 1 and len(text) > at + 1
 
 
@@ -93,7 +93,7 @@ def _bad_value(text: str, at: int) -> str:
 
 
 def _is_in_object(text: str, at: int) -> bool:
-    """Whether the innermost bracket that is open before this place is a brace."""
+    """Whether the innermost open bracket before this position is a brace."""
     brackets: list[str] = []
     is_text = is_escaped = False
     for character in text[:at]:
@@ -110,7 +110,7 @@ def _is_in_object(text: str, at: int) -> bool:
 
 
 def _invalid(text: str, at: int, place: str, at_end: str = "") -> str:
-    """`at_end` is the character that the parser sees where the text ends inside a literal, a number or an escape."""
+    """`at_end` is the character that the parser sees when the text ends inside a literal, a number or an escape."""
     found = text[at : at + 1] or at_end
     if not found:
         return _ENDED

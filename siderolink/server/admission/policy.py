@@ -1,4 +1,4 @@
-"""Join token or unique token: which of them admits a call, by the server's mode. Pure decisions."""
+"""Decides by the server's mode whether the join token or the unique token admits a call. Pure functions."""
 
 import re
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class JoinTokensMode(StrEnum):
     """Which machines need a unique token. Without a mode (None) none do, but a machine that has one is bound to it."""
 
     LEGACY = "legacy"
-    """The join token decides; a unique token does not help."""
+    """The join token decides; a unique token cannot replace it."""
     LEGACY_ALLOWED = "legacyAllowed"
-    """Machines of release 1.6 or newer need a unique token; older ones join by the join token, unless their UUID has one."""
+    """Release 1.6 and newer needs a unique token; older machines join by the join token unless their UUID has one bound."""
     STRICT = "strict"
-    """As legacyAllowed, and older machines are refused."""
+    """Like legacyAllowed, but older machines are refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +35,12 @@ class JoinPolicy:
 
     mode: JoinTokensMode | None = None
     stored_tokens_only: bool = False
-    """The server has no join token but the stored ones."""
+    """The server has no join token except stored ones."""
     trust_fingerprints: bool = False
-    """As in other servers, a machine with the hardware addresses of the bound unique token may replace the token, unless it is
-    installed. The addresses are not secret."""
+    """As in other servers, a machine with the hardware addresses of the bound unique token may replace that token unless it is
+    installed. Hardware addresses are not secret."""
     forget_after: float | None = None
-    """Seconds of silence after which a machine is forgotten; None keeps it."""
+    """Seconds of silence after which a machine is removed; None keeps it."""
 
     def __post_init__(self) -> None:
         """Raises ConfigurationError."""
@@ -53,27 +53,27 @@ class JoinPolicy:
 
 
 class TokenVerdict(StrEnum):
-    """How a call may proceed."""
+    """How a call proceeds."""
 
     ACCEPT = "accept"
     PENDING = "pending"
-    """It has no unique token: it gets its own link and is assigned one."""
+    """The machine has no unique token: it gets its own link and is assigned one."""
     CONFLICT = "conflict"
-    """Its UUID belongs to another machine or is a placeholder: it gets its own link and is assigned a UUID."""
+    """The UUID belongs to another machine or is a placeholder: the machine gets its own link and is assigned a UUID."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """The store's knowledge of the call's UUID and key."""
+    """Stored facts about the call's UUID and key."""
 
     owner: Machine | None = None
-    """The accepted machine of the UUID."""
+    """The accepted machine with the UUID."""
     is_equal: bool = False
-    """The call's unique token is the one that is bound, or that this server chose for the machine."""
+    """Whether the call's unique token is the bound one, or the one that this server assigned."""
 
 
 def supports_unique_tokens(version: str | None) -> bool:
-    """Whether a release knows unique tokens: 1.6.0 or newer. No version counts as 1.5.0; an unreadable one as older, too."""
+    """Whether a release supports unique tokens: 1.6.0 or newer. A missing or unreadable version counts as older."""
     match = _RELEASE.fullmatch(_MISSING_VERSION if version is None else version)
     if match is None:
         return False
@@ -82,7 +82,7 @@ def supports_unique_tokens(version: str | None) -> bool:
 
 
 def decide(policy: JoinPolicy, given: Credentials, known: Known) -> TokenVerdict | Rejection:
-    """Whether the tokens of a call admit it. The order of the checks, and the texts, are those of other servers."""
+    """Whether the call's tokens admit it. The order of the checks, and the texts, are those of other servers."""
     mode = policy.mode
     if mode is None:
         return _decide_either(given, known)
@@ -103,7 +103,7 @@ def decide(policy: JoinPolicy, given: Credentials, known: Known) -> TokenVerdict
 
 
 def _decide_bound(policy: JoinPolicy, unique: UniqueToken, known: Known) -> TokenVerdict | Rejection:
-    """The call has a unique token: is another one bound to its UUID?"""
+    """Handle a call with a unique token: another one may be bound to its UUID."""
     owner = known.owner
     if owner is None or owner.bound_digest is None or known.is_equal:
         return TokenVerdict.ACCEPT

@@ -1,4 +1,4 @@
-"""Applies a handshake as proof of a row's or a claim's key. Claims are checked again, inside one transaction."""
+"""Applies handshakes as proof of a row's or a claim's key. A claim is decided again, inside one transaction."""
 
 from dataclasses import dataclass, replace
 
@@ -27,25 +27,25 @@ _MOVED = (
         "goodbye_at",
     ),
 )
-"""What a row takes over from a call that was proved by an echo."""
+"""Fields that a row takes from a call that was proved by an echo."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """The change made by the first handshake with a key."""
+    """The change caused by the first handshake with a key."""
 
     machine: Machine | None
-    """The row as it is now; None where the key proves nothing."""
+    """The changed row; None if the key proves nothing."""
     before: Machine | None = None
     """The row before a claim was proved."""
     claim: Claim | None = None
     basis: Basis | None = None
     has_bound: bool = False
-    """The unique token was bound just now."""
+    """The unique token was bound by this proof."""
 
 
 class Proofs:
-    """Moves rows to keys that were proved."""
+    """Moves rows to proved keys."""
 
     def __init__(self, liveness: LivenessSource, clock: Clock, policy: JoinPolicy) -> None:
         self._liveness = liveness
@@ -53,9 +53,9 @@ class Proofs:
         self._policy = policy
 
     async def prove(self, transaction: Transaction, public_key: PublicKey, *, by_udp: bool = False) -> Proof:
-        """The first handshake with a key: note that the row's own key is proved, or check its claim again and move the row.
+        """Handle the first handshake with a key: mark the row's own key as proved, or decide its claim again and move the row.
 
-        `by_udp` says that the handshake came by UDP: a machine that asked for the tunnel first may have changed its mind.
+        `by_udp`: the handshake came by UDP; a machine that requested the tunnel earlier may have changed its mind.
         """
         now = self._clock.time()
         row = await transaction.machine_by_key(public_key)
@@ -64,7 +64,7 @@ class Proofs:
                 return Proof(machine=None)
             has_bound = not row.was_linked and row.unique_token_digest is not None
             if row.has_reserved_use:
-                await spend_use(transaction, row.token_id or "", row.id, now)  # it stays reserved as long as the row
+                await spend_use(transaction, row.token_id or "", row.id, now)  # reserved as long as the row exists
             row = await transaction.update(replace(row, linked_at=now, was_linked=True, has_reserved_use=False))
             return Proof(machine=row, has_bound=has_bound)
         claim = await transaction.claim_by_key(public_key)
@@ -94,9 +94,9 @@ class Proofs:
         return Proof(machine=row, before=before, claim=claim, basis=basis, has_bound=has_bound)
 
     async def move(self, transaction: Transaction, machine: Machine, source: str) -> tuple[Machine, Machine] | None:
-        """The holder of a key answered at the address of this row: the key goes there. None where it is too late for that.
+        """The holder of a key answered at this row's address: move the key to the row. None if that is no longer possible.
 
-        `source` is where the call came from. Returns the row, and the one that had the key before.
+        `source` is the call's address. Returns the row, and the row that had the key before.
         """
         assert machine.public_key is not None
         holder = await transaction.machine_by_key(machine.public_key)
@@ -105,7 +105,7 @@ class Proofs:
         digest = machine.unique_token_digest
         if await _is_banned(transaction, machine.public_key, digest, machine.node_uuid):
             return None
-        # a pending machine gets a UUID of its own where another one has this
+        # a pending machine is assigned its own UUID if another one has this
         owner = await transaction.machine_by_uuid(machine.node_uuid) if machine.is_accepted else None
         if owner is not None:
             link = await self._liveness.of(owner, transaction)
@@ -129,7 +129,7 @@ class Proofs:
 
 
 async def _still_admits(transaction: Transaction, row: Machine, claim: Claim, now: float) -> bool:
-    """Whether the stored token that admitted a claim is active still; a unique token that is the row's needs none."""
+    """Whether the stored token that admitted a claim is still active; not needed with the row's own unique token."""
     digest = claim.unique_token_digest
     is_known = rules.same_token(row, digest) or (digest is not None and digest == assigned_digest(row))
     if is_known or claim.token_id is None or claim.token_id == GIVEN_TOKEN:
@@ -139,7 +139,7 @@ async def _still_admits(transaction: Transaction, row: Machine, claim: Claim, no
 
 
 async def _settle_uses(transaction: Transaction, row: Machine, claim: Claim, now: float) -> bool:
-    """Spend what is reserved for a claim, and end what another token reserved for its row; False if the claim's has ended."""
+    """Spend a claim's reserved use and end that of another token for the row; False if the claim's reservation has ended."""
     if row.has_reserved_use and row.token_id is not None and (row.token_id != claim.token_id or not claim.has_reserved_use):
         transaction.tokens.release(row.token_id, row.id)
     return not claim.has_reserved_use or await spend_use(transaction, claim.token_id or "", row.id, now)
@@ -148,7 +148,7 @@ async def _settle_uses(transaction: Transaction, row: Machine, claim: Claim, now
 async def _is_banned(
     transaction: Transaction, public_key: PublicKey, digest: bytes | None, node_uuid: str | None = None
 ) -> bool:
-    """Whether something by which a call was admitted was banned since."""
+    """Whether anything that admitted the call has been banned since."""
     bans = [Ban(kind=BanKind.KEY, value=public_key.encode())]
     if node_uuid is not None:
         bans.append(Ban(value=node_uuid))
@@ -177,9 +177,9 @@ def as_claimed(row: Machine, claim: Claim) -> Machine:
 
 
 async def expire(transaction: Transaction, machine_id: str) -> Machine | None:
-    """No handshake came in time: delete a machine that never had one; of any other, give up the key it did not prove.
+    """No handshake arrived in time: delete a machine that never had one; otherwise give up the key that was not proved.
 
-    Returns the row, deleted or changed; None where there was nothing to do.
+    Returns the deleted or changed row; None if nothing was to be done.
     """
     machine = await transaction.machine(machine_id)
     if machine is None or machine.linked_at is not None or machine.public_key is None and machine.was_linked:

@@ -1,4 +1,4 @@
-"""A Provision call on its way through the server, the decision about it, and the embedder's hook."""
+"""A Provision call inside the server, the decision about it, and the embedder's hook."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -13,13 +13,13 @@ from siderolink.server.store import Ban, BanKind, Claim, Machine, Transaction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """By what a call asks to be admitted."""
+    """The credentials of a call."""
 
     join: JoinTokenResult = JoinTokenResult(JoinTokenState.VALID)
     """The result of checking the join token."""
     unique: UniqueToken | None = None
     version: str | None = None
-    """The machine's release, as it says; None if it says none."""
+    """The machine's release as reported; None if it reported none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,23 +33,23 @@ class JoinRequest:
     talos_version: str = ""
     wants_tunnel: bool = False
     source: str = ""
-    """Where the call came from, as text for people."""
+    """The caller's address, for display."""
     machine: Machine | None = None
-    """The machine that is known by this UUID; the caller may still turn out not to be it."""
+    """The machine known under this UUID; the caller need not be that machine."""
     credentials: Credentials = field(default=Credentials(), repr=False)
     was_probed: bool = False
     """The conflicting machine was probed for this call and answered."""
     force_tunnel: bool = False
-    """The server or the authorize hook makes it use the tunnel."""
+    """The server or the authorize hook makes the machine use the tunnel."""
     use_tunnel: bool = False
-    """Whether the answer tells the machine to use the tunnel."""
+    """Whether the answer makes the machine use the tunnel."""
 
     def about(self, machine: Machine | None) -> "JoinRequest":
         return replace(self, machine=machine)
 
     @property
     def digest(self) -> bytes | None:
-        """Of the unique token; None without one."""
+        """The digest of the unique token; None without one."""
         unique = self.credentials.unique
         return None if unique is None else unique.digest
 
@@ -59,49 +59,49 @@ class JoinRequest:
         return "" if unique is None else unique.fingerprint
 
     def bans(self) -> list[Ban]:
-        """The mode's refusal, if any."""
+        """The bans that would refuse the call: of its UUID, key and unique token."""
         found = [Ban(value=self.node_uuid), Ban(kind=BanKind.KEY, value=self.public_key.encode())]
         return found if self.digest is None else [*found, Ban(kind=BanKind.UNIQUE, value=self.digest.hex())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """The answer to a call that is admitted."""
+    """The decision to admit a call."""
 
     machine: Machine
-    """The row for the answer, or its future state once the claim or the new address is proved."""
+    """The row to answer with, or its future state once the claim or the new address is proved."""
     basis: Basis
     claim: Claim | None = None
     moves: bool = False
-    """The key belongs to another row until its holder answers at the new overlay address; nothing is stored."""
+    """The key stays with another row until its holder answers at the new overlay address; nothing is stored before."""
     changed: tuple[Machine, ...] = ()
-    """Other rows that changed: the one that had the key before."""
+    """Other changed rows: the one that had the key before."""
     evicted: Machine | Claim | None = None
     """Evicted entries."""
     ended: tuple[Claim, ...] = ()
-    """Claims to the same row that are over."""
+    """Ended claims to the same row."""
     has_bound: bool = False
-    """The unique token that this server gave the machine is bound to the row now."""
+    """The unique token that this server assigned was bound to the row by this call."""
     is_new_machine: bool = False
     is_new_link: bool = False
-    """A handshake has to follow."""
+    """A handshake is expected."""
     use_tunnel: bool = False
-    """Whether the answer tells the machine to use the tunnel."""
+    """Whether the answer makes the machine use the tunnel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """The answer to a call that is refused."""
+    """The decision to refuse a call."""
 
     reason: JoinRefusal
     text: str
-    """For the caller; it holds no secret."""
+    """Text for the caller; contains no secret."""
     machine: Machine | None = None
     """The conflicting machine."""
     may_probe: bool = False
-    """Unanswered probes of that machine would admit the call."""
+    """The call would be admitted if probes of that machine stayed unanswered."""
     known_source: str | None = None
-    """Where that machine's last authenticated packet came from."""
+    """The source address of that machine's last authenticated packet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,26 +109,26 @@ class Allow:
     """Let the machine join."""
 
     force_tunnel: bool = False
-    """Make this machine use the tunnel whether it asked for it or not."""
+    """Make this machine use the tunnel whether or not it requested it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deny:
-    """Refuse the machine: PERMISSION_DENIED with `reason`, which the caller sees."""
+    """Refuse the machine: PERMISSION_DENIED with `reason`, which is sent to the caller."""
 
     reason: str
 
 
 Authorize = Callable[[JoinRequest], Awaitable[Allow | Deny]]
-"""Called for each Provision call. It has a time limit; raising is a refusal without detail."""
+"""Called for each Provision call, with a time limit. An exception refuses the call without detail."""
 
 
 async def allow_all(request: JoinRequest) -> Allow | Deny:
-    """The default: the tokens alone decide."""
+    """The default: only the tokens decide."""
     return Allow()
 
 
 class LivenessSource(Protocol):
-    """Where the decision asks how alive a machine's link is."""
+    """The liveness of machines' links, as the decision needs it."""
 
     async def of(self, machine: Machine, transaction: Transaction) -> LinkLiveness: ...

@@ -1,4 +1,4 @@
-"""Rows as admission writes them: their addresses, and what gives way where there is no room."""
+"""Writes rows for admission: their addresses, and evictions when there is no room."""
 
 import os
 from collections.abc import Callable
@@ -23,8 +23,8 @@ _TEXTS = {
     JoinRefusal.OTHER_UNIQUE_TOKEN: "another machine has joined with this UUID",
     JoinRefusal.LINK_ALIVE: "a machine with this UUID has a living link",
     JoinRefusal.KEY_IN_USE: "another machine has joined with this public key",
-    JoinRefusal.TOKEN_FULL: "as many machines are known as may join by this token at a time",
-    JoinRefusal.TOO_MANY_MACHINES: "the server knows as many machines as it may",
+    JoinRefusal.TOKEN_FULL: "the join token's limit of known machines is reached",
+    JoinRefusal.TOO_MANY_MACHINES: "the server's limit of known machines is reached",
     JoinRefusal.TOO_MANY_PENDING: "too many machines have joined without a handshake; try again later",
     JoinRefusal.TOO_MANY_CLAIMS: "too many calls claim this machine; try again in a minute",
     JoinRefusal.PROVIDER_GONE: "the infra provider is being deleted or doesn't exist",
@@ -33,12 +33,12 @@ _TEXTS = {
 
 
 def refusal(reason: JoinRefusal, machine: Machine | None = None) -> Rejection:
-    """A refusal in its known words."""
+    """A refusal with its fixed text."""
     return Rejection(reason, _TEXTS[reason], machine)
 
 
 class Rows:
-    """Makes and writes the rows of machines that join."""
+    """Creates and writes the rows of joining machines."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Rows:
         entropy: Callable[[int], bytes] = os.urandom,
         count_machines: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`count_machines` tells how many rows there are."""
+        """`count_machines` returns the number of rows."""
         self.pending = PendingBudget(limits, clock)
         self.named_keys = NamedKeys()
         self._prefix = prefix
@@ -59,13 +59,13 @@ class Rows:
 
     @property
     def is_full(self) -> bool:
-        """Whether there are as many rows as there may be."""
+        """Whether the limit of rows is reached."""
         return self._count_machines() >= self._limits.max_machines
 
     async def make_room(
         self, transaction: Transaction, request: JoinRequest, *, is_row: bool
     ) -> Machine | Claim | None | Rejection:
-        """Let something that never shook hands give way where there is no room for one more."""
+        """If there is no room for another entry, evict one that never completed a handshake."""
         victim: Waiting | None = None
         if is_row and self.is_full:
             victim = self.pending.oldest(rows_only=True)
@@ -108,7 +108,7 @@ class Rows:
         )
 
     async def write(self, transaction: Transaction, machine: Machine, is_new: bool, needs_virtual: bool) -> Machine:
-        """Store the row, drawing its addresses again while another machine has them."""
+        """Store the row, drawing new addresses until they are unique."""
         if needs_virtual:
             machine = replace(machine, virtual_address=self.virtual_address(), virtual_issued_at=machine.joined_at)
         for _ in range(_DRAWS):
@@ -131,7 +131,7 @@ class Rows:
 
 
 def with_token(row: Machine, join: JoinTokenResult) -> Machine:
-    """The row after a call with this token. A token that did not come with the call before gives it its labels."""
+    """The row after a call with this token. A token that differs from the previous call's adds its labels."""
     if row.join_token_digest != join.digest:
         row = replace(row, join_token_digest=join.digest)
     if not join.is_valid or join.token_id == row.token_id:

@@ -1,8 +1,8 @@
 """Decides which call may act for which machine. Pure functions of the row, the call and the row's link.
 
-Nothing in a Provision call proves that the caller holds the private key; only a WireGuard handshake does. UUIDs and public keys
-are no secrets. So a call never changes a row that a handshake has proved: it makes a claim, and the rules are asked again when
-a handshake proves that.
+Nothing in a Provision call proves possession of the private key; only a WireGuard handshake does. UUIDs and public keys are not
+secret. So a call never changes a row that a handshake has proved: it makes a claim, and the rules are applied again when a
+handshake proves the claim.
 """
 
 import hmac
@@ -14,9 +14,9 @@ from ipaddress import IPv6Address, ip_address
 from siderolink.server.store import Claim, Machine
 
 ALIVE_SECONDS = 60.0
-"""A link is alive for so long after its last authenticated packet: two keepalives (25 s each) may get lost."""
+"""A link is alive for this time after its last authenticated packet: two keepalives (25 s each) may get lost."""
 STALE_SECONDS = 180.0
-"""After so long without one its sessions have ended (whitepaper, section 6.1: Reject-After-Time)."""
+"""After this time without one its sessions have ended (whitepaper, section 6.1: Reject-After-Time)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +26,17 @@ class LinkLiveness:
     silence: float | None = None
     """Seconds since this server received an authenticated packet from it; None if never."""
     unheard: float | None = None
-    """Seconds since any server can have heard it; None if its link was never proved."""
+    """Minimum seconds since any server received one; None if the link was never proved."""
     said_goodbye: bool = False
-    """It said goodbye, and nothing came since."""
+    """It said goodbye, and nothing has arrived since."""
     source: str | None = None
-    """The address that its last authenticated packet came from."""
+    """The source address of its last authenticated packet."""
     is_unanswered: bool = False
-    """Five probes stayed unanswered just now."""
+    """Five probes just stayed unanswered."""
 
 
 class Basis(StrEnum):
-    """Why a call may have what it asks for."""
+    """Why a call is granted what it requests."""
 
     NEW = "new machine"
     SAME_KEY = "same key"
@@ -51,7 +51,7 @@ class Basis(StrEnum):
 
 
 def same_token(machine: Machine, digest: bytes | None) -> bool:
-    """Whether the digest is of the unique token that is bound to the row, or came with its unproved key."""
+    """Whether the digest is that of the row's unique token, bound or presented with its unproved key."""
     known = machine.unique_token_digest
     return known is not None and digest is not None and hmac.compare_digest(known, digest)
 
@@ -59,7 +59,7 @@ def same_token(machine: Machine, digest: bytes | None) -> bool:
 def may_take(
     row: Machine, digest: bytes | None, fingerprint: str, source: str, link: LinkLiveness, *, trust_fingerprints: bool = False
 ) -> Basis | None:
-    """Why a call with a different key may take the row once a handshake proves it; None if it may not."""
+    """Why a call with another key may take the row once a handshake proves it; None if it may not."""
     if row.bound_digest is not None:
         if same_token(row, digest):
             return Basis.UNIQUE_TOKEN
@@ -77,15 +77,15 @@ def may_take(
 
 
 def may_probe(row: Machine, source: str, link: LinkLiveness) -> bool:
-    """Whether unanswered probes would let the call have the row: nothing is bound, and it comes from the link's own address."""
+    """Whether unanswered probes would let the call take the row: no token is bound, and the call has the link's source."""
     return row.bound_digest is None and not link.is_unanswered and same_source(source, link.source)
 
 
 def needs_virtual_address(machine: Machine | None, has_new_key: bool, link: LinkLiveness, now: float) -> bool:
-    """Does a tunnel answer carry a fresh virtual address?
+    """Whether a tunnel answer needs a fresh virtual address.
 
-    It does for a new key, and where the link that was there has died: existing machines restart a stuck tunnel only when the
-    address changes. It does not for a call repeated within one link, or soon after a fresh address was given.
+    It does for a new key, and after the previous link has died: existing machines restart a stuck tunnel only when the address
+    changes. It does not for a call repeated within one link, or soon after a fresh address was given.
     """
     if machine is None or machine.virtual_address is None or has_new_key:
         return True
@@ -96,7 +96,7 @@ def needs_virtual_address(machine: Machine | None, has_new_key: bool, link: Link
 
 
 def same_source(one: str | None, other: str | None) -> bool:
-    """Whether two addresses are one host's, as far as addresses tell: the same IPv4 address, or the same IPv6 /64."""
+    """Whether two addresses belong to one host as far as that is visible: the same IPv4 address, or the same IPv6 /64."""
     a, b = source_key(one), source_key(other)
     return a is not None and a == b
 
@@ -106,7 +106,7 @@ def source_key(source: str | None) -> str | None:
     if not source:
         return None
     host, _, port = source.rpartition(":")
-    # An IPv4 address with a port, or an IPv6 address in brackets with one; else the whole text is the address.
+    # An IPv4 address with a port, or a bracketed IPv6 address with one; otherwise the whole text is the address.
     has_port = port.isdecimal() and ("." in host or host.endswith("]")) and not host.startswith("::ffff")
     return _host_key(host.strip("[]") if has_port else source)
 
@@ -127,7 +127,7 @@ def _host_key(host: str) -> str | None:
 def still_stands(
     row: Machine, claim: Claim, link: LinkLiveness, now: float, *, trust_fingerprints: bool = False
 ) -> Basis | None:
-    """Repeats the decision once the claim's key is proved; the machine may have been heard since, or lost to another claim."""
+    """Decide again once the claim's key is proved: the machine may have been heard since, or another claim was first."""
     basis = may_take(
         row,
         claim.unique_token_digest,
@@ -138,6 +138,6 @@ def still_stands(
     )
     if basis is not None or row.bound_digest is not None or claim.basis != Basis.PROBES.value:
         return basis
-    # Probes of the row's key were unanswered when the claim was made; only later packets disprove them.
+    # Probes of the row's key stayed unanswered when the claim was made; only later packets disprove that.
     is_same_key = row.linked_at is None or row.linked_at < claim.created_at
     return Basis.PROBES if is_same_key and (link.unheard is None or link.unheard > now - claim.created_at) else None

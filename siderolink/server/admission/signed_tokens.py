@@ -1,7 +1,7 @@
 """Signed join tokens, ``v1:`` and ``v2:``: base64 of JSON ``{"extra_data": {…}, "signature": …}``.
 
-The signature is the HMAC-SHA256 of extra_data under another token's text. What is signed is extra_data as the signers' JSON
-encoder writes it after their decoder has read it, so both are followed to the byte (Go's encoding/json).
+The signature is the HMAC-SHA256 of extra_data under another token's text. Signed is extra_data as Go's encoding/json writes it
+after reading it, so both its decoder and its encoder are reproduced here to the byte.
 """
 
 import base64
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 PROVIDER: Final = "omni.sidero.dev/infra-provider-id"
-"""The key in extra_data that names the infrastructure provider of a machine."""
+"""The key in extra_data for the machine's infrastructure provider."""
 _VERSIONS: Final = ("v1:", "v2:")
 _SHORT_ESCAPES: Final = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _ESCAPED: Final = {"<", ">", "&", "\u2028", "\u2029"}
@@ -23,43 +23,43 @@ _BYTEWISE: Final = "siderolink.bytewise"
 
 @dataclass(frozen=True, slots=True)
 class SignedToken:
-    """A signed token that was read; whether its signature is right is another question."""
+    """A parsed signed token; its signature is not verified yet."""
 
     version: str
     """v1 or v2."""
     extra: Mapping[str, str] | None
-    """None if it has none, which is not the same as an empty one."""
+    """None if missing, which differs from empty."""
     signature: bytes = field(repr=False)
 
     @property
     def provider(self) -> str | None:
-        """The provider that it names."""
+        """The provider it names."""
         return None if self.extra is None else self.extra.get(PROVIDER)
 
     @property
     def signing_provider(self) -> str | None:
-        """The provider whose own token has to have signed it; None if that is the default token."""
+        """The provider whose own token must have signed it; None if that is the default token."""
         return self.provider if self.version == "v2" else None
 
     def is_signed_by(self, secret: str) -> bool:
-        """In a time that does not depend on the signature."""
+        """Constant-time comparison."""
         return hmac.compare_digest(self.signature, _signature(secret, self.extra))
 
 
 def is_signed(token: str) -> bool:
-    """Whether a token says that it is signed."""
+    """Whether a token has the form of a signed one."""
     return token.startswith(_VERSIONS)
 
 
 def sign(version: str, secret: str, extra: Mapping[str, str] | None) -> str:
-    """A token ``v1:…`` or ``v2:…`` that this one has signed."""
+    """Create a token ``v1:…`` or ``v2:…`` signed with `secret`."""
     signature = base64.b64encode(_signature(secret, extra)).decode()
     document = f'{{"extra_data":{_go_json(extra)},"signature":"{signature}"}}'
     return f"{version}:{base64.b64encode(document.encode()).decode()}"
 
 
 def parse(token: str) -> SignedToken:
-    """Raises ValueError, which tells why without repeating any part of the token."""
+    """Raises ValueError with a reason that repeats no part of the token."""
     document = _decode(token[3:])
     if document is None:
         return SignedToken(token[:2], None, b"")
@@ -95,12 +95,12 @@ def _refuse(constant: str) -> object:
 
 
 def _from_base64(text: str) -> bytes:
-    """Standard base64 with padding; line ends are passed over. Raises binascii.Error."""
+    """Standard base64 with padding; line ends are ignored. Raises binascii.Error."""
     return base64.b64decode(text.replace("\r", "").replace("\n", "").encode("ascii", "replace"), validate=True)
 
 
 def _replace_bytes(error: UnicodeError) -> tuple[str, int]:
-    """U+FFFD for each byte of what is no UTF-8."""
+    """U+FFFD for each byte that is not valid UTF-8."""
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd" * (error.end - error.start), error.end
 
@@ -109,7 +109,7 @@ codecs.register_error(_BYTEWISE, _replace_bytes)
 
 
 def _valid(text: str) -> str:
-    """Half of a surrogate pair becomes U+FFFD."""
+    """Replaces unpaired surrogates by U+FFFD."""
     return "".join("\ufffd" if 0xD800 <= ord(character) < 0xE000 else character for character in text)
 
 
@@ -118,7 +118,7 @@ def _signature(secret: str, extra: Mapping[str, str] | None) -> bytes:
 
 
 def _go_json(extra: Mapping[str, str] | None) -> str:
-    """Compact JSON, sorted by the keys' bytes."""
+    """Compact JSON with keys sorted bytewise."""
     if extra is None:
         return "null"
     names = sorted(extra, key=lambda name: name.encode())

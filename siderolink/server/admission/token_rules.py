@@ -1,8 +1,8 @@
-"""Which stored token a call presents, and the uses of tokens that have a limit: inside the transaction of `admit`.
+"""Looks up the stored token that a call presents, and manages the uses of limited tokens, inside the transaction of `admit`.
 
-A use is a pair of a token and a row. It is reserved with the call and spent once a handshake proves the call's key; that row
-may present the token again. The uses of a token that limits the machines at a time are never spent: they end with their rows.
-Tokens without a limit have no uses: they take no lock, and cost no write.
+A use is a pair of a token and a row. It is reserved by the call and spent once a handshake proves the call's key; the row may
+present the token again. Uses of a token that limits known machines are never spent: they end with their rows. Unlimited tokens
+have no uses: they take no lock and cost no write.
 """
 
 import random
@@ -18,18 +18,18 @@ from siderolink.server.store import JoinToken, Machine, TokenColumn, TokenKind, 
 from siderolink.server.store.sealing import Sealer, place_of_token
 from siderolink.server.store.tokens import DEFAULT_TOKEN, TokenKey
 
-USED_UP_TEXT = "invalid join token: it has been used as often as it may"
+USED_UP_TEXT = "invalid join token: its limit of uses is reached"
 
 
 class TokenRules:
-    """Judges the tokens of calls."""
+    """Judges the join tokens of calls."""
 
     def __init__(self, sealer: Sealer, clock: Clock) -> None:
         self._sealer = sealer
         self._clock = clock
 
     def wanted(self, join: JoinTokenResult) -> Sequence[TokenKey]:
-        """What of the stored tokens has to be looked at to judge this one."""
+        """The keys of stored tokens needed to judge this one."""
         if join.signed is not None:
             wanted: list[TokenKey] = [] if join.signed.signing_provider is not None else [DEFAULT_TOKEN]
             return [*wanted, *_provider_keys(join.signed)]
@@ -39,7 +39,7 @@ class TokenRules:
     async def judge(
         self, transaction: Transaction, join: JoinTokenResult, node_uuid: str, rows: Sequence[Machine]
     ) -> JoinTokenResult:
-        """The token of a call for this UUID, looked up. `rows` are those that it may be about: they may have used it before."""
+        """The result after looking up stored tokens. `rows` are the rows concerned: they may already have a use."""
         if not self.wanted(join):
             return join
         found = await (self._find_plain(transaction, join) if join.signed is None else self._find_signed(transaction, join))
@@ -61,7 +61,7 @@ class TokenRules:
         return replace(join, state=JoinTokenState.VALID, token=token)
 
     async def _find_signed(self, transaction: Transaction, join: JoinTokenResult) -> JoinTokenResult:
-        """The token that signed it; of a provider's machines that join by the default token, the provider's own entry."""
+        """Find the token that signed this one; if the default token did, the provider's own entry, if it has one."""
         assert join.signed is not None
         tokens, name, keys = transaction.tokens, join.signed.provider, _provider_keys(join.signed)
         provider = await tokens.find(*keys[0]) if keys else None
@@ -90,9 +90,9 @@ class TokenRules:
     async def take_use(
         self, transaction: Transaction, token: JoinToken, machine_id: str, *, until: float | None, is_proved: bool
     ) -> bool:
-        """Reserve a use for a row, or spend it if the row's key is proved; True if the proof has to spend or confirm it.
+        """Reserve a use for a row, or spend it if the row's key is proved. Returns whether the proof must spend or confirm it.
 
-        `until`: when the reservation ends; None for as long as the row is there. Raises JoinRejectedError where there is none.
+        `until`: end of the reservation; None for the lifetime of the row. Raises JoinRejectedError if no use is free.
         """
         now = self._clock.time()
         uses = await transaction.tokens.uses(token.id)
@@ -130,9 +130,9 @@ def _used_up(token: JoinToken) -> JoinRejectedError:
 
 
 def _free_slots(token: JoinToken, uses: Sequence[TokenUse], now: float) -> list[int]:
-    """As many as there may be more uses: of a limit that was lowered, slots beyond it may be taken.
+    """Slots that may still be taken. After a limit was lowered, slots beyond it may be taken.
 
-    They are the lowest ones, so that whoever knows less of the uses takes none that would be one too many.
+    Returns the lowest ones, so that a transaction with an older view of the uses cannot exceed the limit.
     """
     limit, taken = token.limit or 0, {use.slot for use in uses if not use.is_free(now)}
     free = [slot for slot in range(limit) if slot not in taken]
@@ -140,10 +140,10 @@ def _free_slots(token: JoinToken, uses: Sequence[TokenUse], now: float) -> list[
 
 
 async def spend_use(transaction: Transaction, token_id: str, machine_id: str, now: float) -> bool:
-    """A handshake has proved the key for which a use was reserved. False if that reservation has ended."""
+    """Confirm or spend a reserved use after a handshake proved its key. False if the reservation has ended."""
     token = await transaction.tokens.find(TokenColumn.ID, token_id)
     if token is None:
-        return True  # deleted: it has no uses, and cuts no links
+        return True  # deleted tokens have no uses, and existing links stay
     for use in await transaction.tokens.uses(token_id):
         if use.machine_id == machine_id:
             spent_at = now if use.spent_at is None and token.max_machines is None else use.spent_at

@@ -1,4 +1,4 @@
-"""Join tokens, which admit a machine, and unique tokens, which tell machines of one UUID apart."""
+"""Join tokens, which admit machines, and unique tokens, which distinguish machines with the same UUID."""
 
 import hashlib
 import hmac
@@ -15,14 +15,14 @@ from siderolink.server.store.sealing import is_sealed
 from siderolink.server.store.tokens import GIVEN_TOKEN
 
 MAX_JOIN_TOKEN_BYTES = 4096
-"""A plain token has 43 characters; a signed one carries a little JSON."""
+"""A plain token has 43 characters; a signed one contains a little JSON."""
 MAX_UNIQUE_TOKEN_BYTES = 1024
 """The JSON form has about 140 characters."""
 
 _MOST_SIGNED_LABELS = 64
 _LONGEST_LABEL = 253
 _NO_HARDWARE = hashlib.sha256().hexdigest()
-"""The fingerprint of every machine that has no physical link: it tells no two of them apart."""
+"""The fingerprint of every machine without a physical link; it distinguishes none of them."""
 
 
 class JoinTokenState(StrEnum):
@@ -30,28 +30,28 @@ class JoinTokenState(StrEnum):
 
     VALID = "valid"
     WRONG = "wrong"
-    """Of a stored token that is not known yet: see TokenRules."""
+    """Also the state of a stored token before its lookup: see TokenRules."""
     MALFORMED = "malformed"
-    """It says that it is signed, and cannot be read."""
+    """It has the form of a signed token but cannot be parsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class JoinTokenResult:
-    """A join token, looked at."""
+    """A join token after its check."""
 
     state: JoinTokenState
     error: str = ""
-    """Describes a malformed token, without repeating any part of it."""
+    """Describes a malformed token without repeating any part of it."""
     digest: bytes | None = field(default=None, repr=False)
     """The digest under which rows store the token; None for the empty token."""
     signed: SignedToken | None = None
-    """A signed token, as it was read."""
+    """The parsed signed token."""
     is_full: bool = False
-    """It is not valid only because as many machines as it admits at a time are known."""
+    """Wrong only because the token's limit of known machines is reached."""
     is_provider_gone: bool = False
-    """It is signed rightly, and names an infrastructure provider that there is not."""
+    """The signature is correct, but the infrastructure provider does not exist."""
     token: JoinToken | None = None
-    """The stored token whose limits and settings are those of the call; None if it is the given one, or not valid."""
+    """The stored token whose limits and settings apply; None for the given token, or an invalid one."""
 
     @property
     def is_valid(self) -> bool:
@@ -59,12 +59,12 @@ class JoinTokenResult:
 
     @property
     def token_id(self) -> str | None:
-        """Of a valid token."""
+        """The id of a valid token."""
         return None if not self.is_valid else GIVEN_TOKEN if self.token is None else self.token.id
 
     @property
     def labels(self) -> Mapping[str, str]:
-        """What a valid token gives to the machine's labels."""
+        """The labels that a valid token gives to the machine."""
         own = NO_LABELS if self.token is None else self.token.labels
         if self.signed is None or not self.is_valid or not self.signed.extra:
             return own
@@ -77,17 +77,17 @@ def _fits(text: str) -> bool:
 
 
 class JoinTokenCheck:
-    """The token that was given to the server, plain or as the key of signed ones; or any at all, or none."""
+    """Checks calls against the token given to the server, also as the key of signed tokens; or admits any token, or none."""
 
     def __init__(self, expected: str | None, *, admits_any: bool = True) -> None:
-        """`expected` None accepts every machine, with whatever token; if not `admits_any`, none by a token of its own."""
+        """With `expected` None every token is accepted if `admits_any`, otherwise none."""
         self._secret: str | None = None
         self._digest: bytes | None = None
         self._admits_any = admits_any
         self.expect(expected)
 
     def expect(self, expected: str | None) -> None:
-        """Accept this token from now on, and no other."""
+        """Accept only this token from now on."""
         self._secret = expected
         self._digest = None if expected is None else token_digest(expected)
 
@@ -100,17 +100,17 @@ class JoinTokenCheck:
         return self._secret
 
     def accepts(self, token: str | None) -> bool:
-        """Whether the token is right."""
+        """Whether the token is valid."""
         return self.check(token).is_valid
 
     def admits(self, digest: bytes | None) -> bool:
-        """Whether the token that has this digest would be right now; of signed tokens that is not known, and False."""
+        """Whether the token with this digest would be valid now. False for signed tokens, where that is unknown."""
         if self._digest is None:
             return self._admits_any
         return digest is not None and hmac.compare_digest(digest, self._digest)
 
     def check(self, token: str | None) -> JoinTokenResult:
-        """Look at a token, in a time that does not depend on how far it is from right. Overlong tokens are never right."""
+        """Check a token in constant time. Tokens that are too long are never valid."""
         text = token or ""
         if len(text) > MAX_JOIN_TOKEN_BYTES:
             return JoinTokenResult(JoinTokenState.WRONG)
@@ -129,23 +129,23 @@ class JoinTokenCheck:
 
 @dataclass(frozen=True, slots=True)
 class UniqueToken:
-    """The digest of a unique token, as rows store it, so that a copy of the store does not reveal the token."""
+    """The digest of a unique token in the form stored in rows, so that a copy of the store does not reveal the token."""
 
     digest: bytes = field(repr=False)
     fingerprint: str = ""
     text: str = field(default="", repr=False)
-    """The token itself where it has not the JSON form `{"Fingerprint": …, "Token": …}`."""
+    """The token itself if it does not have the JSON form `{"Fingerprint": …, "Token": …}`."""
 
     @property
     def error(self) -> str:
-        """Why it cannot be read; empty if it can."""
+        """Why it cannot be parsed; empty if it can."""
         return unique_token_error(self.text) if self.text else ""
 
 
 def parse_unique_token(token: str) -> UniqueToken | None:
-    """None for the empty token. At most MAX_UNIQUE_TOKEN_BYTES are expected.
+    """None for the empty token. The caller has bounded its size (MAX_UNIQUE_TOKEN_BYTES).
 
-    Of the JSON form only the Token tells machines apart; any other text counts as it is.
+    In the JSON form only Token identifies the machine; any other text is used as a whole.
     """
     if not token:
         return None
@@ -169,7 +169,7 @@ def unique_token_digest(token: str) -> bytes | None:
 
 
 def assigned_digest(machine: Machine) -> bytes | None:
-    """The digest of the unique token that this server chose for the machine; None if it chose none."""
+    """The digest of the unique token that this server assigned to the machine; None if it assigned none."""
     if machine.assigned_digest is not None or machine.assigned_token is None or is_sealed(machine.assigned_token):
         return machine.assigned_digest
     return unique_token_digest(machine.assigned_token)

@@ -1,4 +1,4 @@
-"""The ProvisionService: parses and bounds a call, and maps the decision to a response or a gRPC status."""
+"""The ProvisionService: parses and bounds calls, and maps decisions to responses or gRPC statuses."""
 
 import logging
 import re
@@ -53,7 +53,7 @@ STATUSES = {
     JoinRefusal.AUTHORIZE_FAILED: Status.INTERNAL,
     JoinRefusal.BANNED: Status.PERMISSION_DENIED,
     JoinRefusal.OTHER_UNIQUE_TOKEN: Status.PERMISSION_DENIED,
-    # The caller may try again: a link without a unique token that stays silent for a minute gives way.
+    # The caller may retry: after a minute of silence, a link without a unique token may be taken.
     JoinRefusal.LINK_ALIVE: Status.ALREADY_EXISTS,
     JoinRefusal.KEY_IN_USE: Status.ALREADY_EXISTS,
     JoinRefusal.TOKEN_FULL: Status.RESOURCE_EXHAUSTED,
@@ -69,11 +69,11 @@ STATUSES = {
 _BY_TOKENS = {JoinRefusal.INVALID_JOIN_TOKEN, JoinRefusal.TOKEN_FULL, JoinRefusal.PROVIDER_GONE, JoinRefusal.OTHER_UNIQUE_TOKEN}
 INTERNAL_TEXT = "internal server error"
 MAX_ENDPOINTS = 32
-"""In an answer; machines may take no more."""
+"""Maximum in an answer; existing machines accept no more."""
 
 
 class ResponseBuilder:
-    """Builds the answers to admitted calls; holds what is the same in all of them."""
+    """Builds the answers to admitted calls, from parts common to all of them."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class ResponseBuilder:
         endpoints: tuple[HostPort, ...],
         membership: Membership | None = None,
     ) -> None:
-        """`membership` tells the endpoints of all living servers, where several share the store."""
+        """`membership` provides the endpoints of all live servers if several share the store."""
         self._membership = membership
         self._public_key = public_key.encode()
         self._prefix_length = prefix.prefixlen
@@ -90,7 +90,7 @@ class ResponseBuilder:
         self._endpoints = swap_endpoints([str(endpoint) for endpoint in endpoints])
 
     def build(self, machine: Machine, *, tunnel: bool) -> ProvisionResponse:
-        """The answer for an admitted machine. It has a virtual address if the machine is to use the tunnel."""
+        """The answer for an admitted machine. With `tunnel` it contains a virtual address."""
         response = ProvisionResponse(
             server_endpoint=self._living_endpoints(),
             server_public_key=self._public_key,
@@ -142,7 +142,7 @@ class ProvisionService:
         self.refusals: Counter[JoinRefusal] = Counter()
 
     def __mapping__(self) -> dict[str, Handler]:
-        # The generated base hides the stream, and with it the caller's address.
+        # The generated base class hides the stream, and so the caller's address.
         return {
             "/sidero.link.ProvisionService/Provision": Handler(
                 self._serve, Cardinality.UNARY_UNARY, PlainRequest, ProvisionResponse
@@ -159,11 +159,11 @@ class ProvisionService:
     async def provision(
         self, request: ProvisionRequest, *, source: str, on_valid_token: Callable[[], None] = lambda: None
     ) -> ProvisionResponse:
-        """Answer one call. Raises GRPCError with the status and text for the caller."""
+        """Handle one call. Raises GRPCError with the status and text for the caller."""
         try:
             return await self._admit(request, source, on_valid_token)
         except JoinRejectedError as rejection:
-            error = rejection.with_traceback(None)  # which leads back to here
+            error = rejection.with_traceback(None)  # drops the traceback, which leads back to this frame
         except StoreFullError as failure:
             log.error("a join from %s was refused: %s", source, failure, extra={"node_uuid": request.node_uuid})
             error = JoinRejectedError(JoinRefusal.STORE_FULL, "the server cannot store more machines at present")
@@ -206,7 +206,7 @@ class ProvisionService:
         return self._responses.build(grant.machine, tunnel=grant.use_tunnel)
 
     def _check_tokens(self, request: ProvisionRequest) -> Credentials:
-        """Refuse a call whose tokens cannot admit it before anything costly is done. Raises JoinRejectedError."""
+        """Refuse a call whose tokens cannot admit it, before any costly work. Raises JoinRejectedError."""
         join = self._join_token.check(_text(request.join_token))
         token = _text(request.node_unique_token)
         unique = parse_unique_token(token) if len(token) <= MAX_UNIQUE_TOKEN_BYTES else None
@@ -222,7 +222,7 @@ class ProvisionService:
         return credentials
 
     def _parse(self, request: ProvisionRequest, credentials: Credentials, source: str) -> JoinRequest:
-        """Check the form of everything in the call. Raises JoinRejectedError; no message repeats what the caller sent."""
+        """Validate all fields of the call. Raises JoinRejectedError; its messages repeat nothing that the caller sent."""
         node_uuid = _uuid_or_none(_text(request.node_uuid))
         if node_uuid is None:
             raise JoinRejectedError(JoinRefusal.MALFORMED_UUID, "node_uuid is not a UUID (8-4-4-4-12 hexadecimal digits)")
@@ -253,13 +253,13 @@ class ProvisionService:
         except KeyFormatError as error:
             raise _bad_key(str(error)) from None
         if public_key == self._server_key:
-            raise _bad_key("this is the server's own key")
+            raise _bad_key("it is the server's own key")
         if public_key.is_low_order:
-            raise _bad_key("no private key belongs to this one")
+            raise _bad_key("it is a low-order point, which has no private key")
         return public_key
 
     async def _authorize_call(self, request: JoinRequest) -> Allow:
-        """Ask the embedder. Raises JoinRejectedError."""
+        """Run the embedder's hook. Raises JoinRejectedError."""
         if self._authorize is allow_all:
             return Allow()
         known = await self._machines.find(request.node_uuid)
@@ -279,7 +279,7 @@ class ProvisionService:
 
 
 def _text(value: object) -> str:
-    """A text field's value; empty if the field came with another wire type, which the decoder does not reject."""
+    """A text field's value; empty if the field had another wire type, which the decoder does not reject."""
     return value if isinstance(value, str) else ""
 
 

@@ -1,4 +1,4 @@
-"""gRPC's standard services beside our own: health (grpc.health.v1) and reflection (grpc.reflection.v1 and v1alpha)."""
+"""gRPC's standard services next to ours: health (grpc.health.v1) and reflection (grpc.reflection.v1 and v1alpha)."""
 
 import base64
 import json
@@ -41,10 +41,10 @@ _LEAVING = HealthCheckResponse(status=HealthCheckResponseServingStatus.NOT_SERVI
 _UNKNOWN = HealthCheckResponse(status=HealthCheckResponseServingStatus.SERVICE_UNKNOWN)
 
 MAX_REQUEST_BYTES = 1024
-"""The longest request: a symbol's or a file's name, and a host's."""
+"""Size limit of requests: the name of a symbol or file, and a host name."""
 _SMALL = CallLimits(max_message_bytes=MAX_REQUEST_BYTES, max_fields=8)
 WATCH_SECONDS = 300.0
-"""How long a watch of the health lasts at most. Clients begin a new one by themselves."""
+"""Maximum duration of a health watch. Clients start a new one by themselves."""
 REFLECTION_SECONDS = 20.0
 """How long a reflection call waits for its next request."""
 MAX_CALLS = 8
@@ -63,7 +63,7 @@ class HealthService(HealthBase):
     }
 
     def __init__(self, services: Collection[str] = API_SERVICES, is_leaving: Callable[[], bool] = lambda: False) -> None:
-        """`is_leaving` tells whether new callers had better go to another server."""
+        """`is_leaving` returns whether new callers should use another server."""
         self._services = frozenset(services) | {""}
         self._is_leaving = is_leaving
         self._watchers: set[anyio.Event] = set()
@@ -108,7 +108,7 @@ class HealthService(HealthBase):
 
 
 class ReflectionService(ServerReflectionBase):
-    """Describes the API's services and messages; nothing of it is secret."""
+    """Describes the API's services and messages, none of which are secret."""
 
     call_limits: ClassVar[Mapping[str, CallLimits]] = {
         "ServerReflectionInfo": replace(_SMALL, max_calls=MAX_CALLS, message_timeout=REFLECTION_SECONDS)
@@ -140,14 +140,14 @@ class ReflectionService(ServerReflectionBase):
         elif kind == "file_containing_symbol":
             file = _file_of(str(value))
         if file is None:
-            error = ErrorResponse(error_code=Status.NOT_FOUND.value, error_message="it is not known here")
+            error = ErrorResponse(error_code=Status.NOT_FOUND.value, error_message="unknown file or symbol")
             return ServerReflectionResponse(error_response=error)
         found = [descriptors()[name].data for name in _with_imports(file)]
         return ServerReflectionResponse(file_descriptor_response=FileDescriptorResponse(file_descriptor_proto=found))
 
 
 class Descriptor:
-    """One .proto file, as its descriptor says."""
+    """The descriptor of one .proto file."""
 
     def __init__(self, data: bytes, imports: list[str], names: list[str]) -> None:
         self.data = data
@@ -157,7 +157,7 @@ class Descriptor:
 
 @lru_cache(maxsize=1)
 def descriptors() -> dict[str, Descriptor]:
-    """All files that the API's messages come from, by name."""
+    """All files that define the API's messages, by name."""
     text = files("siderolink.common.pb").joinpath("descriptors.json").read_text()
     return {
         name: Descriptor(base64.b64decode(entry["data"]), entry["imports"], entry["names"])
@@ -166,7 +166,7 @@ def descriptors() -> dict[str, Descriptor]:
 
 
 def _file_of(symbol: str) -> str | None:
-    """The file that defines a service, a message, or something inside one."""
+    """The file that defines a service, a message, or a nested definition."""
     for file, descriptor in descriptors().items():
         if any(symbol == name or symbol.startswith(f"{name}.") for name in descriptor.names):
             return file
@@ -174,7 +174,7 @@ def _file_of(symbol: str) -> str | None:
 
 
 def _with_imports(file: str) -> list[str]:
-    """The file, and all that it imports."""
+    """The file and everything it imports."""
     found = [file]
     for name in found:
         found += [wanted for wanted in descriptors()[name].imports if wanted not in found]

@@ -1,4 +1,4 @@
-"""The WireGuardOverGRPCService: a machine's datagrams inside one stream, as one more path of the device."""
+"""The WireGuardOverGRPCService: the datagrams of a machine in one stream, as another path of the device."""
 
 import time
 from collections import Counter
@@ -29,10 +29,10 @@ ENDINGS = {
     StreamRefusal.LINK_DOWN: (Status.UNAVAILABLE, "the link is down"),
     StreamRefusal.MACHINE_GONE: (Status.PERMISSION_DENIED, "peer not allowed"),
 }
-"""How a stream ends for each reason. Existing machines compare status and text of two of them exactly."""
+"""The status that ends a stream, by reason. Existing machines compare status and text of two of them exactly."""
 
 _SERVED_SECONDS = 3.0
-"""A machine that was heard so long ago may have lost its stream without this server knowing."""
+"""A machine silent for this long may have lost its stream without this server noticing."""
 
 
 class TunnelService:
@@ -46,7 +46,7 @@ class TunnelService:
         device: Device,
         is_leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`is_leaving`: whether machines are being asked to go to other servers."""
+        """`is_leaving` returns whether machines are being moved to other servers."""
         self._is_leaving = is_leaving
         self._directory = directory
         self._reconciler = reconciler
@@ -60,7 +60,7 @@ class TunnelService:
         return ByteStreamService({CREATE_STREAM: self.create_stream})
 
     async def create_stream(self, stream: ByteStream) -> None:
-        """Carry one stream until it ends."""
+        """Handle one stream until it ends."""
         link, name = await self._find_link(stream.metadata.get(ADDRESS_METADATA, ""))
         key = link.machine.public_key
         if key is None:
@@ -80,7 +80,7 @@ class TunnelService:
             self._monitor.close_stream(opened)
 
     async def _is_served(self, link: MachineLink, key: PublicKey) -> bool:
-        """Whether packets come by a stream of the machine. A second one would end it, and what is under way in it is lost."""
+        """Whether an existing stream of the machine carries packets. A second one would end it and lose packets in flight."""
         if not any(stream.is_proven and stream.path.is_open for stream in link.streams):
             return False
         status = await self._device.peer(key)
@@ -88,7 +88,7 @@ class TunnelService:
         return silence is not None and silence < _SERVED_SECONDS
 
     async def _find_link(self, value: str) -> tuple[MachineLink, str]:
-        """The link of the virtual address in the metadata, and the address as text. The port is ignored."""
+        """The link with the virtual address in the metadata, and the address as text. The port is ignored."""
         try:
             address, port = parse_peer_addr_port(value)
         except ConfigurationError:

@@ -1,4 +1,4 @@
-"""The servers that share a store: what they ask each other, and the calls that they pass on."""
+"""The other servers of the same store: queries to them, and admin API calls that are relayed to them."""
 
 from siderolink.server.peers.peers import Members, Peers, relayed
 from siderolink.server.peers.service import PeerService

@@ -1,4 +1,4 @@
-"""Who calls at the port for other servers: a living server, for itself or for a caller of its own."""
+"""Access control of the port for other servers: authenticates the calling server and the caller it acts for."""
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,18 +17,18 @@ from siderolink.server.peers.identity import fingerprint
 from siderolink.server.store import Actor, FleetServer, Role
 
 CALLER: Final = "siderolink-caller"
-"""The metadata that names for whom a call is made, in base64: of byte streams, binary metadata is not kept."""
+"""Metadata with the original caller, in base64 text: byte streams do not keep binary metadata."""
 _NAME_LIMIT: Final = 64
 
 
 def caller_metadata(actor: Actor) -> dict[str, str]:
-    """What tells another server for whom a call is made."""
+    """The metadata that names the original caller of a relayed call."""
     caller = Caller(name=actor.name, role=str(actor.role or ""), source=actor.source, key_id=actor.key_id)
     return {CALLER: b64encode(bytes(caller)).decode()}
 
 
 class PeerAccess:
-    """Admits living servers, and checks their callers again: an API key counts as this server knows it."""
+    """Admits live servers of the store. The role of a relayed API key is looked up here, not taken from the calling server."""
 
     def __init__(self, others: Callable[[], Sequence[FleetServer]], api_keys: ApiKeys) -> None:
         self._others = others
@@ -41,7 +41,7 @@ class PeerAccess:
         digest = "" if certificate is None else fingerprint(certificate)
         server = self._server(digest)
         if server is None:
-            raise UnauthenticatedError("the caller is no living server of this store")
+            raise UnauthenticatedError("the caller is not a live server of this store")
         valid_token(call)
         actor, hold = self._actor(call.metadata, server)
         return actor, self._holding(digest, hold)
@@ -56,7 +56,7 @@ class PeerAccess:
         told = metadata.get(CALLER)
         if told is None:
             return Actor(name="server", role=Role.VIEWER, source=by), nullcontext(None)
-        caller = _read(told)
+        caller = _parse_caller(told)
         source = f"{one_line(caller.source, limit=_NAME_LIMIT)} by {by}"
         if caller.key_id:
             actor, principal = self._api_keys.recall(caller.key_id, source)
@@ -64,7 +64,7 @@ class PeerAccess:
         try:
             role = Role(caller.role)
         except ValueError:
-            raise UnauthenticatedError("the caller's role is not known here") from None
+            raise UnauthenticatedError("this server does not know the caller's role") from None
         return Actor(name=one_line(caller.name, limit=_NAME_LIMIT), role=role, source=source), nullcontext(None)
 
     @contextmanager
@@ -79,16 +79,16 @@ class PeerAccess:
         finally:
             del self._held[scope]
         if scope.cancelled_caught:
-            raise UnauthenticatedError("the calling server is not alive any more")
+            raise UnauthenticatedError("the calling server is no longer alive")
 
-    def end_calls_of_the_gone(self) -> None:
-        """End the calls of servers that are not alive any more."""
+    def end_calls_of_stopped_servers(self) -> None:
+        """End the calls of servers that are no longer alive."""
         for scope, digest in list(self._held.items()):
             if self._server(digest) is None:
                 scope.cancel()
 
 
-def _read(told: object) -> Caller:
+def _parse_caller(told: object) -> Caller:
     try:
         caller = Caller.parse(b64decode(told, validate=True)) if isinstance(told, str) else Caller()
         is_one = has_declared_types(caller)

@@ -1,4 +1,4 @@
-"""Connections to the other servers: for each living one, one for short questions and one for calls that are passed on."""
+"""Connections to the other servers. Each live server has one for short queries and one for relayed calls."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -26,54 +26,54 @@ PEER_LIMITS: Final = Limits(
     max_unproven_connections=64,
     connect_timeout=2.0,
 )
-"""Of both ends. A connection's window holds many streams' windows: callers that read nothing must not stop the others."""
+"""For both ends. The connection's window is much larger than a stream's, so that a slow caller does not block the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """What a connection is to. A server that was started again has another certificate."""
+    """What identifies a connection. A restarted server has another certificate."""
 
     server_id: str
     address: str
     fingerprint: str
-    is_for_questions: bool
+    is_for_queries: bool
 
 
 class PeerChannels:
-    """Made when they are first needed, closed when their server is not alive any more."""
+    """Opens connections on first use and closes those to servers that are no longer alive."""
 
     def __init__(self, identity: PeerIdentity, others: Callable[[], Sequence[FleetServer]]) -> None:
         self._identity = identity
         self._others = others
         self._open: dict[_Name, GrpcChannel] = {}
 
-    def to(self, server: FleetServer, *, for_questions: bool = False) -> GrpcChannel:
-        """The connection to a server; nothing is dialled before a call. Raises ServerUnreachableError."""
-        name = _name_of(server, for_questions)
+    def to(self, server: FleetServer, *, for_queries: bool = False) -> GrpcChannel:
+        """The connection to a server; dialled with its first call. Raises ServerUnreachableError."""
+        name = _name_of(server, for_queries)
         channel = self._open.get(name)
         if channel is None:
             try:
                 address = HostPort.parse(server.peer_address)
             except ConfigurationError:
-                raise ServerUnreachableError(f"the server {server.id} listens to no other servers") from None
+                raise ServerUnreachableError(f"the server {server.id} does not listen for other servers") from None
             channel = self._open[name] = pinned_channel(
                 address.host, address.port, self._identity.client_tls, PEER_LIMITS, server.peer_fingerprint
             )
         return channel
 
     async def sweep(self) -> None:
-        """Close the connections to servers that are gone. Their calls end."""
-        living = {_name_of(one, is_for_questions) for one in self._others() for is_for_questions in (False, True)}
+        """Close the connections to servers that are no longer alive, or were restarted. Their calls end."""
+        living = {_name_of(one, is_for_queries) for one in self._others() for is_for_queries in (False, True)}
         for name in [name for name in self._open if name not in living]:
-            log.debug("the connection to the server %s is closed: it is not alive, or was started again", name.server_id)
+            log.debug("closed the connection to the server %s: it is no longer alive, or was restarted", name.server_id)
             await self._open.pop(name).shut_down()
 
     async def close(self) -> None:
-        """Close all of them."""
+        """Close all connections."""
         with anyio.CancelScope(shield=True):
             while self._open:
                 await self._open.popitem()[1].shut_down()
 
 
-def _name_of(server: FleetServer, is_for_questions: bool) -> _Name:
-    return _Name(server.id, server.peer_address, server.peer_fingerprint, is_for_questions)
+def _name_of(server: FleetServer, is_for_queries: bool) -> _Name:
+    return _Name(server.id, server.peer_address, server.peer_fingerprint, is_for_queries)

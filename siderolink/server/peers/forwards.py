@@ -1,4 +1,4 @@
-"""Connections to ports of machines at other servers: one stream in another, neither read faster than the other takes."""
+"""Connections to ports of machines that are linked to other servers: joins two streams, with flow control both ways."""
 
 from contextlib import suppress
 from typing import Any
@@ -16,7 +16,7 @@ from siderolink.server.store import FleetServer
 
 
 class _Rewound:
-    """A stream whose first bytes were received already and are given to its next receiver again."""
+    """A stream whose first bytes were already read; its next receiver gets them again."""
 
     def __init__(self, stream: ByteStream, first: bytes) -> None:
         self._stream = stream
@@ -35,7 +35,7 @@ class _Rewound:
 
 
 async def connected_at_the_owner(method: Method, others: Others, stream: Any) -> None:
-    """A connection to a machine's port is made by the server that has its link; by this one, where no other has it."""
+    """Connect to a machine's port from the server that has its link, or from this one if no other server has it."""
     inbox = Inbox(stream)
     first = await first_message(stream, inbox)
     name = read_request(first).machine
@@ -49,17 +49,17 @@ async def connected_at_the_owner(method: Method, others: Others, stream: Any) ->
     except PipeCutError:
         raise GRPCError(Status.ABORTED, "the stream has ended") from None
     except SideroLinkError as error:
-        raise GRPCError(Status.UNAVAILABLE, f"the server that has the machine's link cannot be reached: {error}") from None
+        raise GRPCError(Status.UNAVAILABLE, f"cannot reach the server that has the machine's link: {error}") from None
 
 
 async def _pipe(path: str, owner: FleetServer, others: Others, stream: ByteStream, inbox: Inbox, first: bytes) -> None:
-    """Raises GRPCError with the owner's status, PipeCutError, and what a call raises."""
+    """Raises GRPCError with the owner's status, PipeCutError, and errors of the call."""
     channel = others.channels.to(owner)
     async with open_byte_stream(channel, path, caller_metadata(actor())) as there, background_tasks() as tasks:
         answers = Inbox(there)
 
         async def pass_requests() -> None:
-            with suppress(PipeCutError, GRPCError):  # the owner's end of the stream says why
+            with suppress(PipeCutError, GRPCError):  # the owner's end of the stream has the reason
                 await send_message(there, first)
                 inbox.credit(first)
                 await _pass_on(inbox, there)

@@ -1,4 +1,4 @@
-"""What all servers have of something, shown as one: machines' lines and events, and what happens."""
+"""Merges the answers of all servers: a machine's log lines and events, and the live event feed."""
 
 import heapq
 import logging
@@ -19,13 +19,13 @@ from siderolink.server.store import FleetServer
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 1.0
-"""How soon a server that came back is followed, too."""
+POLL_SECONDS: Final = 1.0
+"""Upper bound on how soon a server that comes back is followed again."""
 _HERE: Final = ""
 
 
 class _Single(Requests):
-    """A call of this server's own: one request, and each answer goes to `take`."""
+    """A call made by this server: one request; each answer goes to `take`."""
 
     def __init__(self, request: Any, take: Callable[[Any], Awaitable[None]]) -> None:
         self._requests = [request]
@@ -36,7 +36,7 @@ class _Single(Requests):
 
 
 class _Source:
-    """The answers of one server, taken one by one."""
+    """The answers of one server, one by one."""
 
     def __init__(self, server: FleetServer | None) -> None:
         self._server = server
@@ -52,7 +52,7 @@ class _Source:
                 self.error = error
 
     async def next(self) -> Any:
-        """The next answer; None after the last."""
+        """The next answer; None after the last one."""
         try:
             return await self._receive.receive()
         except anyio.EndOfStream:
@@ -64,7 +64,7 @@ class _Source:
 
 
 async def reports_of_all(method: Method, others: Others, call: Any) -> None:
-    """A machine's lines or events, as all servers have kept them, by time; with `follow` also those that come, as they come."""
+    """A machine's log lines or events from all servers, ordered by time; with `follow`, then new ones as they arrive."""
     message = await call.recv_message()
     last: dict[str, float] = {}
     refused = await _kept(method, others, message, call, last)
@@ -73,7 +73,7 @@ async def reports_of_all(method: Method, others: Others, call: Any) -> None:
 
 
 async def _kept(method: Method, others: Others, message: Any, call: Any, last: MutableMapping[str, float]) -> set[str]:
-    """Answer with what is kept, and note in `last` how far each server's answers went. Returns those that refused."""
+    """Send the stored entries and note the time of each server's last one in `last`. Returns the servers that refused."""
     request = method.copy(message)
     request.follow = False
     sources = [_Source(server) for server in (None, *others.others())]
@@ -97,7 +97,7 @@ async def _kept(method: Method, others: Others, message: Any, call: Any, last: M
     for answer in tail or ():
         await call.send_message(answer)
     for source in failed:
-        log.debug("lines and events of a machine are shown without those of another server: %s", source.error)
+        log.debug("a machine's log lines and events are incomplete, a server did not answer: %s", source.error)
     return {source.server_id for source in failed if not isinstance(source.error, ServerUnreachableError)}
 
 
@@ -118,24 +118,24 @@ async def _by_time(sources: Sequence[_Source]) -> AsyncIterator[tuple[_Source, A
 
 
 def _first_cause(failed: Sequence[_Source]) -> SideroLinkError | GRPCError:
-    """What this server says, unless only another one can know better."""
+    """This server's error if it has one, otherwise that of the first server that failed."""
     error = next((source.error for source in failed if source.error is not None), None)
     assert error is not None
     return error
 
 
 async def events_of_all(method: Method, others: Others, call: Any) -> None:
-    """What happens at every server, as it happens."""
+    """The events of all servers, as they happen."""
     await _follow(method, others, await call.recv_message(), call, {}, set())
 
 
 async def _follow(
     method: Method, others: Others, message: Any, call: Any, last: MutableMapping[str, float], refused: set[str]
 ) -> None:
-    """Answer with what comes at every server, those included that come back meanwhile."""
+    """Send new entries of every server, including servers that come back meanwhile."""
     following = _Following(method, others, message, last, refused)
     async with following.answers, background_tasks() as tasks:
-        tasks.start_soon(following.look, tasks)
+        tasks.start_soon(following.follow_servers, tasks)
         async for server_id, answer in following.answers:
             if (at := getattr(answer, "received_at", None)) is not None:
                 last[server_id] = at
@@ -145,7 +145,7 @@ async def _follow(
 
 
 class _Following:
-    """What comes at every server."""
+    """Follows every server."""
 
     def __init__(
         self, method: Method, others: Others, message: Any, last: MutableMapping[str, float], refused: set[str]
@@ -158,10 +158,10 @@ class _Following:
         self._followed: set[str] = set()
         self._send, self.answers = anyio.create_memory_object_stream[tuple[str, Any]](0)
         self.error: SideroLinkError | GRPCError | None = None
-        """Why nobody is followed."""
+        """Why no server is followed."""
 
-    async def look(self, tasks: TaskGroup) -> None:
-        """Follow whoever is there, and end when all have refused."""
+    async def follow_servers(self, tasks: TaskGroup) -> None:
+        """Follow every live server; end when all have refused."""
         async with self._send:
             while True:
                 servers = {_HERE if one is None else one.id: one for one in (None, *self._others.others())}
@@ -171,7 +171,7 @@ class _Following:
                 for server_id in wanted - self._followed:
                     self._followed.add(server_id)
                     tasks.start_soon(self._follow, servers[server_id], server_id)
-                await anyio.sleep(LOOK_SECONDS)
+                await anyio.sleep(POLL_SECONDS)
 
     async def _follow(self, server: FleetServer | None, server_id: str) -> None:
         request = self._method.copy(self._message)
@@ -185,7 +185,7 @@ class _Following:
             await self._method.at(server, self._others.channels, _Single(request, take))
             self._refused.add(server_id)
         except ServerUnreachableError as error:
-            log.debug("a server is not followed for now: %s", error)
+            log.debug("cannot follow a server for now: %s", error)
         except (SideroLinkError, GRPCError) as error:
             self._refused.add(server_id)
             if self.error is None or server is None:
@@ -195,7 +195,7 @@ class _Following:
 
 
 async def deleted_everywhere(method: Method, others: Others, call: Any) -> None:
-    """Delete a machine's history, lines and events at every server."""
+    """Delete a machine's history, log lines and events at every server."""
     message = await call.recv_message()
     answers: list[DeleteHistoryResponse] = []
     unknown: SideroLinkError | GRPCError | None = None
@@ -216,7 +216,7 @@ async def deleted_everywhere(method: Method, others: Others, call: Any) -> None:
                 raise
             unknown = unknown or error
     if away:
-        raise GRPCError(Status.UNAVAILABLE, f"deleted, but not everywhere, so delete it again: {away[0]}")
+        raise GRPCError(Status.UNAVAILABLE, f"not deleted at every server; delete it again: {away[0]}")
     if unknown is not None and not answers:
         raise unknown
     await call.send_message(

@@ -1,7 +1,7 @@
-"""Who a server is to the others: a key and a certificate of its own, made at each start.
+"""A server's identity towards the others: a key and a certificate, made at each start.
 
-TLS needs a root. All servers derive it from the WireGuard key that they share, so that a stranger gets no further than the TLS
-handshake. The root alone opens nothing: the fingerprint of the certificate has to be that of a living server's row.
+TLS needs a root. All servers derive it from the WireGuard key that they share, so the TLS handshake already stops strangers.
+The root alone is not enough: the certificate's fingerprint must also be in a live server's row.
 """
 
 import datetime
@@ -21,7 +21,7 @@ from siderolink.common.keys import PrivateKey
 
 _INFO = b"siderolink: the root of servers that share a store, v1"
 _VALID_BEFORE, _VALID_AFTER = datetime.timedelta(days=30), datetime.timedelta(days=3650)
-"""Around this host's time: a certificate lives as long as its server, and clocks may differ."""
+"""Relative to this host's time. Generous: a certificate lives as long as its server process, and clocks may differ."""
 
 
 def fingerprint(certificate: bytes) -> str:
@@ -31,7 +31,7 @@ def fingerprint(certificate: bytes) -> str:
 
 @dataclass(frozen=True, slots=False)
 class PeerIdentity:
-    """A server's key and certificate, with the root that has signed it."""
+    """A server's key and certificate, and the root that signed it."""
 
     fingerprint: str
     _chain: bytes = field(repr=False)
@@ -39,7 +39,7 @@ class PeerIdentity:
 
     @classmethod
     def make(cls, shared_key: PrivateKey, server_id: str) -> "PeerIdentity":
-        """A new one. `shared_key` is the WireGuard key of all servers of the store."""
+        """Make a new identity. `shared_key` is the WireGuard key of all servers of the store."""
         seed = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=_INFO).derive(bytes(shared_key))
         root_key, key = Ed25519PrivateKey.from_private_bytes(seed), Ed25519PrivateKey.generate()
         root = _certificate("siderolink servers", root_key, root_key, is_root=True)
@@ -49,12 +49,12 @@ class PeerIdentity:
 
     @cached_property
     def server_tls(self) -> ssl.SSLContext:
-        """For the listener."""
+        """The TLS context of the listener."""
         return mutual_tls(self._chain, self._root, server=True)
 
     @cached_property
     def client_tls(self) -> ssl.SSLContext:
-        """For connections to other servers."""
+        """The TLS context of connections to other servers."""
         return mutual_tls(self._chain, self._root, server=False)
 
 
@@ -82,7 +82,7 @@ def _name(text: str) -> x509.Name:
 
 
 def key_usage(*, is_root: bool) -> x509.KeyUsage:
-    """Python 3.13 and newer refuse a root without it."""
+    """The key usage extension. Python 3.13 and newer refuse a root without it."""
     return x509.KeyUsage(
         digital_signature=not is_root,
         content_commitment=False,

@@ -1,4 +1,4 @@
-"""This server among those that share its store: what it asks them, what they may ask, and whose calls are passed on."""
+"""This server among those that share its store: queries in both directions, and relayed admin API calls."""
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,8 +18,8 @@ from siderolink.server.peers.channels import PEER_LIMITS, PeerChannels
 from siderolink.server.peers.forwards import connected_at_the_owner
 from siderolink.server.peers.gathering import deleted_everywhere, events_of_all, reports_of_all
 from siderolink.server.peers.identity import PeerIdentity
-from siderolink.server.peers.questions import Questions
-from siderolink.server.peers.relay import How, at_the_named_server, at_the_owner, relayed_by
+from siderolink.server.peers.queries import PeerQueries
+from siderolink.server.peers.relay import Routing, at_the_named_server, at_the_owner, relayed_by
 from siderolink.server.peers.service import PeerService
 from siderolink.server.store import FleetServer, Store, Transaction
 
@@ -55,7 +55,7 @@ def _server(message: Any) -> str:
     return name
 
 
-WAYS: Final[Mapping[str, How]] = {
+ROUTES: Final[Mapping[str, Routing]] = {
     **{f"{_API}.MachineService/{name}": partial(at_the_owner, _named) for name in _OF_A_MACHINE},
     f"{_API}.HistoryService/MachineLogs": reports_of_all,
     f"{_API}.HistoryService/MachineEvents": reports_of_all,
@@ -66,7 +66,7 @@ WAYS: Final[Mapping[str, How]] = {
     f"{_API}.ServerService/UndoDrain": partial(at_the_named_server, _server),
     f"{_API}.ForwardService/Forward": connected_at_the_owner,
 }
-"""How calls of the admin API are made where there are other servers; those that are missing are answered here alone."""
+"""Routing each admin API call is routed when there are other servers. Calls not listed are answered by this server alone."""
 
 
 class Members(Protocol):
@@ -74,14 +74,14 @@ class Members(Protocol):
 
     @property
     def id(self) -> str:
-        """This server's."""
+        """This server's id."""
 
     def living(self) -> Sequence[FleetServer]:
-        """Those whose heartbeats are fresh, this one included. Waits for nothing."""
+        """The servers with a fresh heartbeat, including this one. Does not block."""
 
 
 class Peers:
-    """See the module. Made before the listener, so that this server's row can name both address and certificate."""
+    """See the module. Created before the listener, so that this server's row can name both its address and its certificate."""
 
     def __init__(self, members: Members, shared_key: PrivateKey, store: Store, clock: Clock) -> None:
         self._members = members
@@ -89,14 +89,14 @@ class Peers:
         self._clock = clock
         self.identity = PeerIdentity.make(shared_key, members.id)
         self.channels = PeerChannels(self.identity, self.others)
-        self.questions = Questions(self.channels, self.others, clock)
+        self.queries = PeerQueries(self.channels, self.others, clock)
 
     def others(self) -> list[FleetServer]:
-        """The other servers that live and can be called."""
+        """The other live servers that have an address to call."""
         return [one for one in self._members.living() if one.id != self._members.id and one.peer_address]
 
     async def owner_of(self, machine: str) -> FleetServer | None:
-        """The living server, other than this one, that has a machine's link. Raises StoreError."""
+        """The other live server that has the machine's link, if any. Raises StoreError."""
 
         async def work(transaction: Transaction) -> str | None:
             row = await find_named(transaction, machine)
@@ -110,14 +110,14 @@ class Peers:
     async def listen(
         self, address: str, service: PeerService, admin_services: Sequence[Servable], api_keys: ApiKeys
     ) -> AsyncIterator[int]:
-        """Serve the other servers while the context lasts; gives the port. Raises AddressInUseError, ConfigurationError."""
+        """Serve the other servers until the context ends; yields the port. Raises AddressInUseError, ConfigurationError."""
         access = PeerAccess(self.others, api_keys)
         listen = HostPort.parse(address, port_zero=True)
 
         async def sweep() -> None:
             while True:
                 await self._clock.sleep(SWEEP_SECONDS)
-                access.end_calls_of_the_gone()
+                access.end_calls_of_stopped_servers()
                 await self.channels.sweep()
 
         services = guarded([service, *admin_services], access)
@@ -134,5 +134,5 @@ class Peers:
 
 
 def relayed(services: Iterable[Servable], peers: Callable[[], Peers | None]) -> list[Servable]:
-    """The services of the admin API for callers of this server, in which the other servers have their part."""
-    return relayed_by(services, peers, WAYS)
+    """The services of the admin API for this server's callers, with relaying to the other servers."""
+    return relayed_by(services, peers, ROUTES)

@@ -1,8 +1,8 @@
-"""Calls of the admin API in which other servers have a part.
+"""Admin API calls that involve other servers.
 
-A call about a machine is made at the server that has its link, stream by stream: a message is taken from there when the caller
-has taken the one before, so that HTTP/2's windows hold back whoever sends. Lines and events of machines lie where they were
-received; those of all servers are shown as one.
+A call about a machine is relayed to the server that has its link, stream by stream: the next message is read only after the
+caller has taken the one before, so that HTTP/2 flow control reaches the sender. Log lines and events of machines are stored by
+the server that received them; answers merge those of all servers.
 """
 
 import logging
@@ -32,18 +32,18 @@ class Others(Protocol):
     def channels(self) -> PeerChannels: ...
 
     def others(self) -> list[FleetServer]:
-        """Those that live and can be called."""
+        """The other live servers that have an address to call."""
 
     async def owner_of(self, machine: str) -> FleetServer | None:
-        """The one of them that has the link of the machine with this name, id, UUID or key."""
+        """The one that has the link of the machine with this name, id, UUID or key."""
 
 
 class Requests(ABC):
-    """The caller's side of a call: its requests one by one, and where the answers go."""
+    """The caller's side of a call: a source of requests, and where the answers go."""
 
     @abstractmethod
     async def recv_message(self) -> Any:
-        """The next request; None after the last."""
+        """The next request; None after the last one."""
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         while (message := await self.recv_message()) is not None:
@@ -51,7 +51,7 @@ class Requests(ABC):
 
 
 class _Replayed(Requests):
-    """A call whose first request was read already and is given again. Counts the answers."""
+    """A call whose first request was already read and is delivered again. Counts the answers."""
 
     def __init__(self, call: Any, first: Any) -> None:
         self._call = call
@@ -67,20 +67,20 @@ class _Replayed(Requests):
 
 
 class Method:
-    """One method of the admin API, here and at the other servers."""
+    """One method of the admin API, callable here and at the other servers."""
 
     def __init__(self, path: str, handler: Handler) -> None:
         self.path = path
         self.handler = handler
 
     def copy(self, message: Any) -> Any:
-        """A request of one's own."""
+        """A copy of a request, safe to change."""
         return self.handler.request_type.parse(bytes(message))
 
     async def at(self, server: FleetServer | None, channels: PeerChannels, call: Any) -> None:
-        """Make the call at another server for the present caller, or here (None).
+        """Make the call for the current caller: at another server, or here if `server` is None.
 
-        Raises ServerUnreachableError, GRPCError, and what the method here raises.
+        Raises ServerUnreachableError, GRPCError, and what the local method raises.
         """
         if server is None:
             await self.handler.func(call)
@@ -117,12 +117,12 @@ async def _pass_answers(stream: Any, call: Any) -> None:
         await call.send_message(answer)
 
 
-How = Callable[[Method, Others, Any], Awaitable[None]]
-"""How a method is called where there are other servers."""
+Routing = Callable[[Method, Others, Any], Awaitable[None]]
+"""How a method is routed when there are other servers."""
 
 
 async def at_the_owner(name_of: Callable[[Any], str], method: Method, others: Others, call: Any) -> None:
-    """Where the machine's link is; here, where this server has it, or nobody, or its owner cannot be reached."""
+    """Call the server that has the machine's link; this one if no other server has it or its owner cannot be reached."""
     message = await call.recv_message()
     name = "" if message is None else name_of(message)
     owner = await others.owner_of(name) if name else None
@@ -133,14 +133,15 @@ async def at_the_owner(name_of: Callable[[Any], str], method: Method, others: Ot
             return
         except ServerUnreachableError as error:
             if replayed.answers or method.handler.cardinality.client_streaming:
-                raise GRPCError(Status.UNAVAILABLE, f"the server that has the machine's link went away: {error}") from None
-            log.debug("a call about a machine is answered here: %s", error)
+                detail = f"the server that has the machine's link stopped answering: {error}"
+                raise GRPCError(Status.UNAVAILABLE, detail) from None
+            log.debug("answering a call about a machine here, its server cannot be reached: %s", error)
             replayed = _Replayed(call, message)
     await method.at(None, others.channels, replayed)
 
 
 async def at_the_named_server(name_of: Callable[[Any], str], method: Method, others: Others, call: Any) -> None:
-    """At the server that the request names; here, where it names none that can be called."""
+    """Call the server that the request names; this one if it names none that can be called."""
     message = await call.recv_message()
     name = "" if message is None else name_of(message)
     server = next((one for one in others.others() if name and is_called(one, name)), None)
@@ -150,30 +151,32 @@ async def at_the_named_server(name_of: Callable[[Any], str], method: Method, oth
 class _Relayed:
     """A service, some of whose methods are called at other servers."""
 
-    def __init__(self, service: Servable, others: Callable[[], Others | None], ways: Mapping[str, How]) -> None:
+    def __init__(self, service: Servable, others: Callable[[], Others | None], routes: Mapping[str, Routing]) -> None:
         self._service = service
         self._others = others
-        self._ways = ways
+        self._routes = routes
         self.call_limits = getattr(service, "call_limits", {})
 
     def __mapping__(self) -> dict[str, Handler]:
         return {path: self._relayed(path, handler) for path, handler in self._service.__mapping__().items()}
 
     def _relayed(self, path: str, handler: Handler) -> Handler:
-        how = self._ways.get(path)
-        if how is None:
+        routing = self._routes.get(path)
+        if routing is None:
             return handler
-        run = partial(self._run, how, Method(path, handler))
+        run = partial(self._run, routing, Method(path, handler))
         return Handler(run, handler.cardinality, handler.request_type, handler.reply_type)
 
-    async def _run(self, how: How, method: Method, call: Any) -> None:
+    async def _run(self, routing: Routing, method: Method, call: Any) -> None:
         others = self._others()
         if others is None or not others.others():
             await method.handler.func(call)
         else:
-            await how(method, others, call)
+            await routing(method, others, call)
 
 
-def relayed_by(services: Iterable[Servable], others: Callable[[], Others | None], ways: Mapping[str, How]) -> list[Servable]:
-    """The services, whose methods are called as `ways` says by their paths, where there are other servers."""
-    return [_Relayed(service, others, ways) for service in services]
+def relayed_by(
+    services: Iterable[Servable], others: Callable[[], Others | None], routes: Mapping[str, Routing]
+) -> list[Servable]:
+    """The services with their methods routed by `routes` (by path) while there are other servers."""
+    return [_Relayed(service, others, routes) for service in services]

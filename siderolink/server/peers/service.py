@@ -1,4 +1,4 @@
-"""What other servers may ask: when a machine was heard, and in which state its link is."""
+"""The service for the other servers: when this one last heard a machine, and the state of its link."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final

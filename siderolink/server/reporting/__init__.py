@@ -1,4 +1,4 @@
-"""Receiving what machines report over the overlay: events and kernel log lines."""
+"""Receives machines' reports over the overlay: events and kernel log lines."""
 
 from siderolink.server.reporting.model import (
     KeepOptions,

@@ -1,11 +1,11 @@
-"""Kernel log lines and events of machines, kept in files.
+"""Machines' kernel log lines and events, stored in files.
 
 add()  ->  LineQueue: never blocks  ->  a thread, every second  ->  FOLDER/HASH/lines-START, events-START
 
-A machine's folder is named by a hash of its id, and tells in its file `machine` whose it is: nothing that a machine sends
-becomes a path. Each record is one line, `TIME PAYLOAD`; files are only appended to and removed whole. What a crash left of a
-last line is cut off before the file is continued, and readers pass over what is no record. Writes are not synced: a power cut
-costs the last seconds.
+A machine's folder is named by a hash of its id, and its file `machine` contains the id: nothing that a machine sends becomes a
+path. Each record is one line, `TIME PAYLOAD`. Files are only appended to and removed whole. A partial last line, left by a
+crash, is cut off before the file is continued, and readers skip invalid records. Writes are not synced: a power cut costs the
+last seconds.
 """
 
 import fcntl
@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 
 QUEUE_ITEMS: Final = 65_536
 QUEUE_BYTES: Final = 32 * 1024 * 1024
-"""What may wait to be written."""
+"""Reports that may wait to be written."""
 SEGMENTS: Final = 4
-"""A machine's bytes are spread over about so many files, the oldest of which is removed when there are too many."""
+"""A machine's bytes are spread over about this many files; the oldest is removed when there are too many."""
 SEGMENT_SECONDS: Final = 86_400.0
-"""A file is continued for so long, so that old records go by the day."""
+"""How long a file is appended to, so that old records are removed by the day."""
 TIDY_SECONDS: Final = 60.0
 CLOSE_SECONDS: Final = 3.0
 _AT_ONCE: Final = 4096
@@ -51,7 +51,7 @@ _ESCAPED: Final = re.compile(rb"\x1a(.)", re.DOTALL)
 
 
 class Kept(StrEnum):
-    """What a file holds."""
+    """The content of a file."""
 
     LINES = "lines"
     EVENTS = "events"
@@ -63,12 +63,12 @@ class Segment:
 
     kind: Kept
     begun_at: float
-    """Unix time; the first of its records is not older."""
+    """Unix time; no record is older."""
     last_at: float
-    """The last of its records is not younger."""
+    """Unix time; no record is newer."""
     size: int = 0
     is_sound: bool = True
-    """False where an earlier process wrote it, which may have been killed within a line."""
+    """False for a file of an earlier process, which may have been killed while writing a line."""
 
     @property
     def name(self) -> str:
@@ -98,13 +98,13 @@ class _Item:
 
 
 def encode_line(line: KernelLine) -> bytes:
-    """One record; a newline within the line is escaped."""
+    """One record; newlines in the line are escaped."""
     raw = line.raw.replace(b"\x1a", b"\x1a\x1a").replace(b"\n", b"\x1an")
     return b"%.7f %b\n" % (line.received_at, raw)
 
 
 def decode_line(record: bytes) -> KernelLine | None:
-    """None for what is no record."""
+    """None for an invalid record."""
     found = _split(record)
     if found is None:
         return None
@@ -120,7 +120,7 @@ def encode_event(event: ReportedEvent) -> bytes:
 
 
 def decode_event(record: bytes) -> ReportedEvent | None:
-    """None for what is no record."""
+    """None for an invalid record."""
     found = _split(record)
     try:
         at, payload = found or (0.0, b"")
@@ -145,30 +145,30 @@ def _split(record: bytes) -> tuple[float, bytes] | None:
 
 
 class Archive:
-    """The files of one folder. `add` is called on the loop; everything else that touches the disk is for threads."""
+    """The files of one folder. `add` is called on the event loop; all other methods access the disk and run in threads."""
 
     def __init__(self, options: KeepOptions) -> None:
         self.options = options
         self._segment_bytes = options.machine_bytes // SEGMENTS
         self._queue: LineQueue[_Item] = LineQueue(max_items=QUEUE_ITEMS, max_bytes=QUEUE_BYTES)
         self._machines: OrderedDict[str, _MachineFiles] = OrderedDict()
-        """By folder; the longest silent first."""
+        """By folder, in the order of their last reports."""
         self._lock = threading.Lock()
-        """Held while files or the index are changed."""
+        """Held while files or the index change."""
         self._wake, self._hurry = threading.Event(), threading.Event()
         self._folder = -1
         self._failure = ""
-        self._untold = 0
+        self._unreported = 0
         self._thread = threading.Thread(target=self._run, name="siderolink kept reports", daemon=True)
         self.size = 0
-        """Bytes of all files."""
+        """Total bytes of all files."""
         self.lost: Counter[str] = Counter()
-        """Reports that could not be kept: "queue full", "disk"."""
+        """Reports that could not be stored: "queue full", "disk"."""
 
-    # --- life
+    # --- lifecycle
 
     def open(self) -> None:
-        """Take the folder, and look at what is in it. Raises ConfigurationError."""
+        """Lock the folder and load its index. Raises ConfigurationError."""
         path = self.options.folder
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -178,25 +178,25 @@ class Archive:
                 os.fchmod(self._folder, 0o700)
             fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._let_go()
+            self._release()
             raise ConfigurationError(f"the folder {path} of kept reports is in use by another server") from None
         except OSError as error:
-            self._let_go()
-            raise ConfigurationError(f"reports cannot be kept in {path}: {error.strerror}") from None
+            self._release()
+            raise ConfigurationError(f"cannot keep reports in {path}: {error.strerror}") from None
         self._load()
         self._tidy(time.time())
         self._thread.start()
 
     def close(self) -> None:
-        """Write what waits, within CLOSE_SECONDS."""
+        """Write queued reports, within CLOSE_SECONDS."""
         self._queue.end()
         self._hurry.set()
         self._wake.set()
         self._thread.join(CLOSE_SECONDS)
         if not self._thread.is_alive():
-            self._let_go()
+            self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         folder, self._folder = self._folder, -1
         if folder >= 0:
             os.close(folder)
@@ -208,14 +208,14 @@ class Archive:
             self._machines[folder] = files
             self.size += files.size
 
-    # --- what comes
+    # --- writing
 
     def add(self, report: LogLine | MachineEvent) -> None:
-        """Queue a report. Never blocks; what there is no room for is counted."""
+        """Queue a report. Never blocks; counts reports beyond the queue's limit."""
         kind = Kept.LINES if isinstance(report, LogLine) else Kept.EVENTS
         if not self._queue.put(_Item(report.machine, kind, report), report.size):
             self.lost["queue full"] += 1
-            self._untold += 1
+            self._unreported += 1
         if len(self._queue) > QUEUE_ITEMS // 2:
             self._hurry.set()
         if not self._wake.is_set():
@@ -236,13 +236,13 @@ class Archive:
                     if time.monotonic() - tidied_at >= TIDY_SECONDS:
                         tidied_at = time.monotonic()
                         self._tidy(time.time())
-            except Exception:  # one faulty report shall not end the keeping of all
-                log.exception("keeping reports failed; it goes on with the next ones")
+            except Exception:  # one faulty report must not stop the thread
+                log.exception("keeping reports failed; continuing with the next ones")
             if not is_open:
                 return
 
     def _drain(self) -> bool:
-        """Write what waits; False once the queue has ended."""
+        """Write queued reports; returns False once the queue has ended."""
         while items := self._queue.take(_AT_ONCE, timeout=0):
             self._write(items)
         return items is not None
@@ -256,20 +256,20 @@ class Archive:
 
     def _failed(self, count: int, error: OSError) -> None:
         self.lost["disk"] += count
-        self._untold += count
+        self._unreported += count
         reason = error.strerror or type(error).__name__
         if reason != self._failure:
-            log.warning("reports of machines cannot be kept; it is tried again with the next ones: %s", reason)
+            log.warning("cannot keep machines' reports, retrying with the next ones: %s", reason)
         self._failure = reason
 
     def _recovered(self) -> None:
-        count, self._untold = self._untold, 0
+        count, self._unreported = self._unreported, 0
         self._failure = ""
         if count:
-            log.warning("%d reports of machines were not kept; now they are again", count)
+            log.warning("keeping machines' reports again; %d were lost", count)
 
     def _append(self, machine: Machine, kind: Kept, records: list[bytes], times: list[float]) -> None:
-        """Keep as many as there is room for, whole ones alone."""
+        """Store as many records as there is room for, each completely or not at all."""
         folder = _folder_of(machine.id)
         first = 0
         try:
@@ -301,7 +301,7 @@ class Archive:
         return files
 
     def _segment(self, files: _MachineFiles, kind: Kept, at: float) -> Segment:
-        """The file to continue, or a new one."""
+        """The file to append to, or a new one."""
         for segment in reversed(files.segments):
             if segment.kind is kind:
                 if segment.size < self._segment_bytes and at - segment.begun_at < SEGMENT_SECONDS:
@@ -334,7 +334,7 @@ class Archive:
         self.size += size - segment.size
         segment.size = size
 
-    # --- what goes
+    # --- removing
 
     def _bound(self, folder: str, files: _MachineFiles) -> None:
         while len(files.segments) > 1 and files.size > self.options.machine_bytes:
@@ -346,7 +346,7 @@ class Archive:
             self._remove_oldest(silent, found)
 
     def _tidy(self, now: float) -> None:
-        """Remove what is too old, and what is too much if the bounds have become narrower."""
+        """Remove expired files, and excess ones if the limits were lowered."""
         for folder, files in list(self._machines.items()):
             while files.segments and files.segments[0].last_at < now - self.options.max_age:
                 self._remove_oldest(folder, files)
@@ -362,7 +362,7 @@ class Archive:
             os.unlink(f"{folder}/{segment.name}", dir_fd=self._folder)
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
-                log.warning("an old file of kept reports cannot be removed: %s", error.strerror)
+                log.warning("cannot remove an old file of reports: %s", error.strerror)
         if not files.segments:
             self._forget(folder)
 
@@ -371,7 +371,7 @@ class Archive:
         shutil.rmtree(folder, ignore_errors=True, dir_fd=self._folder)
 
     def delete(self, machine: str | None, until: float = math.inf) -> int:
-        """Delete what is kept of a machine, by its id or UUID, or of all, from before a time; tells how many bytes.
+        """Delete the records of a machine (by its id or UUID) or of all from before a time; returns the number of bytes.
 
         Raises StoreError.
         """
@@ -399,11 +399,11 @@ class Archive:
         except FileNotFoundError:
             pass  # another program removed it
         except OSError as error:
-            raise StoreError(f"kept reports cannot be deleted: {error.strerror}") from None
+            raise StoreError(f"cannot delete reports: {error.strerror}") from None
         if not files.segments:
             self._forget(folder)
 
-    # --- what is there
+    # --- reading
 
     def _named(self, machine: str) -> list[tuple[str, _MachineFiles]]:
         folder = _folder_of(machine)
@@ -412,14 +412,14 @@ class Archive:
         return [(name, files) for name, files in self._machines.items() if files.node_uuid == machine.lower()]
 
     def segments(self, machine: str, kind: Kept) -> list[tuple[str, Segment]]:
-        """The paths of a machine's files and what is known of them, the oldest first; what waits is written before."""
+        """A machine's files with their paths, oldest first. Queued reports are written before."""
         with self._lock:
             self._drain()
             found = [(f"{folder}/{one.name}", one) for folder, files in self._named(machine) for one in files.segments]
         return sorted((one for one in found if one[1].kind is kind), key=lambda one: one[1].begun_at)
 
     def open_segment(self, path: str) -> int | None:
-        """A descriptor to read one of `segments`; None where it was removed meanwhile."""
+        """A descriptor to read one of `segments`; None if it was removed meanwhile."""
         try:
             return os.open(path, os.O_RDONLY | _OPEN, dir_fd=self._folder)
         except OSError:
@@ -444,7 +444,7 @@ def _load_machine(parent: int, folder: str) -> _MachineFiles | None:
                 files.segments.append(Segment(Kept(match[1]), begun_at, last_at, status.st_size, is_sound=False))
         return files
     except (OSError, ValueError, RecursionError):
-        return None  # it is no folder of ours; it stays as it is
+        return None  # not a folder of ours, left unchanged
     finally:
         os.close(inner)
 
@@ -469,7 +469,7 @@ def _folder_of(machine_id: str) -> str:
 
 
 def _cut_old(parent: int, path: str, segment: Segment, until: float) -> int:
-    """Write a file anew, without its records from before that time; tells its size."""
+    """Rewrite a file without its records from before a time; returns its size."""
     with open(os.open(path, os.O_RDONLY | _OPEN, dir_fd=parent), "rb") as file:
         records = file.read().split(b"\n")[:-1]
     data = b"".join(one + b"\n" for one in records if (found := _split(one)) is not None and found[0] >= until)
@@ -483,7 +483,7 @@ def _cut_old(parent: int, path: str, segment: Segment, until: float) -> int:
 
 
 def _cut_torn_line(descriptor: int) -> int:
-    """Cut off what follows the last newline; tells the size."""
+    """Cut off a partial last line; returns the size."""
     size = os.fstat(descriptor).st_size
     end = size
     while end > 0:

@@ -1,7 +1,7 @@
 """events.EventSinkService: each call carries one event, and OK confirms it.
 
-A machine resends an event until it is answered OK. So every event that can be kept is answered OK, of a known type or not; a
-refused one could be accepted later, or is not an event.
+A machine resends an event until it is answered OK. So every event that can be stored is answered OK, whether or not its type is
+known. A refused event either may be accepted later, or is invalid.
 """
 
 import time
@@ -19,22 +19,22 @@ from siderolink.server.reporting.model import MachineEvent, ReportDrop
 from siderolink.server.store import Machine
 
 MAX_NAME_BYTES = 256
-"""The longest id, actor id and type URL."""
+"""Maximum length of ids, actor ids and type URLs."""
 MAX_FIELDS = 32
-"""Fields of a request, and of its Any; there are three and two, and newer machines may have a few more."""
+"""Maximum fields of a request, and of its Any. There are three and two; newer machines may send a few more."""
 REFUSAL_DELAY = 0.25
-"""Seconds until a machine that sends too much is refused, so that it does not send faster still."""
+"""Delay of the refusal to a machine that sends too much; an immediate one would make it send faster."""
 
 
 class EventBytes:
-    """A request message that is not decoded: the machine's share is looked at first."""
+    """A request message that is not decoded yet: the machine's rate limit is checked first."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
 
     @classmethod
     def FromString(cls, data: bytes) -> Self:
-        """The codec's way to make one."""
+        """The constructor used by the codec."""
         return cls(data)
 
 
@@ -45,7 +45,7 @@ class EventSink:
         self._ingest = ingest
 
     def __mapping__(self) -> dict[str, Handler]:
-        # The generated base hides the stream, and with it the caller's address.
+        # The generated base class hides the stream, and so the caller's address.
         return {"/events.EventSinkService/Publish": Handler(self._serve, Cardinality.UNARY_UNARY, EventBytes, EventResponse)}
 
     async def _serve(self, stream: Stream[EventBytes, EventResponse]) -> None:
@@ -55,7 +55,7 @@ class EventSink:
             raise GRPCError(Status.PERMISSION_DENIED, "the call does not come from a machine's overlay address")
         if not self._ingest.may_send_event(machine):
             await anyio.sleep(REFUSAL_DELAY)
-            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many events; send it again later")
+            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many events; send this one again later")
         request = await stream.recv_message()
         if request is None:
             raise GRPCError(Status.INVALID_ARGUMENT, "the call has no request message")
@@ -63,7 +63,7 @@ class EventSink:
         await stream.send_message(EventResponse())
 
     def publish(self, machine: Machine, request: bytes) -> None:
-        """Accept an EventRequest of `machine`. Raises GRPCError for one that has no form in which it could be kept."""
+        """Accept an EventRequest of `machine`. Raises GRPCError for one that cannot be stored."""
         self._ingest.charge_event(machine, len(request))
         try:
             event = read_event(machine, request)
@@ -74,10 +74,10 @@ class EventSink:
 
 
 def read_event(machine: Machine, request: bytes) -> MachineEvent:
-    """The event in an EventRequest, with its message undecoded. Raises ValueError, which says what is wrong."""
+    """Parse an EventRequest, without decoding the message in it. Raises ValueError with the reason."""
     found = _last_values(memoryview(request), known=3)
     if 1 not in found:
-        raise MalformedWireError("it has no data")
+        raise MalformedWireError("no data")
     data = _last_values(found[1], known=2)
     return MachineEvent(
         machine=machine,
@@ -90,19 +90,19 @@ def read_event(machine: Machine, request: bytes) -> MachineEvent:
 
 
 def _last_values(message: memoryview, known: int) -> dict[int, memoryview]:
-    """The last value of each length-delimited field, by number; those up to `known` have to be. Raises MalformedWireError."""
+    """The last value of each length-delimited field by number; fields up to `known` must be. Raises MalformedWireError."""
     found: dict[int, memoryview] = {}
     pos = fields = 0
     while pos < len(message):
         fields += 1
         if fields > MAX_FIELDS:
-            raise MalformedWireError(f"it has more than {MAX_FIELDS} fields")
+            raise MalformedWireError(f"more than {MAX_FIELDS} fields")
         number, wire_type, pos = read_key(message, pos)
         start, pos = value_bounds(message, pos, wire_type)
         if wire_type == BYTES:
             found[number] = message[start:pos]
         elif number <= known:
-            raise MalformedWireError(f"its field {number} is a number")
+            raise MalformedWireError(f"field {number} is a number")
     return found
 
 
@@ -110,8 +110,8 @@ def _text(value: memoryview | None, what: str) -> str:
     if value is None:
         return ""
     if len(value) > MAX_NAME_BYTES:
-        raise MalformedWireError(f"its {what} has {len(value)} bytes, more than {MAX_NAME_BYTES}")
+        raise MalformedWireError(f"the {what} has {len(value)} bytes, more than {MAX_NAME_BYTES}")
     try:
         return bytes(value).decode()
     except UnicodeDecodeError:
-        raise MalformedWireError(f"its {what} is not UTF-8") from None
+        raise MalformedWireError(f"the {what} is not UTF-8") from None

@@ -1,4 +1,4 @@
-"""Where reports come in: which machine sent them, how much each may send, the last of each, and who reads them."""
+"""Accepts reports: identifies their machines, applies rate limits, keeps the most recent ones, and publishes them."""
 
 import time
 from collections import Counter, OrderedDict, deque
@@ -15,20 +15,20 @@ from siderolink.server.store import Machine
 T = TypeVar("T")
 
 MachineAt = Callable[[IPv6Address], Machine | None]
-"""The machine that has an overlay address; None when no machine has it."""
+"""Returns the machine with an overlay address, or None."""
 ReportStream = Subscription[T | ReportsLost]
-"""The reports published since its creation. A slow reader receives ReportsLost."""
+"""The reports published since the subscription. A slow subscriber receives ReportsLost."""
 
 ITEM_BYTES = 512
-"""Memory that a kept report takes besides its own parts."""
+"""Memory overhead of a stored report."""
 
 
 LIMITS = (ReportDrop.LINE_RATE_LIMITED, ReportDrop.EVENT_RATE_LIMITED, ReportDrop.TOO_MANY_CONNECTIONS)
-"""Drops that a machine's limits make."""
+"""Drops caused by a machine's own limits."""
 
 
 class ReportIngest:
-    """Accepts or drops what the event sink and the log listener receive."""
+    """Accepts or drops the reports received by the event sink and the log listener."""
 
     def __init__(self, options: ReportOptions, machine_at: MachineAt, clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options
@@ -45,7 +45,7 @@ class ReportIngest:
             count=options.recent_lines, machine_bytes=options.recent_bytes, total_bytes=options.total_recent_bytes
         )
         self.keep: Callable[[LogLine | MachineEvent], None] = lambda report: None
-        """Called with each report that is accepted; never blocks."""
+        """Called with each accepted report; never blocks."""
         self.drops: Counter[ReportDrop] = Counter()
         self.taken_events = self.taken_lines = 0
         self._machine_at = machine_at
@@ -53,7 +53,7 @@ class ReportIngest:
         self._senders: dict[str, _Sender] = {}
 
     def find_machine(self, source: str) -> Machine | None:
-        """The machine whose address this is; a stranger's is counted."""
+        """The machine with this address; calls from other addresses are counted."""
         try:
             found = self._machine_at(IPv6Address(source.partition("%")[0]))
         except AddressValueError:
@@ -63,12 +63,12 @@ class ReportIngest:
         return found
 
     def is_current(self, machine: Machine) -> bool:
-        """Whether the address is still that machine's."""
+        """Whether the machine still has its address."""
         found = self._machine_at(machine.overlay_address)
         return found is not None and found.id == machine.id
 
     def open_connection(self, machine: Machine) -> bool:
-        """Count one more log connection; False when the machine has as many as it may have."""
+        """Count a new log connection; returns False if the machine's limit is reached."""
         sender = self._sender(machine)
         if sender.connections >= self.options.max_connections_per_machine:
             self.drop(machine, ReportDrop.TOO_MANY_CONNECTIONS)
@@ -82,12 +82,12 @@ class ReportIngest:
             sender.connections = max(0, sender.connections - 1)
 
     def drop(self, machine: Machine, reason: ReportDrop, count: int = 1) -> None:
-        """Count reports that are not accepted."""
+        """Count reports that were not accepted."""
         self.drops[reason] += count
         self._sender(machine).drops[reason] += count
 
     def drop_lines(self, machine: Machine, reason: ReportDrop, count: int = 1) -> None:
-        """Count dropped lines. Readers receive the count before the machine's next line."""
+        """Count dropped lines. Subscribers receive the count before the machine's next line."""
         self.drop(machine, reason, count)
         self._sender(machine).untold[reason] += count
 
@@ -112,7 +112,7 @@ class ReportIngest:
         self.lines.publish(line, line.size)
 
     def may_send_event(self, machine: Machine) -> bool:
-        """Whether the machine is within its rate limit; call it before the event is read."""
+        """Whether the machine is within its rate limit; checked before the event is parsed."""
         sender = self._sender(machine)
         if sender.events.is_empty or sender.event_bytes.is_empty:
             self.drop(machine, ReportDrop.EVENT_RATE_LIMITED)
@@ -126,7 +126,7 @@ class ReportIngest:
         sender.event_bytes.charge(size)
 
     def add_event(self, event: MachineEvent) -> None:
-        """Keep and hand out an event, unless it was accepted before."""
+        """Store and publish an event, unless it was accepted before."""
         machine_id = event.machine.id
         if event.id and any(event.id == known.id for known in reversed(self.recent_events.of(machine_id))):
             self.drop(event.machine, ReportDrop.EVENT_REPEATED)
@@ -141,7 +141,7 @@ class ReportIngest:
         return {} if sender is None else {str(reason): count for reason, count in sender.drops.items()}
 
     def limit_drops(self) -> dict[str, dict[str, int]]:
-        """What limits of single machines dropped, by machine's id; of machines that have any."""
+        """Reports dropped by machines' own limits, by machine id; only machines with drops."""
         found = {
             machine_id: {str(reason): sender.drops[reason] for reason in LIMITS if sender.drops[reason]}
             for machine_id, sender in self._senders.items()
@@ -150,13 +150,13 @@ class ReportIngest:
         return {machine_id: drops for machine_id, drops in found.items() if drops}
 
     def forget(self, machine_id: str) -> None:
-        """The machine has left."""
+        """Drop the state of a machine that has left."""
         self._senders.pop(machine_id, None)
         self.recent_events.forget(machine_id)
         self.recent_lines.forget(machine_id)
 
     def forget_departed(self) -> None:
-        """Forget every machine that is no longer known."""
+        """Drop the state of every machine that is no longer known."""
         for machine_id in {*self._senders, *self.recent_events.machines(), *self.recent_lines.machines()}:
             sender = self._senders.get(machine_id)
             if sender is None or not self.is_current(sender.machine):
@@ -185,7 +185,7 @@ class _Sender:
         self.connections = 0
         self.drops: Counter[ReportDrop] = Counter()
         self.untold: Counter[ReportDrop] = Counter()
-        """Dropped lines of which the readers have not been told."""
+        """Dropped lines not yet reported to subscribers."""
 
 
 @dataclass(slots=True)
@@ -195,16 +195,16 @@ class _Ring(Generic[T]):
 
 
 class RingBuffers(Generic[T]):
-    """The last `count` reports and `machine_bytes` of each machine, and `total_bytes` of all: the longest silent go first."""
+    """The last reports per machine, limited in number, in bytes per machine, and in total: the longest silent go first."""
 
     def __init__(self, *, count: int, machine_bytes: int, total_bytes: int) -> None:
         self._count, self._machine_bytes, self._total_bytes = count, machine_bytes, total_bytes
         self._rings: OrderedDict[str, _Ring[T]] = OrderedDict()
         self.size = 0
-        """Bytes of memory that are kept now."""
+        """Current memory use in bytes."""
 
     def add(self, machine_id: str, item: T, size: int) -> None:
-        """Keep one more report of `size` bytes."""
+        """Add a report of `size` bytes."""
         size += ITEM_BYTES
         ring = self._rings.get(machine_id)
         if ring is None:
@@ -221,7 +221,7 @@ class RingBuffers(Generic[T]):
             self.forget(next(iter(self._rings)))
 
     def of(self, machine_id: str) -> list[T]:
-        """The machine's reports, the oldest first."""
+        """The machine's reports, oldest first."""
         ring = self._rings.get(machine_id)
         return [] if ring is None else [item for item, _ in ring.items]
 
@@ -231,7 +231,7 @@ class RingBuffers(Generic[T]):
             self.size -= ring.size
 
     def forget_first(self, machine_id: str, is_old: Callable[[T], bool]) -> None:
-        """Forget the machine's first reports, as long as they are old."""
+        """Remove the machine's first reports while `is_old` holds."""
         ring = self._rings.get(machine_id)
         while ring is not None and ring.items and is_old(ring.items[0][0]):
             _, size = ring.items.popleft()
@@ -241,7 +241,7 @@ class RingBuffers(Generic[T]):
             del self._rings[machine_id]
 
     def machines(self) -> list[str]:
-        """The machines of which reports are kept."""
+        """Machines with stored reports."""
         return list(self._rings)
 
 

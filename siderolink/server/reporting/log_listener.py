@@ -1,4 +1,4 @@
-"""Kernel log lines: one JSON object a line by TCP, one a datagram by UDP."""
+"""Kernel log lines: one JSON object per line by TCP, one per datagram by UDP."""
 
 import asyncio
 import json
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 DRAIN_SECONDS = 1.0
-"""How long a listener that stops waits for machines to close their connections, so that what they have sent is read."""
+"""When stopping, how long to wait for machines to close their connections, so that everything they sent is read."""
 BYTES_PER_TURN = 1024
-"""How much of one connection is cut into lines before others have their turn: it may be half as many lines, 10 µs each."""
+"""Bytes of one connection that are split before others get a turn: up to half as many lines, 10 µs each."""
 _ACCEPTS_PER_TURN = 64
 _ACCEPT_PAUSE = 1.0
-"""Seconds until connections are accepted again after this host had no descriptor left for one."""
+"""Delay before accepting again after this host had no file descriptor left."""
 
 
 class LineSplitter:
-    """Cuts a stream of bytes at newlines. A line above the cap is skipped to its end, unkept, and counted. No I/O."""
+    """Splits a byte stream at newlines. Lines that are too long are skipped and counted. No I/O."""
 
     def __init__(self, max_bytes: int) -> None:
         self.too_long = 0
-        """How many lines were skipped."""
+        """Number of skipped lines."""
         self._max_bytes = max_bytes
         self._partial = bytearray()
         self._skipping = False
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The lines that are complete now, without their ends; empty ones are left out."""
+        """The lines completed by `data`, without line ends; empty lines are left out."""
         lines: list[bytes] = []
         *ended, rest = data.split(b"\n")
         for piece in ended:
@@ -56,7 +56,7 @@ class LineSplitter:
         return ended.count(b"\n") + len(newline)
 
     def partial(self) -> bytes:
-        """The beginning of a line whose end has not come."""
+        """The incomplete last line."""
         return bytes(self._partial)
 
     def _start_line(self) -> None:
@@ -75,7 +75,7 @@ class LineSplitter:
 
 
 class _TcpListener:
-    """A listening socket and its accepted connections."""
+    """A listening socket and its connections."""
 
     def __init__(self, ingest: ReportIngest, sock: socket.socket) -> None:
         self._ingest = ingest
@@ -97,8 +97,8 @@ class _TcpListener:
             self._all_closed.set()
 
     async def end(self) -> None:
-        """Accept no more, half-close each connection, read what still comes, and close those that stay."""
-        self._accept()  # also read connections waiting to be accepted
+        """Stop accepting, half-close each connection, read the remaining input, and close connections that stay open."""
+        self._accept()  # also reads connections waiting to be accepted
         if self._pause is not None:
             self._pause.cancel()
         self._loop.remove_reader(self._sock)
@@ -125,7 +125,7 @@ class _TcpListener:
                 connection, _ = self._sock.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            except ConnectionError:  # the machine is gone again
+            except ConnectionError:  # the machine has already disconnected
                 continue
             except OSError:  # out of descriptors or memory
                 self._loop.remove_reader(self._sock)
@@ -144,7 +144,7 @@ class _TcpListener:
 
 
 class _Connection(asyncio.Protocol):
-    """One machine's lines by TCP."""
+    """Lines of one machine by TCP."""
 
     def __init__(self, ingest: ReportIngest, listener: _TcpListener) -> None:
         self._ingest = ingest
@@ -153,7 +153,7 @@ class _Connection(asyncio.Protocol):
         self._lines = LineSplitter(ingest.options.max_line_bytes)
         self._counted_too_long = 0
         self._unread = memoryview(b"")
-        """Received bytes that are not split into lines yet."""
+        """Received bytes that are not split yet."""
         self._machine: Machine | None = None
         self._transport: asyncio.Transport | None = None
         self._is_lost = False
@@ -190,7 +190,7 @@ class _Connection(asyncio.Protocol):
             self._finish()
 
     def _read_next(self) -> None:
-        """Continue in the next iteration of the loop."""
+        """Continue in the loop's next iteration."""
         if self._machine is not None and self._ingest.is_current(self._machine):
             self._read_some(self._machine)
         else:
@@ -198,7 +198,7 @@ class _Connection(asyncio.Protocol):
             self._finish()
 
     def _read_some(self, machine: "Machine") -> None:
-        """Split a bounded amount of input into lines; resume reading once all of it is split."""
+        """Split a limited amount of input; resume reading once all input is split."""
         assert self._transport is not None
         size = BYTES_PER_TURN if self._ingest.may_send_lines(machine) else len(self._unread)
         piece, self._unread = bytes(self._unread[:size]), self._unread[size:]
@@ -223,7 +223,7 @@ class _Connection(asyncio.Protocol):
             self._counted_too_long = self._lines.too_long
 
     def _finish(self) -> None:
-        """Handle the end of a connection after all input was read. A last line without a newline counts if it is complete."""
+        """Handle the end of the connection after reading all input. A last line without newline counts if it is complete."""
         if self._transport is not None:
             self._listener.discard(self._transport)
         rest = self._lines.partial().strip()
@@ -236,7 +236,7 @@ class _Connection(asyncio.Protocol):
 
 
 class _Datagrams(asyncio.DatagramProtocol):
-    """Any machine's lines by UDP."""
+    """Lines of all machines by UDP."""
 
     def __init__(self, ingest: ReportIngest) -> None:
         self._ingest = ingest
@@ -257,7 +257,7 @@ class _Datagrams(asyncio.DatagramProtocol):
 
 @asynccontextmanager
 async def listen_for_lines(ingest: ReportIngest, tcp: socket.socket, udp: socket.socket) -> AsyncIterator[None]:
-    """Accept lines from both sockets. Leaving the context closes them, and connections once their input is read."""
+    """Accept lines from both sockets. Leaving the context closes them, and connections after their input is read."""
     try:
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: _Datagrams(ingest), sock=udp)
     except BaseException:

@@ -1,4 +1,4 @@
-"""The event sink and the log listener on the server's overlay address, and what an embedder sees of them."""
+"""The event sink and the log listener on the server's overlay address, and the embedder's interface to them."""
 
 import math
 import socket
@@ -34,7 +34,7 @@ _AT_ONCE = 100
 
 
 class Reports:
-    """The machines' reports: live streams, the ring buffers, and what is kept in files."""
+    """Machines' reports: live streams, recent ones in memory, and stored ones in files."""
 
     def __init__(self, ingest: ReportIngest, archive: Archive | None = None) -> None:
         self._ingest = ingest
@@ -54,38 +54,38 @@ class Reports:
         return self._log_port
 
     def events(self) -> ReportStream[MachineEvent]:
-        """Subscribe to machines' events from now on. A slow reader loses its oldest ones and receives ReportsLost."""
+        """Subscribe to machines' events from now on. A slow subscriber loses its oldest ones and receives ReportsLost."""
         return self._ingest.events.subscribe()
 
     def lines(self) -> ReportStream[LogLine | LinesDropped]:
-        """Subscribe to machines' log lines from now on. A slow reader loses its oldest ones and receives ReportsLost."""
+        """Subscribe to machines' log lines from now on. A slow subscriber loses its oldest ones and receives ReportsLost."""
         return self._ingest.lines.subscribe()
 
     def recent_events(self, machine_id: str) -> list[MachineEvent]:
-        """The last events of one machine, the oldest first."""
+        """One machine's recent events, oldest first."""
         return self._ingest.recent_events.of(machine_id)
 
     def recent_lines(self, machine_id: str) -> list[LogLine]:
-        """The last log lines of one machine, the oldest first."""
+        """One machine's recent log lines, oldest first."""
         return self._ingest.recent_lines.of(machine_id)
 
     def find_lines(
         self, machine: str, query: ReportQuery = EVERYTHING, *, follow: bool = False
     ) -> AsyncGenerator[KernelLine, None]:
-        """A machine's log lines, the oldest first: from the files, or without `ReportOptions.keep` the recent ones.
+        """A machine's log lines, oldest first: from the files, or recent ones without `ReportOptions.keep`.
 
-        A machine, also one that is gone, is named by its id or UUID. With `follow` it goes on with what comes.
+        `machine` is an id or UUID, also of a removed machine. With `follow`, new lines are appended as they arrive.
         """
         return self._search.lines(machine, query, follow=follow)
 
     def find_events(
         self, machine: str, query: ReportQuery = EVERYTHING, *, follow: bool = False
     ) -> AsyncGenerator[ReportedEvent, None]:
-        """A machine's events; as `find_lines`."""
+        """A machine's events; like `find_lines`."""
         return self._search.events(machine, query, follow=follow)
 
     async def delete(self, machine: str | None, *, until: float = math.inf) -> int:
-        """Delete the lines and events of a machine, by its id or UUID, or of all, from before a time; tells how many bytes.
+        """Delete lines and events of a machine (by its id or UUID) or of all from before a time; returns the number of bytes.
 
         Raises StoreError.
         """
@@ -98,50 +98,50 @@ class Reports:
 
     @property
     def keep(self) -> KeepOptions | None:
-        """How much is kept in files; None where nothing is."""
+        """The storage options; None without storage in files."""
         return None if self._archive is None else self._archive.options
 
     @property
     def file_bytes(self) -> int:
-        """How much is kept in files."""
+        """Total size of the files in bytes."""
         return 0 if self._archive is None else self._archive.size
 
     def not_kept(self) -> dict[str, int]:
-        """Reports that were accepted and not kept in files, by reason: "queue full" or "disk"."""
+        """Accepted reports that could not be written to files, by reason: "queue full" or "disk"."""
         return {} if self._archive is None else dict(self._archive.lost)
 
     @property
     def taken_events(self) -> int:
-        """How many events were accepted, of all machines."""
+        """Number of accepted events of all machines."""
         return self._ingest.taken_events
 
     @property
     def taken_lines(self) -> int:
-        """How many log lines were accepted, of all machines."""
+        """Number of accepted log lines of all machines."""
         return self._ingest.taken_lines
 
     @property
     def kept_bytes(self) -> int:
-        """How much memory the kept events and lines take, of all machines."""
+        """Memory used by recent events and lines of all machines, in bytes."""
         return self._ingest.recent_events.size + self._ingest.recent_lines.size
 
     def drops(self, machine_id: str | None = None) -> dict[str, int]:
-        """How much was not accepted, of one machine or of all, by named reason (docs/drops.md)."""
+        """Reports not accepted, of one machine or of all, by published reason (docs/drops.md)."""
         if machine_id is not None:
             return self._ingest.drops_of(machine_id)
         return {str(reason): count for reason, count in self._ingest.drops.items()}
 
     def limit_drops(self) -> dict[str, dict[str, int]]:
-        """What limits of single machines dropped, by machine's id and `ReportDrop`; of machines that have any."""
+        """Reports dropped by machines' own limits, by machine id and `ReportDrop`; only machines with drops."""
         return self._ingest.limit_drops()
 
     def refusals(self) -> dict[str, int]:
-        """How many connections and calls the event sink refused, by named reason (docs/drops.md)."""
+        """Connections and calls refused by the event sink, by published reason (docs/drops.md)."""
         return {} if self._sink is None else {str(reason): count for reason, count in self._sink.refusals.items()}
 
     @asynccontextmanager
     async def serve(self, address: IPv6Address, interface: str, namespace: str | None = None) -> AsyncIterator[None]:
-        """Listen at the overlay address, for what comes by `interface` alone."""
+        """Listen at the overlay address, only on `interface`."""
         options = self._ingest.options
         async with AsyncExitStack() as stack:
             if options.event_sink_port is not None:
@@ -165,7 +165,7 @@ async def receive_reports(
     interface: str,
     namespace: str | None = None,
 ) -> AsyncIterator[Reports]:
-    """Receive at the server's overlay address. Raises AddressInUseError or ConfigurationError where that cannot be."""
+    """Receive reports at the server's overlay address. Raises AddressInUseError or ConfigurationError."""
     ingest = ReportIngest(options, machine_at)
     try:
         async with _open_archive(options.keep) as archive, background_tasks() as tasks:
@@ -213,7 +213,7 @@ async def _bind_both(
 
 
 def _limits(options: ReportOptions) -> Limits:
-    """Machines share one /64, so that each whole address counts for itself."""
+    """Machines share one /64, so each address is counted by itself."""
     return Limits(
         max_message_bytes=options.max_event_bytes,
         stream_window_bytes=options.max_event_bytes + 5,

@@ -1,7 +1,7 @@
-"""Searches machines' reports, in the archive's files or in memory, and follows new ones.
+"""Searches machines' reports, in files or in memory, and follows new ones.
 
-Files are read in a thread, 64 KiB at a time, so that the loop goes on in between. A text is looked for as it is, never as a
-pattern: no text takes longer than another.
+Files are read in a thread, 64 KiB at a time, so that the event loop runs in between. Search text is literal, never a pattern:
+no text takes longer than another.
 """
 
 import math
@@ -26,41 +26,41 @@ from siderolink.server.store import Machine
 
 Report = KernelLine | ReportedEvent
 Decode = Callable[[bytes], Report | None]
-"""Reads a record; None for an invalid one."""
+"""Parses a record; None for an invalid one."""
 
 CHUNK: Final = 65_536
 MAX_TEXT: Final = 1000
-"""Characters that may be looked for."""
+"""Maximum length of search text."""
 MAX_TAIL: Final = 100_000
 SEARCHES: Final = 2
-"""Searches that read files at the same time; others wait."""
+"""Concurrent searches that read files; further ones wait."""
 _PART: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportQuery:
-    """Which reports of one machine are wanted, the oldest first."""
+    """Selects reports of one machine, oldest first."""
 
     since: float | None = None
     """Unix time."""
     until: float | None = None
-    """Before this time."""
+    """Before this time, in Unix time."""
     tail: int = 0
-    """Only the last ones of what is kept; 0: all."""
+    """Only the last ones of those stored; 0 for all."""
     text: str = ""
-    """Lines whose message holds this, and events whose summary does."""
+    """Lines whose message contains this text, and events whose summary does."""
     ignore_case: bool = False
     kinds: Sequence[str] = ()
-    """Short names of events' types; empty: all."""
+    """Short names of event types; empty for all."""
 
     def __post_init__(self) -> None:
         if len(self.text) > MAX_TEXT:
-            raise ConfigurationError(f"a text of at most {MAX_TEXT} characters can be looked for")
+            raise ConfigurationError(f"search text may have at most {MAX_TEXT} characters")
         if not 0 <= self.tail <= MAX_TAIL:
-            raise ConfigurationError(f"the last {MAX_TAIL} reports can be asked for, not {self.tail}")
+            raise ConfigurationError(f"tail must be 0 to {MAX_TAIL}, not {self.tail}")
 
     def takes(self, report: KernelLine | ReportedEvent) -> bool:
-        """Whether it is wanted."""
+        """Whether the query selects the report."""
         if self.since is not None and report.received_at < self.since:
             return False
         if self.until is not None and report.received_at >= self.until:
@@ -78,10 +78,10 @@ EVERYTHING = ReportQuery()
 
 
 class _Filter:
-    """Passes over blocks of a file in which no line can hold the text."""
+    """Skips blocks of a file in which no line can contain the text."""
 
     def __init__(self, query: ReportQuery) -> None:
-        # what JSON may write in another way is looked for in each line, decoded; as are escapes
+        # text that JSON may encode differently is searched in each decoded line, and so are escapes
         is_plain = query.text.isascii() and all(
             character.isalnum() or character in " .:=,;-_+()[]@#" for character in query.text
         )
@@ -95,7 +95,7 @@ class _Filter:
 
 
 class _Reader:
-    """Reads one machine's files, for a thread."""
+    """Reads one machine's files in a thread."""
 
     def __init__(self, archive: Archive, machine: str, query: ReportQuery, kind: Kept) -> None:
         self._archive = archive
@@ -106,7 +106,7 @@ class _Reader:
         self._filter = _Filter(query if kind is Kept.LINES else EVERYTHING)
 
     def read(self) -> Generator[list[Report]]:
-        """The reports found in each chunk; often none."""
+        """The matching reports of each chunk; often none."""
         query = self._query
         segments = [one for one in self._archive.segments(self._machine, self._kind) if self._may_hold(one[1])]
         if not query.tail:
@@ -151,7 +151,7 @@ class _Reader:
 
 
 class ReportSearch:
-    """Finds reports of one server."""
+    """Searches the reports of one server."""
 
     def __init__(self, ingest: ReportIngest, archive: Archive | None) -> None:
         self._ingest = ingest
@@ -159,7 +159,7 @@ class ReportSearch:
         self._limiter = anyio.CapacityLimiter(SEARCHES)
 
     async def lines(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncGenerator[KernelLine, None]:
-        """A machine's lines, by its id or UUID; with `follow` also those that come, until the caller stops."""
+        """A machine's lines, by its id or UUID; with `follow` also new ones, until the caller stops."""
         live = self._ingest.lines.subscribe() if follow else None
         recent = self._ingest.recent_lines.of(machine) if self._archive is None else ()
         async with aclosing(self._find(machine, query, Kept.LINES, live, recent)) as reports:
@@ -168,7 +168,7 @@ class ReportSearch:
                     yield report
 
     async def events(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncGenerator[ReportedEvent, None]:
-        """As `lines`."""
+        """Like `lines`, for events."""
         live = self._ingest.events.subscribe() if follow else None
         recent = self._ingest.recent_events.of(machine) if self._archive is None else ()
         async with aclosing(self._find(machine, query, Kept.EVENTS, live, recent)) as reports:
@@ -199,7 +199,7 @@ class ReportSearch:
                     yield item
 
     async def _read_until(self, reader: _Reader, before: float) -> AsyncIterator[Report]:
-        """What was received after that time is followed instead."""
+        """Stored reports received before a time; later ones are followed instead."""
         parts = reader.read()
         try:
             while True:

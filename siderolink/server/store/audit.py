@@ -1,4 +1,4 @@
-"""Who administers the server, and the record of what was changed by whom."""
+"""Administrators of the server, and the audit: who changed what."""
 
 import json
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from typing import Final, Self
 
 
 class Role(StrEnum):
-    """What somebody may do. Each role includes the ones before it."""
+    """What a caller may do. Each role includes the ones before it."""
 
     VIEWER = "viewer"
-    """Sees everything but secrets and the audit."""
+    """Reads everything except secrets and the audit."""
     OPERATOR = "operator"
     """Changes machines, tokens and bans."""
     ADMIN = "admin"
@@ -26,15 +26,15 @@ _RANKS: Final = {role: rank for rank, role in enumerate(Role)}
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A machine's port, or all of them, that an API key may forward to."""
+    """One machine's port, or that port of all machines, that an API key may forward to."""
 
     machine_id: str
     port: int | None = None
-    """None for all."""
+    """None for all machines."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises ValueError for what is no grant's text."""
+        """Raises ValueError for malformed text."""
         machine_id, _, port = text.partition(":")
         return cls(machine_id, int(port) if port else None)
 
@@ -47,29 +47,29 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
-    """Who does something."""
+    """The originator of a call or change."""
 
     name: str
-    """Of an API key or a user of this host; for what needs no role, "machine" or "server"."""
+    """Name of the API key or of the local user; "machine" or "server" where no role is needed."""
     role: Role | None = None
-    """None for machines, and for what the server does by itself."""
+    """None for machines, and for changes that the server makes itself."""
     source: str = ""
-    """Where the call came from: an address, or the user id on the local socket; and the server that passed it on."""
+    """Origin of the call: an address, or the user id on the local socket; with the server that relayed it, if any."""
     key_id: str = field(default="", compare=False)
-    """The id of the API key; empty for others. Not kept."""
+    """The id of the API key; empty without one. Not stored."""
     grants: tuple[Grant, ...] = ()
-    """What it may forward to where its role does not allow it."""
+    """Forwards permitted in addition to those of the role."""
 
 
 SERVER: Final = Actor(name="server")
-"""What the server does by itself."""
+"""The server itself."""
 EMBEDDER: Final = Actor(name="embedder", role=Role.ADMIN)
 """The program that runs the server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEntry:
-    """One change, or one call that is recorded though it changed nothing. Holds no secret."""
+    """One change, or one call that is recorded although it changed nothing. Contains no secret."""
 
     at: float
     """Unix time in seconds."""
@@ -81,10 +81,10 @@ class AuditEntry:
     object_id: str = ""
     object_name: str = ""
     before: Mapping[str, object] = field(default_factory=dict, hash=False)
-    """The fields that changed, as JSON has them."""
+    """The changed fields, as JSON values."""
     after: Mapping[str, object] = field(default_factory=dict, hash=False)
     seq: int = 0
-    """Given by the store: rises with each entry; some numbers may be missing."""
+    """Assigned by the store. Increases with each entry; numbers may be missing."""
 
     def to_json(self) -> str:
         """The entry as one line of JSON."""
@@ -106,11 +106,11 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditQuery:
-    """Selects entries; what is empty or None selects all."""
+    """Selects entries; a field that is empty or None selects all."""
 
     actor: str = ""
     action: str = ""
-    """An action, or the beginning of some."""
+    """An action, or a prefix of several."""
     object: str = ""
     """An id or a name."""
     since: float | None = None
@@ -134,7 +134,7 @@ class AuditQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """Somebody who may call the admin API with a key. Times are Unix times in seconds."""
+    """The holder of an API key. Times are Unix times in seconds."""
 
     id: str
     name: str
@@ -150,7 +150,7 @@ class Principal:
     """Written with a delay."""
     last_source: str = ""
     grants: tuple[Grant, ...] = ()
-    """The machines' ports that it may forward to without the role admin."""
+    """Forwards permitted without the role admin."""
 
     def is_active(self, now: float) -> bool:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)

@@ -1,4 +1,4 @@
-"""The feed of a store: the changes that it tells, and their readers."""
+"""The feed of a store: the changes it publishes, and their readers."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,14 +22,14 @@ class MachineChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineDeleted:
-    """A row was removed; `machine` is what it was."""
+    """A row was removed; `machine` is its last state."""
 
     machine: Machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimChanged:
-    """A claim was made, or ended."""
+    """A claim was made or has ended."""
 
     claim: Claim
     is_over: bool
@@ -59,12 +59,12 @@ class PrincipalChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerKeyChanged:
-    """The servers' WireGuard key was replaced: all of them have to start again with the stored one."""
+    """The servers' WireGuard key was replaced: all servers must restart with the stored one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangesLost:
-    """The reader was too slow and changes were dropped; only reading the rows again tells what happened."""
+    """The reader was too slow and changes were dropped; it has to read the rows again."""
 
 
 Change = (
@@ -94,5 +94,5 @@ class Feeds:
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[AsyncIterator[Change]]:
-        """The changes from now on, for as long as the context lasts."""
+        """Follow the changes from now on until the context ends."""
         yield self._changes.subscribe()

@@ -1,4 +1,4 @@
-"""What happened to machines: the entries of the history, what is asked of it, and how much of it is kept."""
+"""The history of machines: its entries, queries of it, and retention bounds."""
 
 import sys
 from array import array
@@ -12,93 +12,93 @@ from anyio.lowlevel import checkpoint
 from siderolink.common.tasks import in_parts
 
 NO_MACHINE = ""
-"""The machine id of an entry that is about no row, such as a refused join."""
+"""The machine id of entries without a row, such as a refused join."""
 _PART = 1000
 
 
 class HistoryKind(StrEnum):
-    """What happened."""
+    """The kind of event."""
 
     JOINED = "joined"
-    """A Provision call made a link."""
+    """A Provision call created a link."""
     UP = "up"
-    """The first handshake since the join, or since the link was down."""
+    """The first handshake after a join, or after the link was down."""
     DOWN = "down"
-    """The detail says why."""
+    """The detail has the reason."""
     LEFT = "left"
-    """The machine was forgotten; the detail says why."""
+    """The machine was forgotten; the detail has the reason."""
     REFUSED = "refused"
     """A Provision call that named the machine's UUID was refused."""
     TAKEN_OVER = "taken over"
-    """The row went to another key."""
+    """The row went to a machine with another key."""
     CLAIM_REFUSED = "claim refused"
-    """Another key's claim came too late."""
+    """Another key's claim was proved too late."""
     BOUND = "bound"
     """A unique token was bound to the row."""
     ADMISSION = "admission"
-    """It was accepted, denied, or moved to another UUID."""
+    """The machine was accepted, denied, or moved to another UUID."""
     ADDRESS = "address"
-    """A handshake came from another address than the one before."""
+    """A handshake arrived from another address than the one before."""
     TRANSPORT = "transport"
-    """A handshake came by another transport than the one before."""
+    """A handshake arrived over another transport than the one before."""
     VERSION = "version"
-    """It joined with another version than before."""
+    """It joined with another version than the last time."""
     LIMITED = "limited"
-    """One of its limits began to drop what it sends or is sent; the detail names it."""
+    """A rate limit began to drop the machine's traffic; the detail names the limit."""
     LIMIT_OVER = "limit over"
-    """That limit has dropped nothing for a minute; the detail says how much it dropped before."""
+    """The limit has dropped nothing for a minute; the detail has the total before that."""
     LOST = "lost"
-    """More happened than could be noted; the detail says how much."""
+    """More events than could be recorded; the detail has their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryEntry:
-    """One thing that happened."""
+    """One event in a machine's history."""
 
     seq: int = 0
-    """Rises with each entry of a store; 0 before it is stored."""
+    """Increases with each entry of a store; 0 before it is stored."""
     at: float
     """Unix time in seconds, by the store's clock."""
     machine_id: str
-    """NO_MACHINE where it is about no row."""
+    """NO_MACHINE if there is no row."""
     node_uuid: str
-    """As the machine said; empty where it said none."""
+    """As the machine reported it; empty if it reported none."""
     kind: HistoryKind
     detail: str = ""
-    """A line for people."""
+    """One line for humans."""
     transport: str = ""
-    """``udp`` or ``tunnel``; empty where it does not matter, as the following ones."""
+    """``udp`` or ``tunnel``; empty if irrelevant, like the following ones."""
     source: str = ""
-    """The address that it came from."""
+    """The machine's source address."""
     version: str = ""
     """The machine's Talos version."""
     join_token: str = ""
-    """The name of the join token, and the first digits of the digest of what was presented: ``spring (0123456789ab)``."""
+    """The name of the join token, and the first digits of the presented token's digest: ``spring (0123456789ab)``."""
     count: int = 1
-    """How often it happened from `at` on, within the seconds that are noted together."""
+    """Number of occurrences, starting at `at`, that were combined into this entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryQuery:
-    """Which entries are wanted; the newest come first, but with `after_seq` the oldest."""
+    """Selects entries, newest first; with `after_seq` oldest first."""
 
     machine_id: str | None = None
-    """Those of one row. With `node_uuid`: of either."""
+    """Entries of one row. Together with `node_uuid`: of either."""
     node_uuid: str | None = None
-    """Those that were noted under this UUID."""
+    """Entries recorded under this UUID."""
     kinds: Sequence[HistoryKind] = ()
-    """Empty: all."""
+    """Empty selects all kinds."""
     since: float | None = None
     until: float | None = None
-    """Before this time."""
+    """Only entries before this time."""
     before_seq: int | None = None
-    """For the next page: entries before this one."""
+    """Only entries before this one; for the next page."""
     after_seq: int | None = None
-    """Entries after this one."""
+    """Only entries after this one."""
     limit: int = 1000
 
     def takes(self, entry: HistoryEntry, seq: int) -> bool:
-        """Whether the entry, stored under this number, is wanted; `limit` aside."""
+        """Whether the query selects the entry, stored under this number; ignores `limit`."""
         if self.machine_id is not None or self.node_uuid is not None:
             is_named = entry.machine_id == self.machine_id or entry.node_uuid == self.node_uuid
             if not is_named:
@@ -114,26 +114,26 @@ class HistoryQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryBounds:
-    """How much of the history is kept."""
+    """Retention bounds of the history."""
 
     since: float
-    """Older entries go."""
+    """Older entries are deleted."""
     per_machine: int
-    """How many of one machine, at most, the newest. Entries about no row are bounded together, by ten times as many."""
+    """Maximum per machine; the newest are kept. Entries without a row share a bound ten times as large."""
     total: int
-    """How many of all machines."""
+    """Maximum for all machines together."""
 
     def of(self, machine_id: str) -> int:
-        """How many entries under this id are kept."""
+        """The maximum number of entries for this machine id."""
         return self.per_machine if machine_id != NO_MACHINE else 10 * self.per_machine
 
 
 class MemoryHistory:
-    """The history of a store in memory."""
+    """The history of an in-memory store."""
 
     def __init__(self) -> None:
         self._entries: dict[int, HistoryEntry] = {}
-        """Entries by their numbers, which the entries themselves are given only when they are read."""
+        """Entries by number. The number is put into an entry only when it is read."""
         self._of_machine: dict[str, array[int]] = {}
         self._of_uuid: dict[str, array[int]] = {}
         self._last = 0
@@ -150,7 +150,7 @@ class MemoryHistory:
                     known.append(self._last)
 
     async def find(self, query: HistoryQuery) -> list[HistoryEntry]:
-        """Other tasks run meanwhile."""
+        """Yields to other tasks meanwhile."""
         found: list[HistoryEntry] = []
         for part in in_parts(self._candidates(query), _PART):
             for seq in part:
@@ -167,7 +167,7 @@ class MemoryHistory:
         return await self._remove([entry.seq for entry in found])
 
     async def prune(self, bounds: HistoryBounds) -> int:
-        """Delete what is too old or too much; other tasks run meanwhile."""
+        """Delete entries that are too old or too many; yields to other tasks meanwhile."""
         count = await self.delete(HistoryQuery(until=bounds.since))
         for part in in_parts(self._of_machine, _PART):
             for machine_id in part:
@@ -177,7 +177,7 @@ class MemoryHistory:
         return count + await self._remove(list(islice(self._entries, max(0, len(self._entries) - bounds.total))))
 
     def _candidates(self, query: HistoryQuery) -> list[int]:
-        """In the order in which the query wants them."""
+        """Candidates, in the query's order."""
         is_oldest_first = query.after_seq is not None
         if query.machine_id is None and query.node_uuid is None:
             return list(self._entries if is_oldest_first else reversed(self._entries))
@@ -193,7 +193,7 @@ class MemoryHistory:
         return count
 
     def _drop(self, seq: int) -> bool:
-        """Delete an entry, if it is still there."""
+        """Delete an entry if it still exists."""
         entry = self._entries.pop(seq, None)
         if entry is None:
             return False

@@ -1,4 +1,4 @@
-"""A store that counts how long its transactions take, and how many fail."""
+"""A wrapper around a store that measures the duration and the failures of its transactions."""
 
 import time
 from bisect import bisect_left
@@ -25,14 +25,14 @@ LATENCY_BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreCounters:
-    """Transactions since the server was made. A work that raised, a refusal for example, counts as one that the store did."""
+    """Transactions since the server was created. One whose work raised (such as a refusal) does not count as a failure."""
 
     seconds: float
-    """The sum of their durations, waiting for the commit included."""
+    """Total duration, including the wait for the commit."""
     buckets: tuple[int, ...]
-    """How many took at most each of LATENCY_BOUNDS and longer than the bound before; last, those beyond all bounds."""
+    """Transactions per latency bucket: at most each of LATENCY_BOUNDS and above the one before; the last is beyond all."""
     failures: int
-    """How many the store itself failed."""
+    """Transactions that the store itself failed."""
 
     @property
     def count(self) -> int:
@@ -48,16 +48,16 @@ class MeasuredStore:
         self._buckets = [0] * (len(LATENCY_BOUNDS) + 1)
         self._failures = 0
         self.full_at: float | None = None
-        """When it last had no room left, by the monotonic clock."""
+        """When the store last was full, on the monotonic clock."""
 
     @property
     def kind(self) -> str:
-        """What keeps the rows: "memory", "sqlite", "postgres" or "other"."""
+        """The kind of store: "memory", "sqlite", "postgres" or "other"."""
         return str(getattr(self._store, "kind", "other"))
 
     @property
     def is_shared(self) -> bool:
-        """False for a store of an embedder's own that does not say."""
+        """False for an embedder's store without this property."""
         return bool(getattr(self._store, "is_shared", False))
 
     def counters(self) -> StoreCounters:

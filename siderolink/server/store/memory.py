@@ -1,4 +1,4 @@
-"""A store that lives as long as its process: the default for embedding."""
+"""An in-memory store that lives as long as its process: the default when embedded."""
 
 import asyncio
 import os
@@ -48,11 +48,11 @@ from siderolink.server.store.tokens import JoinToken, TokenKey
 T = TypeVar("T")
 
 MAX_AUDIT_ENTRIES = 10_000
-"""How many a store in memory keeps."""
+"""Limit of the in-memory store."""
 
 
 class _Table:
-    """The rows and one index per unique column. Every change is checked whole before anything moves."""
+    """The rows and one index per unique column. Every change is checked completely before anything is modified."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Machine] = {}
@@ -109,7 +109,7 @@ class _Table:
 
 
 class _RowChanges:
-    """A transaction's machines' rows and claims. Changes the tables immediately and records how to undo each change."""
+    """A transaction's changes of machine rows and claims. Changes the tables immediately and records how to undo that."""
 
     def __init__(self, table: _Table) -> None:
         self._table = table
@@ -125,7 +125,7 @@ class _RowChanges:
         self.ownership = MemoryOwnership(table.ownership, self.changes)
 
     def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = (), tokens: Iterable[TokenKey] = ()) -> None:
-        """Everything is in memory already."""
+        """Everything is already in memory."""
 
     async def machine(self, machine_id: str) -> Machine | None:
         return self._table.rows.get(machine_id)
@@ -250,7 +250,7 @@ class _MemoryTransaction(_RowChanges):
             self.changes.append(ServerKeyChanged())
 
     def number_audit(self) -> None:
-        """Number the entries, and keep them: the transaction has succeeded."""
+        """Number and keep the audit entries: the transaction has succeeded."""
         for entry in self.audited:
             self._table.audit_seq += 1
             numbered = replace(entry, seq=self._table.audit_seq)
@@ -262,7 +262,7 @@ class _MemoryTransaction(_RowChanges):
         self.tokens.undo()
         self.ownership.undo()
         self._table.principals = self._principals_before
-        # All out first, then back in: on the way no two rows may hold the same value.
+        # Remove all first, then insert: no two rows may have the same value in between.
         for machine_id, _ in self._before:
             self._table.remove(machine_id)
         restored: dict[str, Machine | None] = {}
@@ -280,7 +280,7 @@ class _MemoryTransaction(_RowChanges):
 
 
 class MemoryStore:
-    """Rows in dictionaries. Transactions run one after another; several servers of one process may share it."""
+    """Rows in dictionaries. Transactions run one after another; several servers in one process may share it."""
 
     kind = "memory"
     is_shared = False

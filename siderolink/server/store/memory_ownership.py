@@ -1,9 +1,9 @@
-"""Owners of links, and servers, in dictionaries."""
+"""Link owners and servers, in dictionaries."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 from siderolink.server.store.feed import Change
-from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, is_news
+from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, is_published
 
 
 class OwnershipTable:
@@ -15,7 +15,7 @@ class OwnershipTable:
 
 
 class MemoryOwnership:
-    """See `OwnershipRepository`. Changes the table immediately, and knows how to undo that."""
+    """See `OwnershipRepository`. Changes the table immediately and records how to undo each change."""
 
     def __init__(self, table: OwnershipTable, changes: list[Change]) -> None:
         self._table = table
@@ -23,7 +23,7 @@ class MemoryOwnership:
         self._undo: list[Callable[[], None]] = []
 
     def expect(self, machine_ids: Iterable[str]) -> None:
-        """Everything is in memory already."""
+        """Everything is already in memory."""
 
     async def of(self, machine_id: str) -> Ownership | None:
         return self._table.owners.get(machine_id)
@@ -46,7 +46,7 @@ class MemoryOwnership:
         return list(self._table.servers.values())
 
     async def put_server(self, server: FleetServer) -> None:
-        if is_news(self._table.servers.get(server.id), server):
+        if is_published(self._table.servers.get(server.id), server):
             self._changes.append(FleetServerChanged(server=server))
         self._keep()
         self._table.servers[server.id] = server
@@ -59,7 +59,7 @@ class MemoryOwnership:
             self._changes.append(FleetServerChanged(server=server, is_gone=True))
 
     def forget(self, machine_id: str) -> None:
-        """The machine's row goes."""
+        """Drop the owner of a machine whose row is removed."""
         if machine_id in self._table.owners:
             self._keep()
             del self._table.owners[machine_id]

@@ -8,11 +8,11 @@ from siderolink.server.store.rows import UniqueViolationError
 from siderolink.server.store.tokens import JoinToken, TokenChanged, TokenColumn, TokenKey, TokenUse, unique_token_values
 
 _Uses = dict[str, TokenUse]
-"""Of one token, by machine."""
+"""The uses of one token, by machine."""
 
 
 class TokenTable:
-    """All tokens, an index of what is unique in them, and their uses."""
+    """All tokens, an index of their unique values, and their uses."""
 
     def __init__(self) -> None:
         self.index: dict[TokenKey, JoinToken] = {}
@@ -28,7 +28,7 @@ class TokenTable:
 
 
 class MemoryTokens:
-    """See `TokenRepository`. Changes the table immediately, and knows how to undo that."""
+    """See `TokenRepository`. Changes the table immediately and records how to undo each change."""
 
     def __init__(self, table: TokenTable, changes: list[Change]) -> None:
         self._table = table
@@ -85,7 +85,7 @@ class MemoryTokens:
             del self._keep_uses(token_id)[machine_id]
 
     def _keep_uses(self, token_id: str) -> _Uses:
-        """The uses, to be changed; they come back as they are when this is undone."""
+        """A token's uses, to be changed by the caller; their present state is restored on undo."""
         uses = self._table.uses.setdefault(token_id, {})
         before = dict(uses)
 

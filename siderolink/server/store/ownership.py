@@ -1,7 +1,7 @@
-"""Which server has a machine's link, and which servers there are: what several servers over one store agree by.
+"""Which server has a machine's link, and which servers there are: the shared state of several servers over one store.
 
-Ownership is an epoch that only rises. Everything that a server writes about a link carries the epoch by which it owns it, and
-is refused once another server has taken the link.
+Ownership has an epoch that only increases. Every write about a link carries the epoch under which its server owns it, and is
+refused once another server has taken the link.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,10 +24,10 @@ class Ownership:
     endpoint: str | None = None
     """The UDP endpoint, as host:port; None for a tunnel."""
     heard_at: float
-    """When the owner last said that it had heard the machine."""
+    """When the owner last reported hearing the machine."""
     handshake_at: float | None = None
     stamp: bytes = bytes(12)
-    """The highest TAI64N timestamp that the owner sent the machine; a successor begins above it."""
+    """The highest TAI64N timestamp that the owner sent the machine; the next owner starts above it."""
     rx: int = 0
     tx: int = 0
 
@@ -38,7 +38,7 @@ class Ownership:
         return replace(self, epoch=max(self.epoch, before.epoch) + 1, stamp=max(self.stamp, before.stamp))
 
     def is_of(self, stored: "Ownership | None") -> bool:
-        """Whether what is stored is still this taking."""
+        """Whether the stored ownership is still this one."""
         return stored is not None and (stored.server_id, stored.epoch) == (self.server_id, self.epoch)
 
 
@@ -48,43 +48,43 @@ class FleetServer:
 
     id: str
     endpoints: tuple[str, ...] = ()
-    """Where machines reach its WireGuard, as host:port."""
+    """Where machines reach its WireGuard endpoint, as host:port."""
     peer_address: str = ""
-    """Where other servers reach it."""
+    """Where other servers reach it, as host:port."""
     peer_fingerprint: str = ""
-    """Of the certificate that it shows to them."""
+    """Fingerprint of the certificate that it presents to them."""
     heartbeat_at: float
     software: str = ""
     schema: int = 0
     clock_offset: float = 0.0
-    """Its host's clock less the store's, in seconds."""
+    """Its host's clock minus the store's, in seconds."""
     is_draining: bool = False
 
     def is_alive(self, now: float, silence: float) -> bool:
-        """Whether its heartbeat is at most so old."""
+        """Whether its heartbeat is at most `silence` seconds old."""
         return now - self.heartbeat_at <= silence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnershipTaken:
-    """A server has taken a machine's link; whoever owned it before has lost it."""
+    """A server has taken a machine's link; the previous owner has lost it."""
 
     ownership: Ownership
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetServerChanged:
-    """A server came, went, or changed in more than its heartbeat."""
+    """A server was added or removed, or more than its heartbeat changed."""
 
     server: FleetServer
     is_gone: bool = False
 
 
 class OwnershipRepository(Protocol):
-    """The owners of links, and the servers, within one transaction."""
+    """The owners of links, and the servers, in one transaction."""
 
     def expect(self, machine_ids: Iterable[str]) -> None:
-        """Say whose owners will soon be asked for."""
+        """Prefetch the owners of these machines."""
 
     async def of(self, machine_id: str) -> Ownership | None: ...
 
@@ -95,21 +95,21 @@ class OwnershipRepository(Protocol):
         """
 
     async def note(self, ownership: Ownership) -> bool:
-        """Store the owner's news of a link: when it was heard, its counters and timestamps. The feed is told nothing.
+        """Update the owner's record of a link: when it was heard, counters, timestamps. Publishes nothing to the feed.
 
-        False, with nothing stored, once the link was taken by another server, or again by this one.
+        Returns False, with nothing stored, once the link was taken again by any server.
         """
 
     async def servers(self) -> Sequence[FleetServer]:
-        """All servers that were not removed; there are few."""
+        """All servers that were not removed; there are only a few."""
 
     async def put_server(self, server: FleetServer) -> None:
-        """Add or replace a server. Where only its heartbeat and clock differ, the feed is told nothing."""
+        """Add or replace a server. A change of heartbeat and clock alone is not published to the feed."""
 
     async def delete_server(self, server_id: str) -> None:
         """Remove a server. Ignores a missing one."""
 
 
-def is_news(before: FleetServer | None, after: FleetServer) -> bool:
-    """Whether other servers have to hear of it."""
+def is_published(before: FleetServer | None, after: FleetServer) -> bool:
+    """Whether the change is published to the other servers."""
     return before is None or replace(before, heartbeat_at=after.heartbeat_at, clock_offset=after.clock_offset) != after

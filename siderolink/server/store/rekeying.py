@@ -1,4 +1,4 @@
-"""All secrets of a state, opened with one key and sealed with another: when the key is changed, or the state moves."""
+"""Re-encrypts all secrets of a state: when its key is changed, or the state is moved."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,9 +32,9 @@ def reseal_token(token: JoinToken, old: Sealer, new: Sealer) -> JoinToken:
 
 
 async def reseal_all(store: Store, new: Sealer) -> int:
-    """Seal everything that `store.sealer` opens with another key, in one transaction; tells how many secrets there were.
+    """Reseal everything that `store.sealer` can open with another key, in one transaction; returns the number of secrets.
 
-    For a state that no server uses. Raises SealError, with nothing changed; StoreError where the state has no server yet.
+    Only for a state that no server uses. Raises SealError, with nothing changed; StoreError if the state has no server yet.
     """
     old = store.sealer
     machines = [machine.id async for machine in store.machines() if machine.assigned_token is not None]
@@ -45,7 +45,7 @@ async def reseal_all(store: Store, new: Sealer) -> int:
     async def work(transaction: Transaction) -> int:
         record = await transaction.server()
         if record is None:
-            raise StoreError("the state holds no server")
+            raise StoreError("the state has no server yet")
         await transaction.set_server(reseal_record(record, old, new))
         for machine_id in machines:
             machine = await transaction.machine(machine_id)
@@ -61,9 +61,9 @@ async def reseal_all(store: Store, new: Sealer) -> int:
 
 
 async def seal_what_is_not(store: Store, digest_of: Callable[[str], bytes | None]) -> None:
-    """Seal the secrets that a program before this one, or a server without a key, has left as they were. Raises StoreError.
+    """Seal secrets that were stored unsealed by an earlier version or by a server without a key. Raises StoreError.
 
-    `digest_of` gives the digest of an assigned unique token, which cannot be read off the sealed one.
+    `digest_of` returns the digest of an assigned unique token, which cannot be computed from the sealed token.
     """
     sealer = store.sealer
     open_machines = [machine.id async for machine in store.machines() if _is_open(machine)]

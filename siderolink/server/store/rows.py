@@ -13,11 +13,11 @@ from siderolink.server.store.tokens import GIVEN_TOKEN, TunnelSetting
 
 
 class MachineAdmission(StrEnum):
-    """How far the server has let a machine in."""
+    """Whether the server has admitted the machine."""
 
     ACCEPTED = "accepted"
     PENDING = "pending"
-    """It has a link, and waits for a unique token, for a UUID of its own, or for an administrator."""
+    """It has a link, and waits for a unique token, for its own UUID, or for an administrator."""
     DENIED = "denied"
     """An administrator refused it. It has no link, and its key is refused."""
 
@@ -30,49 +30,49 @@ class Machine:
     """One machine as the server remembers it. Times are Unix times in seconds."""
 
     id: str
-    """The machine's own id, chosen by the server; UUIDs are not unique in the wild."""
+    """The machine's own id, chosen by the server, because UUIDs are not unique in practice."""
     node_uuid: str
     """The UUID it joins with, in lower case. Unique among accepted machines."""
     public_key: PublicKey | None
-    """The WireGuard key of its present or last link. Unique; None once the key went to another machine or was given up."""
+    """The WireGuard key of its current or last link. Unique; None once the key went to another machine or was given up."""
     overlay_address: IPv6Address
-    """Kept for as long as the row lives. Unique."""
+    """Fixed for the lifetime of the row. Unique."""
     virtual_address: IPv6Address | None = None
     """Address of the machine's tunnel streams; None if it never used the tunnel. Unique."""
     virtual_issued_at: float | None = None
     unique_token_digest: bytes | None = field(default=None, repr=False)
-    """The digest that binds the row to one machine (tokens.UniqueToken.digest) once `was_linked`; None if unbound."""
+    """The digest of the unique token (tokens.UniqueToken.digest). Binds the row once `was_linked`; None if unbound."""
     unique_fingerprint: str = ""
-    """The fingerprint of the machine's hardware addresses that came with the unique token; empty without one."""
+    """The fingerprint of the machine's hardware addresses, from its unique token; empty without one."""
     admission: MachineAdmission = MachineAdmission.ACCEPTED
     has_uuid_conflict: bool = False
-    """Pending because an accepted machine has its UUID, or because that is a vendor's placeholder."""
+    """Pending because an accepted machine has the same UUID, or because the UUID is a vendor's placeholder."""
     is_installed: bool = False
-    """Pending, and a system disk was seen."""
+    """Pending, and has reported a system disk."""
     assigned_uuid: str | None = None
-    """The UUID that this server chose for the machine (META 15), stored before it is sent."""
+    """The UUID that this server chose for the machine (META 15); stored before it is sent."""
     assigned_token: str | None = field(default=None, repr=False)
-    """The unique token that this server chose for the machine (META 16), sealed, stored before it is sent; None once it was
-    used."""
+    """The unique token that this server chose for the machine (META 16), sealed; stored before it is sent, None after its first
+    use."""
     assigned_digest: bytes | None = field(default=None, repr=False)
-    """Of that token, as unique_token_digest; None for one that an earlier version chose."""
+    """The digest of that token, in the form of unique_token_digest; None if an earlier version chose it."""
     join_token_digest: bytes | None = field(default=None, repr=False)
-    """Of the join token that it last presented; None if it presented none."""
+    """The digest of the join token that it last presented; None if it presented none."""
     token_id: str | None = None
-    """The id of the stored token that last admitted it, or signed the one that did; None if that was none of them."""
+    """The id of the stored token that last admitted it, or that signed its token; None if no stored token did."""
     has_reserved_use: bool = False
     """A use of that token is reserved for the row; the handshake that proves its key spends it."""
     talos_version: str = ""
-    """As the machine said it; empty if it did not."""
+    """As reported by the machine; empty if it reported none."""
     tunnel: bool = False
     """Whether the last answer told it to use the tunnel."""
     created_at: float
     joined_at: float
-    """When a Provision last changed the row."""
+    """When a Provision call last changed the row."""
     linked_at: float | None = None
-    """When a WireGuard handshake first proved that the machine holds its present key; None if that has not happened yet."""
+    """When a WireGuard handshake first proved that the machine has its current key; None before that."""
     was_linked: bool = False
-    """Whether it ever proved any key. A machine that never did is forgotten after a while."""
+    """Whether it ever proved any key. A machine that never did is removed after a while."""
     revision: int = 1
     """1 when inserted; the store increments it with every change of the row, except last-seen notes."""
     last_endpoint: str | None = None
@@ -81,23 +81,23 @@ class Machine:
     seen_at: float | None = None
     """When it last changed its path or completed a handshake."""
     last_source: str | None = None
-    """The address that its last authenticated packet came from, by UDP or by a stream."""
+    """The source address of its last authenticated packet, by UDP or by a tunnel stream."""
     goodbye_at: float | None = None
     """When it last said goodbye."""
     name: str | None = None
-    """Given by an administrator, in lower case; None if none was. Unique."""
+    """Given by an administrator, in lower case; None if unnamed. Unique."""
     labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS, hash=False)
     note: str = ""
     tunnel_setting: TunnelSetting = TunnelSetting.INHERIT
-    """Decides its next Provision call."""
+    """Takes effect with its next Provision call."""
     rate_rx: int | None = None
-    """Bits a second that are taken from it; None for no limit of its own."""
+    """Limit in bits per second from the machine; None if it has none of its own."""
     rate_tx: int | None = None
-    """Bits a second that are sent to it."""
+    """Limit in bits per second to the machine; None if it has none of its own."""
 
     @property
     def shown_name(self) -> str:
-        """What it is called for people."""
+        """The name to display."""
         return self.name or self.node_uuid
 
     @property
@@ -111,34 +111,34 @@ class Machine:
 
     @property
     def join_token_id(self) -> str:
-        """The id of the join token that last admitted it; the given one's where it was not a stored one; empty without any."""
+        """The id of the join token that last admitted it; GIVEN_TOKEN if that is not a stored one; empty if there was none."""
         return self.token_id or (GIVEN_TOKEN if self.join_token_digest is not None else "")
 
     @property
     def bound_digest(self) -> bytes | None:
-        """The digest of the unique token that decides who may take this row; None while there is none.
+        """The digest of the unique token that may take this row; None if there is none.
 
-        A token that came with an unproved key is not binding.
+        A token that arrived with an unproved key is not binding.
         """
         return self.unique_token_digest if self.was_linked else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastSeen:
-    """Where and when a machine was last seen. Written lazily: a crash loses the last seconds."""
+    """Where and when a machine was last seen. Written with a delay: a crash loses the last seconds."""
 
     endpoint: str | None
     """As Machine.last_endpoint."""
     seen_at: float
     handshake_at: float | None = None
-    """None if no handshake was seen; an earlier one stays stored."""
+    """None if there was no handshake; the stored time then stays."""
     source: str | None = None
-    """As Machine.last_source; None leaves what is known."""
+    """As Machine.last_source; None keeps the stored value."""
     goodbye_at: float | None = None
-    """None leaves what is known."""
+    """None keeps the stored value."""
 
     def after(self, earlier: "LastSeen") -> "LastSeen":
-        """This, with what only the earlier note says."""
+        """This note, completed from the earlier one."""
         return replace(
             self,
             handshake_at=earlier.handshake_at if self.handshake_at is None else self.handshake_at,
@@ -147,7 +147,7 @@ class LastSeen:
         )
 
     def of(self, machine: Machine) -> Machine:
-        """The machine's row after this. A note that is older than what the row says changes nothing."""
+        """The machine's row with this note applied. A note older than the row changes nothing."""
         if machine.seen_at is not None and machine.seen_at > self.seen_at:
             return machine
         return replace(
@@ -162,32 +162,32 @@ class LastSeen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A Provision call for a known row by another key, until a handshake with that key proves it. It changes nothing before.
+    """A Provision call for a known row by another key, until a handshake proves that key. Until then the row does not change.
 
-    Its peer has no allowed IPs and a virtual address of its own. Claims of one row stand side by side and expire.
+    Its peer has no allowed IPs and a virtual address of its own. A row may have several claims; claims expire.
     """
 
     id: str
     machine_id: str
     """The row that is claimed."""
     public_key: PublicKey
-    """Unique among claims, and no row's key."""
+    """Unique among claims; no row has it."""
     virtual_address: IPv6Address | None
     """Unique among claims and rows; None for UDP."""
     unique_token_digest: bytes | None = field(default=None, repr=False)
     unique_fingerprint: str = ""
     join_token_digest: bytes | None = field(default=None, repr=False)
     token_id: str | None = None
-    """As Machine.token_id, once the claim is proved; None leaves that as it is."""
+    """Becomes Machine.token_id once the claim is proved; None keeps the row's."""
     has_reserved_use: bool = False
-    """A use of that token is reserved until the claim expires; its proof spends it."""
+    """A use of that token is reserved until the claim expires; proving the claim spends it."""
     labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS, hash=False)
-    """What the token gives to the row."""
+    """Labels that the token gives to the row."""
     talos_version: str = ""
     source: str = ""
-    """Where the call came from, as text for people."""
+    """Origin of the call, for display."""
     basis: str = ""
-    """Why the call may have the row (admission.rules.Basis)."""
+    """Why the call may take the row (admission.rules.Basis)."""
     created_at: float
     expires_at: float
 
@@ -200,14 +200,14 @@ class ServerRecord:
     """Sealed (sealing.Sealer)."""
     installation_id: str
     timestamp_mark: bytes = bytes(12)
-    """The highest TAI64N timestamp that its handshakes are known to have used; peers refuse lower ones."""
+    """The highest TAI64N timestamp that its handshakes may have used; peers refuse lower ones."""
 
 
 UNIQUE_COLUMNS = ("node_uuid", "public_key", "overlay_address", "virtual_address", "name")
 
 
 def unique_values(machine: Machine) -> Iterator[tuple[str, Hashable]]:
-    """The fields of a row that no other row may share, and their values. Only accepted machines own their UUID."""
+    """The fields of a row that no other row may share, with their values. UUIDs are unique among accepted machines only."""
     for column in UNIQUE_COLUMNS:
         value: Hashable = getattr(machine, column)
         if value is not None and (column != "node_uuid" or machine.is_accepted):
@@ -225,23 +225,23 @@ class BanKind(StrEnum):
 
 
 class Ban(NamedTuple):
-    """Something by which machines are refused."""
+    """A value by which machines are refused."""
 
     value: str
     kind: BanKind = BanKind.UUID
 
 
 class BanGrounds(NamedTuple):
-    """Why a ban was made."""
+    """Who made a ban, why and when."""
 
     reason: str = ""
     created_by: str = ""
     created_at: float | None = None
-    """Unix time in seconds; None for bans older than this record."""
+    """Unix time in seconds; None for bans from before this was recorded."""
 
 
 class UniqueViolationError(StoreError):
-    """Raised when a row would repeat what is unique; `column` is the field's name."""
+    """Raised when a row would repeat a unique value; `column` is the field's name."""
 
     def __init__(self, column: str, row: str = "machine") -> None:
         super().__init__(f"another {row} has the same {column}")

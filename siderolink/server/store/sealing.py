@@ -1,8 +1,8 @@
-"""Secrets at rest: sealed with a key that is kept beside the state, so that a copy of the state alone reveals none.
+"""Secrets at rest, sealed with a key that is stored apart from the state, so that a copy of the state alone reveals none.
 
-What is sealed: the server's private key, join tokens, and the unique tokens that the server gave to machines. A sealed value is
-MAGIC, the key's id (8 bytes), a nonce (12) and ChaCha20-Poly1305's output (RFC 8439); the associated data name table, row and
-column, so that a value moved elsewhere does not open. Values without MAGIC are those of a state from before, or without a key.
+Sealed are the server's private key, join tokens, and the unique tokens that the server gave to machines. A sealed value is
+MAGIC, the key's id (8 bytes), a nonce (12) and the output of ChaCha20-Poly1305 (RFC 8439). The associated data names table, row
+and column, so that a value moved elsewhere does not open. Values without MAGIC are unsealed (older state, or no key).
 """
 
 import base64
@@ -28,25 +28,25 @@ Place = tuple[str, str, str]
 
 
 class SealError(StoreError):
-    """Raised when a sealed secret cannot be opened: the state's key is missing, or is another one, or the value is damaged."""
+    """Raised when a sealed secret cannot be opened: the state's key is missing or wrong, or the value is damaged."""
 
 
 class StateKey(Protocol):
-    """Where the key comes from. Both methods raise StoreError."""
+    """The source of the key. Both methods raise StoreError."""
 
     @property
     def where(self) -> str:
-        """For people, such as "/var/lib/siderolink/state.key"."""
+        """A description for humans, such as "/var/lib/siderolink/state.key"."""
 
     def read(self, key_id: bytes | None = None) -> bytes | None:
-        """The key; None if there is none. Of several, the one that has this id, if any has."""
+        """The key; None if there is none. If there are several, the one with this id."""
 
     def make(self) -> bytes | None:
-        """The key for a state that has sealed nothing yet: made, if there is none; None if secrets are to stay unsealed."""
+        """The key for a state that has sealed nothing yet, created if necessary; None leaves secrets unsealed."""
 
 
 class GivenKey:
-    """A key that was given, or none."""
+    """A fixed key, or none."""
 
     def __init__(self, key: bytes | None, where: str = "the key that was given") -> None:
         if key is not None and len(key) != KEY_BYTES:
@@ -61,9 +61,9 @@ class GivenKey:
 
 
 class KeyFile:
-    """A file with one line, the key in base64, that is made when it is first needed.
+    """A file with one line, the key in base64; created when it is first needed.
 
-    While a key is exchanged, the new one is in a second file beside it.
+    During a change of keys, the new one is in a second file next to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +75,7 @@ class KeyFile:
         key = read_key(self.path)
         if key_id is not None and (key is None or id_of(key) != key_id):
             new = read_key(self.new_path)
-            if new is not None and id_of(new) == key_id:  # the exchange was interrupted after its commit
+            if new is not None and id_of(new) == key_id:  # the change of keys was interrupted after its commit
                 os.replace(self.new_path, self.path)
                 return new
         return key
@@ -89,23 +89,23 @@ class KeyFile:
 
 
 def key_file_beside(state: Path) -> Path:
-    """Where the key of a state file is unless another file is named."""
+    """The default path of a state file's key."""
     return state.with_name(f"{state.name}.key")
 
 
 def read_key(path: Path) -> bytes | None:
-    """None if there is no such file. Raises StoreError for a file that holds no key."""
+    """None if there is no such file. Raises StoreError if it contains no valid key."""
     try:
         with path.open("rb") as opened:
             return parse_key(opened.read(1024).decode("ascii", "replace"), str(path))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StoreError(f"the state key {path} cannot be read: {error.strerror}") from None
+        raise StoreError(f"cannot read the state key {path}: {error.strerror}") from None
 
 
 def parse_key(text: str, where: str) -> bytes:
-    """A key's text form. Raises StoreError, which does not repeat it."""
+    """Parse a key's text form. Raises StoreError, whose message does not contain the text."""
     try:
         key = base64.b64decode(text.strip(), validate=True)
     except (binascii.Error, ValueError):
@@ -116,7 +116,7 @@ def parse_key(text: str, where: str) -> bytes:
 
 
 def write_key(path: Path, key: bytes) -> None:
-    """Write a new file that only its owner can read, whole or not at all. Raises StoreError; also where it exists."""
+    """Write a new file that only its owner can read, completely or not at all. Raises StoreError, also if it exists."""
     draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -130,11 +130,11 @@ def write_key(path: Path, key: bytes) -> None:
         finally:
             os.unlink(draft)
     except OSError as error:
-        raise StoreError(f"the state key {path} cannot be written: {error.strerror}") from None
+        raise StoreError(f"cannot write the state key {path}: {error.strerror}") from None
 
 
 def id_of(key: bytes) -> bytes:
-    """What a sealed value names its key by; it tells nothing of the key."""
+    """The key's id in sealed values; reveals nothing about the key."""
     return blake2b(key, digest_size=_ID_BYTES, person=b"siderolink key").digest()
 
 
@@ -151,7 +151,7 @@ class Sealer:
         self._current: bytes | None = None
 
     def seal(self, secret: bytes, place: Place) -> bytes:
-        """Where there is no key, and none is to be made, the secret as it is. Raises StoreError."""
+        """The sealed secret; the secret itself if there is no key and none is created. Raises StoreError."""
         if self._current is None:
             key = self._source.make()
             if key is None:
@@ -175,7 +175,7 @@ class Sealer:
             raise SealError(_damaged(place)) from None
 
     def seal_text(self, secret: str, place: Place) -> str:
-        """As `seal`, for a column of text."""
+        """Like `seal`, for a text column."""
         sealed = self.seal(secret.encode(), place)
         return _TEXT + base64.b64encode(sealed).decode() if is_sealed(sealed) else secret
 
@@ -193,12 +193,12 @@ class Sealer:
         if key is None:
             raise SealError(
                 f"the secrets of the state are sealed with the key {key_id.hex()}, and there is no key: {self._source.where}; "
-                "put the key of this state there, or restore a copy whose key you have"
+                "put the key of this state there, or restore a backup whose key you have"
             )
         if self._add(key) != key_id:
             raise SealError(
                 f"the secrets of the state are sealed with the key {key_id.hex()}, and {self._source.where} is the key "
-                f"{id_of(key).hex()}; give the key of this state, or restore the copy that belongs to that key"
+                f"{id_of(key).hex()}; give the key of this state, or restore a backup that belongs to that key"
             )
         self._current = key_id
 
@@ -217,16 +217,16 @@ def _damaged(place: Place) -> str:
     return f"a secret of the state ({table}.{column}) is damaged, or was moved from another row"
 
 
-# --- where secrets are
+# --- locations of secrets
 
 SERVER_KEY: Final[Place] = ("server", "1", "private_key")
 
 
 def place_of_token(token_id: str) -> Place:
-    """Where a join token's text is."""
+    """The place of a join token's text."""
     return "join_tokens", token_id, "secret"
 
 
 def place_of_assigned(machine_id: str) -> Place:
-    """Where the unique token is that the server gave to a machine."""
+    """The place of the unique token that the server gave to a machine."""
     return "machines", machine_id, "assigned_token"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 WRITE_AFTER = 5.0
-"""Seconds from a change of what is noted lazily to its writing."""
+"""Delay of lazy writes, in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +24,13 @@ class Recalled:
     installation_id: str
     timestamp_mark: bytes
     was_open: bool = field(default=False, compare=False)
-    """The secrets of the state were not sealed before, and the key is now: the others have to be, too."""
+    """Other secrets of the state are still unsealed although there is a key now; they have to be sealed, too."""
 
 
 async def recall_server(store: Store, private_key: PrivateKey | None, installation_id: str | None) -> Recalled:
     """Load or create the server's record and update it from the options. Generates a key if none is given or stored.
 
-    Raises SealError for a state that is sealed with another key; StoreError if the store belongs to another installation.
+    Raises SealError if the state is sealed with another key; StoreError if the store belongs to another installation.
     """
     fresh_key = private_key or PrivateKey.generate()
     sealer = store.sealer
@@ -66,27 +66,27 @@ async def recall_server(store: Store, private_key: PrivateKey | None, installati
 
 
 def common_timestamps(record: ServerRecord | Recalled, store: Store) -> "CommonTimestamps":
-    """The timestamps of a key that several servers use: by the store's clock. A mark above that is of another clock."""
+    """Handshake timestamps of a key that servers share, by the store's clock. The stored mark may come from another clock."""
     from siderolink.common.wireguard.noise.tai64n import CommonTimestamps
 
     return CommonTimestamps(lambda: int(store.time() * 1e9), record.timestamp_mark)
 
 
 def resume_timestamps(record: ServerRecord | Recalled) -> "Timestamps":
-    """A timestamp above any that the server can have used, because those of the last seconds may not have been written."""
+    """Handshake timestamps above any that the server may have used; those of its last seconds may not have been stored."""
     from siderolink.common.wireguard.noise.tai64n import Timestamps, later
 
     return Timestamps(later(record.timestamp_mark, WRITE_AFTER))
 
 
 async def stored_key(store: Store) -> PrivateKey | None:
-    """The server's key as it is stored; None before the first start. Raises StoreError."""
+    """The server's stored key; None before the first start. Raises StoreError."""
     record = await store.transact(lambda transaction: transaction.server())
     return None if record is None else PrivateKey(store.sealer.open(record.private_key, SERVER_KEY))
 
 
 async def rotate_key(store: Store) -> PrivateKey:
-    """Give the servers of a store a new key, for their next start: the feed tells them.
+    """Replace the key of the store's servers, effective at their next start; the feed informs them.
 
     Machines have to join again to learn it.
     """
@@ -96,7 +96,7 @@ async def rotate_key(store: Store) -> PrivateKey:
         stored = await transaction.server()
         if stored is None:
             raise StoreError("the state has no server yet")
-        store.sealer.open(stored.private_key, SERVER_KEY)  # the key of the state has to be the right one
+        store.sealer.open(stored.private_key, SERVER_KEY)  # fails unless the state's key is the right one
         sealed = store.sealer.seal(bytes(new), SERVER_KEY)
         await transaction.set_server(replace(stored, private_key=sealed), has_new_key=True)
 

@@ -1,4 +1,4 @@
-"""Join tokens and their uses, as a store keeps them."""
+"""Join tokens and their uses, as stored."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ class TunnelSetting(StrEnum):
     """Whether a machine is told to use the tunnel."""
 
     INHERIT = "inherit"
-    """As the machine's token says; if that inherits, too, as the machine asks."""
+    """The setting of the machine's token applies; if that is INHERIT too, the machine's own request."""
     FORCE = "force"
     FORBID = "forbid"
 
@@ -19,29 +19,29 @@ class TokenKind(StrEnum):
     """How machines present a join token."""
 
     PLAIN = "plain"
-    """As it is."""
+    """The token itself."""
     V1 = "v1"
-    """The machines of its provider bring tokens `v1:…`, which the default token has signed."""
+    """The provider's machines present tokens `v1:…` that the default token has signed."""
     V2 = "v2"
-    """The machines of its provider bring tokens `v2:…`, which this token has signed."""
+    """The provider's machines present tokens `v2:…` that this token has signed."""
 
 
 class TokenState(StrEnum):
-    """Whether a join token admits machines at a moment. A revoked one that has expired, too, is revoked."""
+    """Whether a join token admits machines at a given time. Revoked takes precedence over expired."""
 
     ACTIVE = "active"
     REVOKED = "revoked"
     EXPIRED = "expired"
     USED_UP = "used up"
-    """It admits only machines that have used it already."""
+    """Admits only machines that already have a use of it."""
     FULL = "full"
-    """It admits only machines that it admitted last, until one of them is removed."""
+    """Admits only machines that it admitted last, until one of them is removed."""
 
 
 GIVEN_TOKEN: Final = "given"
-"""The id and the name of the token that is given to a server as an option, which is not stored."""
+"""The id and the name of a token that is given to the server as an option instead of being stored."""
 MAX_USES: Final = 10_000
-"""The largest limit, of `max_machines` too: each use of a limited token reads all of them."""
+"""Upper bound of `max_uses` and `max_machines`: each use of a limited token reads all its uses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,33 +57,33 @@ class JoinToken:
     """The token's text, sealed (sealing.Sealer)."""
     kind: TokenKind = TokenKind.PLAIN
     provider: str | None = None
-    """The infrastructure provider whose machines join by it; of kinds V1 and V2 only. Unique."""
+    """The infrastructure provider whose machines use it; only for kinds V1 and V2. Unique."""
     note: str = ""
     created_at: float
     created_by: str = ""
     expires_at: float | None = None
-    """None: never."""
+    """None: never expires."""
     revoked_at: float | None = None
     max_uses: int | None = None
-    """How many machines may join by it; None: any number."""
+    """How many machines may use it, ever; None: unlimited."""
     max_machines: int | None = None
-    """How many machines that it last admitted may be known at a time; None: any number. At most one of the two is set."""
+    """How many known machines may be those it last admitted; None: unlimited. At most one of the two limits is set."""
     bound_uuid: str | None = None
-    """The only UUID that may join by it, in lower case."""
+    """The only UUID that may use it, in lower case."""
     tunnel: TunnelSetting = TunnelSetting.INHERIT
-    """For its machines that inherit."""
+    """Applies to its machines whose own setting is INHERIT."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Given to machines that join by it."""
+    """Copied to machines that it admits."""
     is_default: bool = False
-    """It has signed the tokens `v1:…`, and those `v2:…` that name no provider. Of at most one token."""
+    """Verifies tokens `v1:…`, and `v2:…` without a provider. At most one token is the default."""
 
     @property
     def limit(self) -> int | None:
-        """How many uses it may have at a time; None: any number."""
+        """How many uses it may have at a time; None: unlimited."""
         return self.max_uses if self.max_machines is None else self.max_machines
 
     def state(self, now: float) -> TokenState:
-        """Whatever its uses are."""
+        """The state apart from its uses: never USED_UP or FULL."""
         if self.revoked_at is not None:
             return TokenState.REVOKED
         if self.expires_at is not None and self.expires_at <= now:
@@ -93,37 +93,37 @@ class JoinToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenUse:
-    """A use of a token that has a limit of them: by one machine's row, however often that presents the token.
+    """One machine's use of a limited token, however often it presents the token.
 
-    It is reserved when a call is admitted, and spent once a handshake proves that call's key. A use that is not spent goes with
-    its row, or when that goes to another token; one that was reserved for a claim is free again when the claim has expired. The
-    uses of a token with `max_machines` are never spent: they are the machines that there are.
+    Reserved when a call is admitted, spent once a handshake proves the call's key. An unspent use ends with its row, or when
+    the row goes to another token; one reserved for a claim is freed when the claim expires. Uses of a token with
+    `max_machines` are never spent: they are the machines that exist.
     """
 
     token_id: str
     slot: int
-    """From 0 to below the token's limit. Unique for the token: so the store decides who takes the last one."""
+    """0 to limit - 1. Unique per token, so that the store decides who gets the last slot."""
     machine_id: str
-    """Unique for the token. The row of a spent use may be gone."""
+    """Unique per token. The row of a spent use may no longer exist."""
     reserved_at: float
     expires_at: float | None = None
-    """Until when it is reserved; None: for as long as the row is there, or for ever once it is spent."""
+    """End of the reservation; None: as long as the row exists, or permanently once it is spent."""
     spent_at: float | None = None
 
     def is_free(self, now: float) -> bool:
-        """Whether another machine may have its slot."""
+        """Whether another machine may take its slot."""
         return self.spent_at is None and self.expires_at is not None and self.expires_at <= now
 
 
 class TokenColumn(StrEnum):
-    """What a token is found by."""
+    """A key by which tokens are looked up."""
 
     ID = "id"
     NAME = "name"
     DIGEST = "digest"
     PROVIDER = "provider"
     DEFAULT = "is_default"
-    """With the value True."""
+    """Its value is always True."""
 
 
 TokenKey = tuple[TokenColumn, Hashable]
@@ -141,28 +141,28 @@ def unique_token_values(token: JoinToken) -> Iterator[TokenKey]:
 class TokenRepository(Protocol):
     """The tokens and their uses, in one transaction.
 
-    Reading a token takes no lock: of a change that is committed at the same time, a join may still see the token before it.
+    Reading a token takes no lock: a join may still see the state before a change that commits at the same time.
     """
 
     async def find(self, column: TokenColumn, value: Hashable) -> JoinToken | None: ...
 
     async def put(self, token: JoinToken) -> None:
-        """Add a token, or replace the one of the same id. Raises UniqueViolationError."""
+        """Add a token, or replace the one with the same id. Raises UniqueViolationError."""
 
     async def delete(self, token_id: str) -> JoinToken | None:
-        """Remove a token and its uses, and return it; None if it does not exist."""
+        """Remove a token with its uses and return it; None if there is none."""
 
     async def uses(self, token_id: str) -> Sequence[TokenUse]:
-        """All uses of a token, those that are free again too, in no order."""
+        """All uses of a token, free ones included, unordered."""
 
     async def put_use(self, use: TokenUse) -> None:
-        """Add a use, or replace that of the same machine, or one of the same slot that is free at `reserved_at`.
+        """Add a use. Replaces that of the same machine, or one of the same slot that is free at `reserved_at`.
 
-        A slot that is taken by then is refused no later than at the commit; the work then runs again.
+        A slot that another machine has taken meanwhile is refused at the commit at the latest; the work then runs again.
         """
 
     def release(self, token_id: str, machine_id: str) -> None:
-        """End a machine's use, unless it is spent."""
+        """End a machine's use unless it is spent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

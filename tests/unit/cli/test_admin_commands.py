@@ -304,9 +304,9 @@ def test_usage_and_a_server_that_is_away(siderolink: Fixture) -> None:
     status, _, err = siderolink("machine", "list", "--server", "http://example.com:1", SIDEROLINK_API_KEY=KEY)
     assert "an API key travels by TLS only" in err
     status, _, err = siderolink("machine", "list", "--server", "https://key@example.com:1")
-    assert "an address holds no secret" in err
+    assert "an address must not contain a secret" in err
     assert siderolink("machine", "list", "--server", "a:1", "--context", "b")[2] == (
-        "siderolink: give one of --server and --context\n"
+        "siderolink: give only one of --server and --context\n"
     )
 
 
@@ -314,7 +314,7 @@ def test_several_names_are_all_tried_and_the_first_failure_is_the_status(siderol
     status, out, err = siderolink("machine", "remove", "a", "missing", "b", "--yes")
     assert status == ExitStatus.NOT_FOUND
     assert siderolink.machines.removed == ["a", "b"]
-    assert out.count("is forgotten") == 2
+    assert out.count("was removed") == 2
     assert err == "siderolink: missing: no such machine\n"
 
 
@@ -336,7 +336,7 @@ def test_a_terminal_is_asked(siderolink: Fixture, answer: str, removed: list[str
         os.write(ours, f"{answer}\n".encode())
         assert process.wait(30) == (0 if removed else 1)
     os.close(ours)
-    assert b"Forget a, and end the link?" in shown
+    assert b"Remove a, and end the link?" in shown
     assert siderolink.machines.removed == removed
 
 
@@ -351,7 +351,7 @@ def test_a_server_elsewhere_takes_a_key_and_a_trusted_certificate(siderolink: Fi
     key.write_text(f"{KEY}\n")
     assert siderolink(*to, "--ca-file", roots, "--api-key-file", str(key))[0] == 0
     status, _, err = siderolink(*to, "--ca-file", roots, SIDEROLINK_API_KEY="another-key")
-    assert (status, "does not take the API key" in err, "another-key" in err) == (ExitStatus.DENIED, True, False)
+    assert (status, "does not accept the API key" in err, "another-key" in err) == (ExitStatus.DENIED, True, False)
     status, _, err = siderolink(*to, "--ca-file", roots)
     assert (status, "needs an API key: set --api-key-file" in err) == (ExitStatus.DENIED, True)
     status, _, err = siderolink(*to, SIDEROLINK_API_KEY=KEY)

@@ -46,7 +46,7 @@ STATUS = StatusResponse(
 
 
 class Source:
-    """Answers with one status and one event."""
+    """Asked with one status and one event."""
 
     async def status(self) -> StatusResponse:
         return STATUS
@@ -196,7 +196,7 @@ async def test_a_socket_without_a_process_is_told_once_and_removed(tmp_path: Pat
     asked = await ask_all()
     assert not asked.failures
     assert [note.partition(" ")[0] for note in asked.notes] == [str(tmp_path / "dead.sock"), str(tmp_path / "starting.sock")]
-    assert "is removed" in asked.notes[0]
+    assert "was removed" in asked.notes[0]
     assert "is starting" in asked.notes[1]
     assert os.listdir(tmp_path) == ["starting.sock"]
     assert len((await ask_all()).notes) == 1

@@ -110,7 +110,7 @@ def test_a_writer_without_a_reader_says_so_once(capfd: pytest.CaptureFixture[str
     writer.stop(5)
     os.close(writing)
     assert capfd.readouterr().err == (
-        "siderolink: standard output is closed, nothing more is logged: Broken pipe; the program goes on\n"
+        "siderolink: standard output is closed, nothing more is logged: Broken pipe; the program continues\n"
     )
 
 

@@ -106,11 +106,11 @@ WRONG = {
     f"join-token {SECRET}\n": "{file}:1: must be a mapping of settings",
     "interface: a\n---\ninterface: b\n": "{file}:3: a second document; one is expected",
     "tls-key: /k\nwireguard-endpoint: a:1\n": "--tls-key needs --tls-cert",
-    "api-listen: '[::]:8091'\nwireguard-endpoint: a:1\n": "the API on [::]:8091 takes port 8091 on the overlay, too: ",
-    "log-port: 8091\nwireguard-endpoint: a:1\n": "events and kernel logs cannot both come to port 8091: ",
+    "api-listen: '[::]:8091'\nwireguard-endpoint: a:1\n": "the API on [::]:8091 also uses port 8091 on the overlay: ",
+    "log-port: 8091\nwireguard-endpoint: a:1\n": "events and kernel logs cannot both use port 8091: ",
     "interface: x\n": "machines need a WireGuard endpoint to dial: set --wireguard-endpoint HOST:PORT, or --tunnel-only",
     "wireguard-endpoint: a:1\ntunnel-only: true\n": "give either --tunnel-only or a --wireguard-endpoint, not both",
-    "overlay-port: [none, 80]\n": "{file}:1: overlay-port: name the overlay ports, or none, not both",
+    "overlay-port: [none, 80]\n": "{file}:1: overlay-port: give overlay ports, or none, not both",
     "!!python/object:os.system x\n": "{file}:1: ",
     "x" * (MAX_BYTES + 1): "{file}: longer than 512 KiB",
 }
@@ -139,7 +139,7 @@ def test_all_problems_are_told_and_nothing_is_served(tmp_path: Path) -> None:
     missing = siderolink("serve", "--config", str(tmp_path / "none"))
     assert (
         missing.stderr
-        == f"siderolink: the configuration {tmp_path / 'none'} cannot be read: No such file or directory (--config)\n"
+        == f"siderolink: cannot read the configuration {tmp_path / 'none'}: No such file or directory (--config)\n"
     )
 
 

@@ -110,7 +110,7 @@ def test_the_bundle_holds_no_secret(host: Path, capsys: pytest.CaptureFixture[st
     assert "interface: one" in found["serve.yaml"]
     assert not {"\x1b", "\u202e"} & set(found["log.txt"])
     assert json.loads(found["versions.json"])["environment"].startswith("SIDEROLINK_")
-    assert "could not be made" in found["metrics.txt"]
+    assert "is not available" in found["metrics.txt"]
     assert "masked" in capsys.readouterr().out
     with pytest.raises(ConfigurationError, match="File exists"):
         run_support_bundle(bundle, unit="siderolink", log=host / "log", metrics_at=None, secret_files=())
@@ -135,7 +135,7 @@ def test_a_secret_in_any_part_is_masked(host: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_secret_that_was_not_masked_keeps_the_bundle_back(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Redactor, "clean", lambda self, text: text)
-    with pytest.raises(ConfigurationError, match="would hold a secret"):
+    with pytest.raises(ConfigurationError, match="would contain a secret"):
         run_support_bundle(host / "bundle", unit="x", log=host / "log", metrics_at=None, secret_files=())
     assert not (host / "bundle").exists()
 

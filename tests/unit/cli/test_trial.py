@@ -73,4 +73,4 @@ async def test_without_a_folder_nothing_is_kept_and_nothing_fails(tmp_path: Path
         await trial.begin(NEW, OLD)
         assert await trial.interrupted(NEW) is None
         await trial.end()
-    assert "cannot be kept" in caplog.text
+    assert "cannot store the working settings" in caplog.text

@@ -86,8 +86,8 @@ def test_the_join_token_comes_by_file_and_the_prefix_by_the_installation_id(tmp_
         (["config", "show", "--config", "/nonexistent"], "/nonexistent cannot be read"),
         (["config", "show", "--kernel-cmdline", "/nonexistent"], "/nonexistent cannot be read"),
         (["kernel-args", f"grpc://user:{TOKEN}@h"], "cannot use this join URL"),
-        (["machine-config", "grpc://h", "--ca-file", "/dev/null"], "/dev/null holds no certificates"),
-        (["machine-config", "grpc://h", "--ca-file", "/nonexistent"], "cannot be read from /nonexistent"),
+        (["machine-config", "grpc://h", "--ca-file", "/dev/null"], "/dev/null contains no certificates"),
+        (["machine-config", "grpc://h", "--ca-file", "/nonexistent"], "cannot read certificates from /nonexistent"),
         (["kernel-args", URL, "--join-token-file", "/dev/null"], "must contain one line"),
     ],
 )

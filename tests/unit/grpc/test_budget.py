@@ -162,7 +162,7 @@ def test_who_meets_a_limit_is_logged_once_a_minute_with_the_options_name(caplog:
         for _ in range(1000):
             assert door.enter("192.0.2.1") is Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS
     (line,) = caplog.messages
-    assert "192.0.2.1 holds 51 of 51 API connections" in line
+    assert "192.0.2.1 has 51 of 51 API connections" in line
     assert "--connections-per-address: 10" in line
     door.now = 61.0
     with caplog.at_level(logging.WARNING):

@@ -114,7 +114,7 @@ REQUESTS: dict[str, bytes] = {
     "padded headers without room": frame(HEADERS, WHOLE | PADDED, 1, b"\xff\x82"),
     "a flood of empty DATA": call() + frame(DATA, 0, 1) * 200,
     "upper case": call(headers=block(("Upper", "x"))),
-    "a field of HTTP/1": call(headers=block(("connection", "close"))),
+    "a connection-specific field": call(headers=block(("connection", "close"))),
     "no path": call(headers=block(without=":path")),
     "a pseudo-header field too late": call(headers=block((":path", "/x"))),
     "a line break": call(headers=block(("x", "a\r\nb"))),

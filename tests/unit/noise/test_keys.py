@@ -28,7 +28,7 @@ def test_points_of_low_order_cannot_be_peers(point: int, top_bit: int) -> None:
     a, _, _ = pair()
     key = (point | top_bit).to_bytes(32, "little")
     assert PublicKey(key).is_low_order
-    with pytest.raises(ValueError, match="low order"):
+    with pytest.raises(ValueError, match="low-order"):
         a.engine.add_peer(key)
     with pytest.raises(ValueError):  # noqa: PT011 (the library's own words)
         dh(private_key(bytes(range(32))), key)

@@ -91,15 +91,15 @@ async def test_a_server_tells_when_it_heard_a_machine_and_one_that_is_gone_tells
     async with two(tmp_path) as (a, b):
         machine_id = await a.join(FakeMachine())
         a.registry.time.advance(40)
-        heard_at = await b.peers.questions.heard_at("a", machine_id)
+        heard_at = await b.peers.queries.heard_at("a", machine_id)
         assert heard_at is not None
         assert a.registry.store.time() - heard_at == pytest.approx(40, abs=5)
-        assert await b.peers.questions.heard_at("a", "no such machine") == 0.0
-        assert await b.peers.questions.heard_at("c", machine_id) is None
+        assert await b.peers.queries.heard_at("a", "no such machine") == 0.0
+        assert await b.peers.queries.heard_at("c", machine_id) is None
         a.registry.rows["a"] = replace(a.registry.rows["a"], peer_address="127.0.0.1:9")
-        assert await b.peers.questions.heard_at("a", machine_id) is None
+        assert await b.peers.queries.heard_at("a", machine_id) is None
         a.die()
-        assert await b.peers.questions.heard_at("a", machine_id) is None
+        assert await b.peers.queries.heard_at("a", machine_id) is None
 
 
 async def test_a_silent_server_is_waited_for_a_second(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ async def test_a_silent_server_is_waited_for_a_second(tmp_path: Path) -> None:
         port = listener.extra(anyio.abc.SocketAttribute.local_port)
         registry.rows["a"] = FleetServer(id="a", peer_address=f"127.0.0.1:{port}", peer_fingerprint="00" * 32, heartbeat_at=0.0)
         with anyio.fail_after(10):
-            assert await b.peers.questions.heard_at("a", "x") is None
+            assert await b.peers.queries.heard_at("a", "x") is None
 
 
 async def test_machines_of_another_server_are_shown_as_that_one_has_them(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_folder_that_others_could_read_is_closed_and_one_in_use_is_refused(
         with pytest.raises(ConfigurationError, match="in use by another server"), kept(tmp_path):
             pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="cannot be kept in .*file"), kept(tmp_path / "file"):
+    with pytest.raises(ConfigurationError, match="cannot keep reports in .*file"), kept(tmp_path / "file"):
         pass
 
 
@@ -292,8 +292,8 @@ def test_a_disk_that_is_full_costs_reports_and_nothing_else_and_is_told(tmp_path
     )
     assert done.returncode == 0, done.stderr
     refused, again = done.stdout.splitlines()
-    assert refused.startswith("reports of machines cannot be kept; it is tried again with the next ones: File too large")
-    assert re.fullmatch("[0-9]+ reports of machines were not kept; now they are again", again)
+    assert refused.startswith("cannot keep machines' reports, retrying with the next ones: File too large")
+    assert re.fullmatch("keeping machines' reports again; [0-9]+ were lost", again)
 
 
 def test_the_loop_never_waits_for_the_disk(tmp_path: Path) -> None:

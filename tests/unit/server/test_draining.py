@@ -138,9 +138,9 @@ async def test_only_admins_drain_and_a_server_that_is_not_there_is_told() -> Non
             await anext(found.drain(actor=operator))
         with pytest.raises(ForbiddenError):
             await found.undo_drain(actor=operator)
-        with pytest.raises(NotFoundError, match="no living server that can be called is 'c'"):
+        with pytest.raises(NotFoundError, match="no live server that can be called has the name 'c'"):
             await anext(found.drain("c"))
         for timeout in (-1.0, float("nan"), 1e9):
-            with pytest.raises(SideroLinkError, match="a drain takes"):
+            with pytest.raises(SideroLinkError, match="a drain timeout must be"):
                 await anext(found.drain(timeout=timeout))
         assert not drain.has_begun

@@ -237,7 +237,7 @@ async def test_a_storm_is_pruned_before_its_time() -> None:
 
 
 def test_bounds_of_nothing_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="per_machine of the history is at least 1"):
+    with pytest.raises(ConfigurationError, match="per_machine of the history must be at least 1"):
         HistoryOptions(per_machine=0)
 
 

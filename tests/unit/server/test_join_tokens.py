@@ -481,7 +481,7 @@ async def test_a_server_without_a_given_token_admits_nobody_by_none() -> None:
 def test_stored_tokens_alone_are_not_combined_with_others(other: dict[str, Any]) -> None:
     policy = JoinPolicy(stored_tokens_only=True)
     Server(api_listen="127.0.0.1:0", force_tunnel=True, policy=policy)
-    with pytest.raises(ConfigurationError, match="stored_tokens_only=True admits by stored tokens alone"):
+    with pytest.raises(ConfigurationError, match="stored_tokens_only=True admits stored tokens only"):
         Server(api_listen="127.0.0.1:0", force_tunnel=True, policy=policy, **other)
 
 

@@ -271,7 +271,7 @@ async def test_a_malformed_key_is_refused_in_the_known_words(text: str) -> None:
 async def test_the_servers_own_key_is_no_machines() -> None:
     manager = Manager()
     status, message = await manager.refuses(FakeMachine(key=manager.device.public_key))
-    assert (status, message) == (Status.INVALID_ARGUMENT, "error parsing Wireguard key: this is the server's own key")
+    assert (status, message) == (Status.INVALID_ARGUMENT, "error parsing Wireguard key: it is the server's own key")
 
 
 @pytest.mark.parametrize("token", [None, "", "the-join-toke", "the-join-token ", "x" * 1_000_000, "\ud800"])
@@ -408,7 +408,10 @@ async def test_limits_refuse_new_machines_and_leave_known_ones_alone() -> None:
     assert (await manager.refuses(FakeMachine()))[0] is Status.RESOURCE_EXHAUSTED
     await manager.join(one)
     await manager.handshake(one)
-    assert await manager.refuses(FakeMachine()) == (Status.RESOURCE_EXHAUSTED, "the server knows as many machines as it may")
+    assert await manager.refuses(FakeMachine()) == (
+        Status.RESOURCE_EXHAUSTED,
+        "the server's limit of known machines is reached",
+    )
     await manager.pass_time(300)
     reborn = replace(one, key=new_key())
     await manager.join(reborn)

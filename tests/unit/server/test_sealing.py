@@ -241,7 +241,7 @@ def test_rekey_exchanges_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shutil.copy(path, tmp_path / "old")
     (tmp_path / "state.key.new").write_text("left by a crash")
     run_rekey(path, None, None)
-    assert "3 secrets are sealed with the new key" in capsys.readouterr().out
+    assert "3 secrets are now sealed with the new key" in capsys.readouterr().out
     assert key.read_bytes() != old
     looked_at(path)
     with pytest.raises(SealError):
@@ -281,7 +281,7 @@ def test_a_copy_is_restored_only_with_its_key(tmp_path: Path) -> None:
 
 def test_a_state_moves_with_its_tokens_to_a_database_with_a_key_of_its_own_or_openly(tmp_path: Path) -> None:
     made(tmp_path / "state")
-    with pytest.raises(ConfigurationError, match="--state-key-file FILE makes one"):
+    with pytest.raises(ConfigurationError, match="--state-key-file FILE creates one"):
         run_migrate(str(tmp_path / "state"), "postgresql://nowhere/x", None)
     for number, key_file in enumerate((None, tmp_path / "database.key")):
         with cluster().database() as database:
@@ -351,7 +351,7 @@ def test_a_database_is_not_opened_without_a_key_unless_that_is_asked_for() -> No
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "--state-key-file FILE makes one"),
+        ({}, "--state-key-file FILE creates one"),
         ({"unsealed_secrets": True, "state_key_file": Path("key")}, "not both"),
         ({"unsealed_secrets": True}, None),
         ({"state_key_file": Path("key")}, None),

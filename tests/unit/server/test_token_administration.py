@@ -50,7 +50,7 @@ async def test_tokens_are_listed_in_pages_with_the_given_one_among_them() -> Non
     assert (await tokens.get("given")).uses == 1
     assert await tokens.show("given") == TOKEN
     for change in (tokens.revoke, tokens.delete, tokens.renew, tokens.make_default):
-        with pytest.raises(SideroLinkError, match="changed only there"):
+        with pytest.raises(SideroLinkError, match="only be changed at the server"):
             await change("given")
 
 
@@ -63,15 +63,15 @@ async def test_tokens_are_listed_in_pages_with_the_given_one_among_them() -> Non
         ({"name": "n", "expires_in": 0}, "expires_in"),
         ({"name": "n", "expires_at": 1.0}, "in the future"),
         ({"name": "n", "expires_at": 9e9, "expires_in": 5.0}, "not both"),
-        ({"name": "n", "max_uses": 0}, "max_uses is 1"),
-        ({"name": "n", "max_uses": 10**6}, "max_uses is 1"),
+        ({"name": "n", "max_uses": 0}, "max_uses must be 1"),
+        ({"name": "n", "max_uses": 10**6}, "max_uses must be 1"),
         ({"name": "n", "max_uses": 2, "one_time": True}, "one-time"),
         ({"name": "n", "bound_uuid": "x"}, "UUID"),
         ({"name": "n", "token": "v1:x"}, "signed"),
         ({"name": "n", "token": ""}, "1 to 4096"),
         ({"name": "n", "token": "a b"}, "blanks"),
         ({"name": "n", "provider": "p"}, "kinds v1 and v2"),
-        ({"name": "n", "kind": "v2"}, "for one provider"),
+        ({"name": "n", "kind": "v2"}, "needs a provider"),
         ({"name": "n", "note": "\x1b[2J"}, "control characters"),
     ],
 )

@@ -125,11 +125,11 @@ async def test_limits_that_cannot_be() -> None:
         await tokens.create("both", max_uses=2, max_machines=2)
     with pytest.raises(ConfigurationError, match="not both"):
         await tokens.create("both", one_time=True, max_machines=2)
-    with pytest.raises(ConfigurationError, match="max_machines is 1 to"):
+    with pytest.raises(ConfigurationError, match="max_machines must be 1 to"):
         await tokens.create("none", max_machines=0)
     await tokens.create("uses", max_uses=2)
     for made_without in (await tokens.create("open"), await tokens.create("used", max_uses=3)):
-        with pytest.raises(SideroLinkError, match="made without max_machines"):
+        with pytest.raises(SideroLinkError, match="created without max_machines"):
             await tokens.update(made_without.status.token.name, max_machines=2)
 
 

@@ -77,7 +77,7 @@ async def test_udp_sets_the_endpoint_and_then_turns_the_keepalive_on() -> None:
 async def test_a_name_that_leads_nowhere_is_a_reason() -> None:
     device = Journal()
     [route] = choose(URL, Answer(endpoints=(HostPort("does-not-exist.invalid", 1),))).routes
-    assert "does-not-exist.invalid cannot be resolved" in await route.carry(device, peer(), print)
+    assert "cannot resolve does-not-exist.invalid" in await route.carry(device, peer(), print)
     assert device.history == []
 
 

@@ -22,7 +22,7 @@ from siderolink.server.fleet.limit_watch import QUIET_SECONDS
 from siderolink.server.store import Machine, MachineAdmission, Transaction
 from siderolink.web.api import ServerAwayError
 from siderolink.web.fleet import ORDERS, PAGE_SIZE, Fleet, Query
-from siderolink.web.live import ROW_BYTES, ToldRows
+from siderolink.web.live import ROW_BYTES, SentRows
 from tests.support.office import Office, open_office
 from tests.unit.web.test_site import page
 
@@ -179,24 +179,24 @@ async def test_what_changes_of_a_link_marks_its_row_alone() -> None:
 
 
 def test_a_browser_is_told_no_more_than_it_can_take_and_each_row_in_its_turn() -> None:
-    told, size = ToldRows(), 1500
+    told, size = SentRows(), 1500
     rows = {f"row-{number}": str(number).ljust(size) for number in range(100)}
     seen: Counter[str] = Counter()
     looks = 12
     for number in range(looks):
-        news = told.news({name: html + str(number) for name, html in rows.items()})  # every row is new each time
+        news = told.changes({name: html + str(number) for name, html in rows.items()})  # every row is new each time
         assert news is not None
         assert news["order"] == list(rows)
         assert 0 < sum(map(len, news["rows"].values())) <= ROW_BYTES
         seen.update(news["rows"].keys())
     assert set(seen) == set(rows)
     assert max(seen.values()) - min(seen.values()) <= 1
-    told = ToldRows()
-    assert told.news({"a": "1", "b": "2"}) == {"order": ["a", "b"], "rows": {"a": "1", "b": "2"}}
-    assert told.news({"a": "1", "b": "2"}) is None
-    assert told.news({"b": "2", "a": "1"}) == {"order": ["b", "a"], "rows": {}}
-    assert told.news({"b": "3"}) == {"order": ["b"], "rows": {"b": "3"}}
-    assert told.news({"a": "x" * 2 * ROW_BYTES}) == {"order": ["a"], "rows": {"a": "x" * 2 * ROW_BYTES}}
+    told = SentRows()
+    assert told.changes({"a": "1", "b": "2"}) == {"order": ["a", "b"], "rows": {"a": "1", "b": "2"}}
+    assert told.changes({"a": "1", "b": "2"}) is None
+    assert told.changes({"b": "2", "a": "1"}) == {"order": ["b", "a"], "rows": {}}
+    assert told.changes({"b": "3"}) == {"order": ["b"], "rows": {"b": "3"}}
+    assert told.changes({"a": "x" * 2 * ROW_BYTES}) == {"order": ["a"], "rows": {"a": "x" * 2 * ROW_BYTES}}
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, calls: Counter[str], face: type, name: str) -> None:

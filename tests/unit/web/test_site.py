@@ -284,7 +284,7 @@ async def test_a_token_is_made_and_shown_with_an_audit_and_leads_where_the_form_
         assert actions[:2] == ["token.show", "token.create"]
         answer = await browser.post("/tokens", {"name": "rack-1", "days": "<b>"}, referer="/tokens")
         assert answer.status == 303
-        assert "Days is a number." in (await browser.get("/tokens")).text
+        assert "Days must be a number." in (await browser.get("/tokens")).text
         assert (await browser.post(f"/tokens/{status.token.id}/revoke", {})).status == 303
         assert "revoked" in (await browser.get(f"/tokens/{status.token.id}")).text
 

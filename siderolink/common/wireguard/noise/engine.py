@@ -1,14 +1,14 @@
 """The WireGuard protocol of one device, without I/O: datagrams, packets and a clock in; datagrams, packets and events out.
 
-Theory of operation. The owner passes batches of what it received (`receive`) and of what it wants sent (`seal`), and the time
+Theory of operation. The owner passes batches of received datagrams (`receive`) and of packets to send (`seal`), and the time
 (`handle_timers`). After each call it empties `output` and arms one timer for `next_deadline`. Nothing here opens a socket,
-starts a task, reads a clock, draws entropy or picks an implementation of the cipher: all of these are injected. `now` is
-seconds on a clock that also runs while the host sleeps, and one engine always gets the same clock.
+starts a task, reads a clock, draws entropy or chooses a cipher implementation: all of these are injected. `now` is in
+seconds on a clock that also runs while the host sleeps; one engine always gets the same clock.
 
-A packet for a peer without a usable session is *staged*; when a session comes the peer is *ready*, and the owner sends what
-`Peer.take_staged` gives. The engine never looks into staged items, so an owner may stage whatever it sends.
+A packet for a peer without a usable session is *staged*; once there is a session the peer is *ready*, and the owner sends what
+`Peer.take_staged` returns. The engine never inspects staged items, so an owner may stage anything that it sends.
 
-`Exchange` makes sessions, `Traffic` uses them, and the engine joins both with configuration and time.
+`Exchange` creates sessions, `Traffic` uses them, and the engine connects both with configuration and time.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ from .traffic import Traffic
 
 DEFAULT_MTU = 1420
 _REPEAT_INTERVAL = 0.1
-"""Seconds after an initiation within which another request for a handshake asks for the same one."""
+"""Seconds after an initiation during which further requests for a handshake refer to the same one."""
 
 
 class Engine:
     """One private key and its peers.
 
-    `entropy` gives random bytes, `unix_time_ns` the wall clock (only for handshake timestamps and for reporting), `ciphers`
-    the cipher for a session's key. `timestamps` carries the TAI64N high-water mark of a key that outlives the process.
+    `entropy` returns random bytes, `unix_time_ns` the wall clock (only for handshake timestamps and reporting), `ciphers`
+    the cipher of a session key. `timestamps` has the TAI64N high-water mark of a key that outlives the process.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Engine:
         self.output = Output()
         """The output of the last call; drain it after each call."""
         self.drop = self.output.drop
-        """Count a drop that the owner decided on."""
+        """Counts a drop decided by the owner."""
         self.removed_received_bytes = self.removed_sent_bytes = 0
         """Traffic of removed peers."""
         self._deadlines = DeadlineQueue()
@@ -79,7 +79,7 @@ class Engine:
             on_confirmed=self._confirmed,
         )
         self.earliest_deadline = self._deadlines.earliest
-        """Like `next_deadline`, but perhaps too early, and so cheap that it may be asked after every packet."""
+        """Like `next_deadline`, but possibly too early, and cheap enough to be called after every packet."""
         self.find_peer, self.can_send, self.is_silent = traffic.find_peer, traffic.can_send, traffic.is_silent
         self.receive_many, self.seal_many = traffic.open_many, traffic.seal_many
         self.seal, self.stage, self.send_keepalive = traffic.seal, traffic.stage, traffic.send_keepalive
@@ -104,13 +104,13 @@ class Engine:
             peer.static_static = None
 
     def add_peer(self, public_key: bytes, *, even_useless: bool = False) -> Peer:
-        """The peer of this key, new if unknown. Raises ValueError for our own key or, unless `even_useless`, of low order."""
+        """The peer with this key, new if unknown. Raises ValueError for our own key, or low order unless `even_useless`."""
         peer = self.peers.get(public_key)
         if peer is None:
             if public_key == self.public_key:
                 raise ValueError("a device cannot be its own peer")
             if is_low_order(public_key) and not even_useless:
-                raise ValueError("it is a point of low order")
+                raise ValueError("it is a low-order point")
             peer = self.peers[public_key] = Peer(public_key)
             self.rates.adopt(peer)
         return peer
@@ -122,7 +122,7 @@ class Engine:
             self._receive_handshake(messages.INITIATION, *kept, now)
 
     def remove_peer(self, public_key: bytes) -> None:
-        """Forget a peer with its keys and prefixes; nothing happens if it is unknown."""
+        """Remove a peer with its keys and prefixes; does nothing if it is unknown."""
         peer = self.peers.pop(public_key, None)
         if peer is None:
             return
@@ -136,11 +136,11 @@ class Engine:
         peer.path = None
 
     def set_preshared_key(self, peer: Peer, key: bytes | None) -> None:
-        """Take effect with the next handshake."""
+        """Takes effect with the next handshake."""
         peer.preshared_key = key or NO_PRESHARED_KEY
 
     def set_persistent_keepalive(self, peer: Peer, seconds: int, now: float) -> None:
-        """Change the interval. Turning it on sends a keepalive immediately."""
+        """Change the interval. Enabling it sends a keepalive immediately."""
         was_off = not peer.timers.persistent_interval
         peer.timers.persistent_interval = seconds
         peer.timers.persistent_expired(now)
@@ -149,7 +149,7 @@ class Engine:
         self._deadlines.update(peer)
 
     def set_passive(self, peer: Peer, is_passive: bool) -> None:
-        """Make the peer passive: nothing is sent to it and it has no path, but its sessions stay for packets that it sends."""
+        """Make the peer passive: nothing is sent to it and it has no path, but its sessions stay for packets from it."""
         peer.is_passive = is_passive
         if is_passive:
             self._exchange.indices.abandon(peer)
@@ -160,7 +160,7 @@ class Engine:
     # Packets and datagrams
 
     def send(self, packet: bytes, now: float) -> None:
-        """Send one inner packet, for an owner that has no batches: its datagram comes out of `output`."""
+        """Send one inner packet, for an owner without batches; its datagram is added to `output`."""
         self._traffic.send(packet, self.mtu, now)
 
     def receive(
@@ -182,12 +182,12 @@ class Engine:
         return None
 
     def initiate(self, peer: Peer, now: float) -> None:
-        """Begin a handshake; never more than one in 5 s."""
+        """Start a handshake, at most once in 5 s."""
         self._exchange.initiate(peer, now)
         self._deadlines.update(peer)
 
     def handshake(self, peer: Peer, now: float) -> None:
-        """Begin a handshake even if the last one was less than 5 s ago; the owner limits how often. Sessions stay valid."""
+        """Start a handshake even within 5 s of the last one; the owner limits the rate. Sessions stay valid."""
         if now - peer.last_initiation_sent_at > _REPEAT_INTERVAL:
             self._exchange.initiate(peer, now, at_once=True)
             self._deadlines.update(peer)
@@ -219,7 +219,7 @@ class Engine:
             if peer.timers.persistent_interval:
                 self.send_keepalive(peer, now)
 
-    # Inside
+    # Implementation
 
     def _receive_handshake(self, kind: int, datagram: bytes, path: Path, now: float) -> None:
         session = self._exchange.receive(kind, datagram, path, now)
@@ -227,7 +227,7 @@ class Engine:
             return
         peer = session.peer
         peer.timers.authenticated_received(now)
-        if peer.is_passive:  # an initiation may be a replay, and proves nothing yet
+        if peer.is_passive:  # an initiation may be a replay, so it does not make the peer active
             peer.received_bytes += len(datagram)
         else:
             self._traffic.heard(peer, path, len(datagram), now)

@@ -1,4 +1,4 @@
-"""Handshake messages in and out. A received one becomes a session, or a drop that is counted by its reason.
+"""Handshake messages in both directions. A received one leads to a session, or to a drop that is counted by reason.
 
 Checks are ordered by cost: length, mac1, load, then one Curve25519 exchange, the peer's key, and only then the rest.
 """
@@ -29,7 +29,7 @@ from .timers import Tenure
 Entropy = Callable[[int], bytes]
 
 MIN_INITIATION_INTERVAL = 0.02
-"""Seconds; initiations of one peer that come faster are dropped."""
+"""Minimum seconds between initiations of one peer; faster ones are dropped."""
 
 
 STRANGER_SECONDS = 2.0
@@ -61,7 +61,7 @@ class Strangers:
 
 
 class Indices:
-    """The receiver indices that peers put into messages for us, each of a session or of an open initiation."""
+    """The receiver indices in messages to us: each identifies a session or an open initiation."""
 
     __slots__ = ("_entropy", "_pending", "_sessions", "session")
 
@@ -69,11 +69,11 @@ class Indices:
         self._entropy = entropy
         self._sessions: dict[int, Session] = {}
         self.session: Callable[[int], Session | None] = self._sessions.get
-        """The session of an index."""
+        """The session with an index."""
         self._pending: dict[int, Peer] = {}
 
     def fresh(self) -> int:
-        """A random index that is not in use."""
+        """A random unused index."""
         while True:
             index = int.from_bytes(self._entropy(4), "little")
             if index not in self._sessions and index not in self._pending:
@@ -83,13 +83,13 @@ class Indices:
         return self._pending.get(index)
 
     def open(self, peer: Peer, sent: SentInitiation) -> None:
-        """Register an initiation, replacing the peer's last one."""
+        """Register an initiation, replacing the peer's previous one."""
         self.abandon(peer)
         peer.initiation = sent
         self._pending[sent.index] = peer
 
     def abandon(self, peer: Peer) -> None:
-        """Forget the peer's open initiation."""
+        """Drop the peer's open initiation."""
         if peer.initiation is not None:
             self._pending.pop(peer.initiation.index, None)
             peer.initiation = None
@@ -121,7 +121,7 @@ class Exchange:
         self.timestamps = timestamps
         self.tenure = Tenure()
         self.is_stopped = False
-        """While the interface is down, no handshake begins."""
+        """No handshake starts while the interface is down."""
         self.load = LoadMeter()
         self.strangers = Strangers()
         self._peers = peers
@@ -134,16 +134,16 @@ class Exchange:
         self._cookies = CookieBudget(entropy)
 
     def rename(self, identity: Identity) -> None:
-        """Switch to another private key."""
+        """Change the private key."""
         self.identity = identity
         self._guard = MacGuard(identity.public, self._entropy)
 
     def jitter(self) -> float:
-        """Seconds, from 0 to a third."""
+        """Random seconds from 0 to a third."""
         return int.from_bytes(self._entropy(2), "little") / 0xFFFF * REKEY_JITTER
 
     def initiate(self, peer: Peer, now: float, *, at_once: bool = False) -> None:
-        """Begin a handshake; unless `at_once`, put it off where the last attempt is less than 5 s old."""
+        """Start a handshake; unless `at_once`, delay it to 5 s after the last attempt."""
         if self.is_stopped or peer.is_passive or self.tenure.doubts(peer.timers, now):
             return
         earliest = peer.last_initiation_sent_at + REKEY_TIMEOUT
@@ -173,7 +173,7 @@ class Exchange:
         self._send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
 
     def receive(self, kind: int, datagram: bytes, path: Path, now: float) -> Session | None:
-        """Process a handshake message whose length fits its type; returns the session if it made one."""
+        """Process a handshake message whose length fits its type; returns the new session, if any."""
         if kind == messages.COOKIE_REPLY:
             self._receive_cookie(datagram, now)
             return None
@@ -186,8 +186,8 @@ class Exchange:
     def _admits(self, datagram: bytes, path: Path, now: float) -> bool:
         """Run the cheap checks of an initiation or response; under load, require a cookie.
 
-        A response to an open initiation of ours needs none: its index has 32 random bits, and who can read it on the wire
-        is limited as a source. So a device that dials many peers hears them during a flood.
+        A response to our open initiation needs none: its index has 32 random bits, and an eavesdropper is limited by source.
+        So a device that dials many peers receives their responses during a flood.
         """
         if not self._guard.has_mac1(datagram):
             self._output.drop(Drop.BAD_MAC1)
@@ -210,7 +210,7 @@ class Exchange:
         return is_response and self.indices.pending(messages.parse_response(datagram).receiver) is not None
 
     def _receive_initiation(self, datagram: bytes, path: Path, now: float) -> Session | None:
-        """Answer an initiation; the session waits until the peer uses it."""
+        """Answer an initiation; the session is used once the peer has used it."""
         claimed = claim_initiation(self.identity, messages.parse_initiation(datagram))
         if claimed is None:
             self._output.drop(Drop.BAD_HANDSHAKE)
@@ -279,7 +279,7 @@ class Exchange:
     def _receive_cookie(self, datagram: bytes, now: float) -> None:
         """Store a cookie and retry the initiation with it.
 
-        The whitepaper leaves the retry to the timer. Here it is immediate, but only once for each timer, so that an attacker
+        The whitepaper leaves the retry to the timer. Here it is immediate, but only once per timer, so that an attacker
         who sees our initiations (cookies are sealed under a public key) can cause only one more.
         """
         reply = messages.parse_cookie_reply(datagram)
@@ -308,7 +308,7 @@ class Exchange:
         self._output.send(path, datagram)
 
     def _static_static(self, peer: Peer) -> bytes:
-        """The shared secret of both static keys; empty if the peer's key is of low order."""
+        """The shared secret of both static keys; empty if the peer's key is a low-order point."""
         if peer.static_static is None:
             try:
                 peer.static_static = dh(self.identity.private, peer.public_key)

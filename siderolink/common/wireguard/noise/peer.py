@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 MAX_STAGED = 128
 MAX_STAGED_BYTES = 512 * 1024
 MAX_PREVIOUS = 3
-"""Old sessions kept for receiving. After handshakes crossed, each end may send with a session of its own; when they cross
-again, four sessions are in use at once. Implementations that keep one lose packets then."""
+"""Old sessions kept for receiving. After crossed handshakes, each end may send with a different session; if they cross again,
+four sessions are in use at once. Implementations that keep only one lose packets then."""
 
 
 class Path(Protocol):
@@ -37,7 +37,7 @@ class Path(Protocol):
 
 class Peer:
     """State only; the engine changes it. `current` is the session to send with, `next` awaits the peer's confirmation,
-    `previous` are older ones, the newest first."""
+    `previous` are older ones, newest first."""
 
     __slots__ = (
         "allowed_ips",
@@ -77,7 +77,7 @@ class Peer:
         self.allowed_ips: dict[Network, None] = {}
         """An ordered set."""
         self.is_passive = False
-        """Only answers to its handshakes are sent: another device with the same key serves it."""
+        """Only answers to its handshakes are sent, because another device with the same key serves it."""
         self.signer = MacSigner(public_key)
         self.timers = Timers()
         self.scheduled_at = NEVER
@@ -96,7 +96,7 @@ class Peer:
         self.received_bytes = 0
         self.sent_bytes = 0
         self.own_rates: tuple[Rate | None, Rate | None] = (None, None)
-        """Limits of this peer alone: inbound and outbound."""
+        """Limits of this peer only: inbound and outbound."""
         self.inbound_rates: Buckets | None = None
         self.outbound_rates: Buckets | None = None
         self.staged: deque[bytes] | None = None
@@ -109,7 +109,7 @@ class Peer:
         return path if path is not None and path.is_open else None
 
     def stage(self, packet: bytes) -> int:
-        """Keep a packet until there is a session; returns how many old ones were dropped for it."""
+        """Queue a packet until there is a session; returns how many old ones were dropped for it."""
         if self.staged is None:
             self.staged = deque()
         self.staged.append(packet)
@@ -137,13 +137,13 @@ class Peer:
         return self._retire(*retired, now=session.created_at)
 
     def confirm(self, now: float) -> list[Session]:
-        """Make `next` the current session, because the peer has used it; returns the displaced ones."""
+        """Make `next` the current session because the peer has used it; returns the displaced ones."""
         retired = self.current
         self.current, self.next = self.next, None
         return self._retire(retired, now=now)
 
     def _retire(self, *retired: Session | None, now: float) -> list[Session]:
-        """Keep the sessions that the peer may still send with; after crossed handshakes that is not always the latest."""
+        """Keep the sessions with which the peer may still send; after crossed handshakes that is not always the latest."""
         old = [session for session in (*retired, *self.previous) if session is not None]
         good = [session for session in old if not session.is_expired(now)][:MAX_PREVIOUS]
         for session in good:
@@ -152,7 +152,7 @@ class Peer:
         return [session for session in old if session not in good]
 
     def drop_sessions(self) -> list[Session]:
-        """Erase all sessions, so that the next handshake need not wait; returns them."""
+        """Erase all sessions, so that the next handshake can start immediately; returns them."""
         dropped = [session for session in (*self.previous, self.current, self.next) if session is not None]
         self.previous = ()
         self.current = self.next = None

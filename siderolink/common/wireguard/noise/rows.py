@@ -13,31 +13,31 @@ class Packets:
     """Padded plaintext of packets for one peer, as rows of one buffer that is reused for the next batch."""
 
     data: memoryview
-    """From the first row to the end of the last one."""
+    """From the first row to the end of the last."""
     count: int
     """The number of rows, at least 1."""
     stride: int
     """Bytes from one row to the next; at least `length`."""
     length: int
-    """The padded length of each row but the last."""
+    """The padded length of each row except the last."""
     last: int
     """The padded length of the last row, at most `length`."""
     rows: Sequence[memoryview] = field(repr=False)
-    """Each row; there may be more of these than there are packets, and the last one is cut by `last`."""
+    """The rows; there may be more than packets, and `last` cuts the last one."""
 
     @classmethod
     def single(cls, row: memoryview) -> "Packets":
-        """A batch of one padded packet; an empty one makes a keepalive."""
+        """A batch of one padded packet; an empty one is a keepalive."""
         return cls(row, 1, len(row), len(row), len(row), (row,))
 
     def first(self, count: int) -> "Packets":
-        """The first of them, fewer than there are."""
+        """The first rows, fewer than all."""
         data = self.data[: self.stride * (count - 1) + self.length]
         return Packets(data, count, self.stride, self.length, self.length, self.rows)
 
     @property
     def size(self) -> int:
-        """All padded bytes."""
+        """Total padded bytes."""
         return self.length * (self.count - 1) + self.last
 
 
@@ -61,7 +61,7 @@ class Opened(Protocol):
 
     @property
     def length(self) -> int:
-        """The padded length of each row but the last."""
+        """The padded length of each row except the last."""
 
     @property
     def last(self) -> int:
@@ -69,11 +69,11 @@ class Opened(Protocol):
 
     @property
     def size(self) -> int:
-        """All padded bytes, of bad rows too."""
+        """Total padded bytes, including invalid rows."""
 
     @property
     def counters(self) -> list[int]:
-        """The counter of each row; it is genuine where `good`."""
+        """The counter of each row; authentic where `good`."""
 
     def row(self, index: int) -> memoryview:
         """One row with its padding; zeros if its tag is invalid."""
@@ -83,7 +83,7 @@ class RowCipher(Protocol):
     """ChaCha20-Poly1305 under one key of a session, for whole batches. The results are valid until the next call."""
 
     def seal(self, packets: Packets, receiver: int, counter: int, headroom: int) -> Datagrams:
-        """Make data messages: row i under `counter` + i, each behind `headroom` free bytes."""
+        """Make data messages: row i with `counter` + i, each after `headroom` free bytes."""
 
     def open(self, datagrams: Datagrams, first: int, count: int) -> Opened:
         """Decrypt `count` data messages of one session from row `first` on. Rows with a bad tag are erased."""
@@ -93,16 +93,16 @@ CipherFactory = Callable[[bytes], RowCipher]
 """Makes the cipher for a key of 32 bytes."""
 
 ToOpen = tuple[bytes, int, int]
-"""One data message in a buffer: the key of its session, its start and its size."""
+"""A data message in a buffer: its session's key, its start and its size."""
 
 OpenedText = tuple[int, bytes | None, int]
-"""Counter, source and destination in one (None in an empty text and in no whole IP packet), and the end of the packet."""
+"""Counter, source and destination combined (None for an empty text or an incomplete IP packet), and the end of the packet."""
 
 OpenMany = Callable[[memoryview, list[ToOpen]], list[OpenedText | None]]
-"""Decrypts messages of many sessions where they are, one behind the other; None for one with a bad tag, which is erased."""
+"""Decrypts messages of many sessions in place, one after the other; None for one with a bad tag, which is erased."""
 
 ToSeal = tuple[bytes, int, int, int, int]
-"""One padded text in a buffer: the key of its session, its start and length, the receiver index and the counter."""
+"""A padded text in a buffer: its session's key, start and length, receiver index and counter."""
 
 SealMany = Callable[[memoryview, list[ToSeal]], None]
-"""Makes data messages of texts where they are, one behind the other, with room for header and tag around each."""
+"""Encrypts texts in place to data messages, one after the other, with room for header and tag around each."""

@@ -1,6 +1,6 @@
 """The timers of a peer (whitepaper, section 6), and the next deadline among many peers.
 
-Every timer is a deadline in seconds on the engine's clock, NEVER while it is not set. The rules read:
+Every timer is a deadline in seconds on the engine's clock; NEVER if it is not set. The rules:
 
 =================  =====================================================  ==========================================
 timer              set when                                               what happens
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 ANSWER_SECONDS = 1.5
-"""How long a peer that may be another device's by now is sent to without an answer."""
+"""How long to send without an answer to a peer that another device may have taken over."""
 
 
 class Timers:
-    """The five deadlines of one peer. Methods name what happened; a jitter is seconds from 0 to a third."""
+    """The five deadlines of one peer. Methods are named after events; a jitter is seconds from 0 to a third."""
 
     __slots__ = (
         "_another_keepalive",
@@ -48,7 +48,7 @@ class Timers:
     def __init__(self) -> None:
         self.persistent_interval = 0
         self.jitter = 0.0
-        """Seconds added to `new_handshake_at`; drawn once for each session, because drawing for each packet costs too much."""
+        """Seconds added to `new_handshake_at`; drawn once per session, because drawing for each packet costs too much."""
         self.clear()
 
     def clear(self) -> None:
@@ -67,12 +67,12 @@ class Timers:
         return min(self.retransmit_at, self.keepalive_at, self.new_handshake_at, self.zero_keys_at, self.persistent_at)
 
     def authenticated_sent(self, now: float) -> None:
-        """Any message of ours that the peer can authenticate: it serves as a keepalive."""
+        """We sent a message that the peer can authenticate: it serves as a keepalive."""
         self.keepalive_at = NEVER
         self._traversed(now)
 
     def data_sent(self, now: float) -> bool:
-        """The same for data; True if this sets a deadline that may be the next."""
+        """The same for data; returns True if this set a deadline that may be the next one."""
         self.keepalive_at = NEVER
         if self.persistent_interval:
             self.persistent_at = now + self.persistent_interval
@@ -83,12 +83,12 @@ class Timers:
         return True
 
     def authenticated_received(self, now: float) -> None:
-        """Any message of the peer's that was authenticated: it is alive."""
+        """We received an authenticated message: the peer is alive."""
         self.new_handshake_at = self.unanswered_since = NEVER
         self._traversed(now)
 
     def data_received(self, now: float) -> bool:
-        """The same for data; True if this sets a deadline that may be the next."""
+        """The same for data; returns True if this set a deadline that may be the next one."""
         self.new_handshake_at = self.unanswered_since = NEVER
         if self.persistent_interval:
             self.persistent_at = now + self.persistent_interval
@@ -99,7 +99,7 @@ class Timers:
         return True
 
     def keepalive_expired(self, now: float) -> None:
-        """The keepalive was sent; data that came since the timer was set calls for one more."""
+        """The keepalive was sent; data received since the timer was set requires another one."""
         self.keepalive_at = NEVER
         if self._another_keepalive:
             self._another_keepalive = False
@@ -128,7 +128,7 @@ class Timers:
             self.zero_keys_at = now + ZERO_KEYS_TIME
 
     def became_passive(self) -> None:
-        """Nothing is sent any more; the keys are still erased in time."""
+        """Nothing more is sent; the keys are still erased in time."""
         zero_keys_at = self.zero_keys_at
         self.persistent_interval = 0
         self.clear()
@@ -156,7 +156,7 @@ class Timers:
 
 
 class Tenure:
-    """How long a device may take its peers for its own, where other devices with its key may have taken some meanwhile."""
+    """How long a device may assume that its peers have not moved to another device with the same key."""
 
     __slots__ = ("until",)
 
@@ -164,11 +164,11 @@ class Tenure:
         self.until = NEVER
 
     def extend(self, seconds: float | None, now: float) -> None:
-        """It lasts for so long from now on; for ever with None."""
+        """Extend the tenure to `seconds` from now; None means forever."""
         self.until = NEVER if seconds is None else now + seconds
 
     def doubts(self, timers: Timers, now: float) -> bool:
-        """Whether the peer may be another device's by now: this one's tenure is over, and the peer does not answer."""
+        """Whether another device may have the peer: the tenure is over, and the peer does not answer."""
         return now > self.until and now - timers.unanswered_since > ANSWER_SECONDS
 
 
@@ -176,7 +176,7 @@ class DeadlineQueue:
     """The peers by their next deadline.
 
     Deadlines mostly move later, with every packet. So the heap is lazy: an entry may be early, never late, and is corrected
-    when it comes to the top. Updating a peer is cheap, and nothing here costs the number of peers.
+    when it reaches the top. Updating a peer is cheap, and no cost depends on the number of peers.
     """
 
     __slots__ = ("_heap", "_order")
@@ -193,7 +193,7 @@ class DeadlineQueue:
             heappush(self._heap, (at, next(self._order), peer))
 
     def earliest(self) -> float:
-        """A time before which nothing is due; cheaper than the exact one, for use after every packet."""
+        """A time before which nothing is due; cheaper than the exact one, to be used after every packet."""
         return self._heap[0][0] if self._heap else NEVER
 
     def next_at(self) -> float:
@@ -207,7 +207,7 @@ class DeadlineQueue:
         return NEVER
 
     def due(self, now: float) -> Iterator["Peer"]:
-        """The peers whose deadline has come; the caller acts on each and calls `update` before taking the next."""
+        """The peers whose deadline has passed; the caller handles each and calls `update` before taking the next."""
         while self.next_at() <= now:
             peer = heappop(self._heap)[2]
             peer.scheduled_at = NEVER

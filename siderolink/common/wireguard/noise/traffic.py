@@ -17,7 +17,7 @@ Initiate = Callable[[Peer, float], None]
 
 
 class Traffic:
-    """The data side of an engine: every packet in or out passes `seal` or `open`."""
+    """The data side of an engine: every packet in either direction passes through `seal` or `open`."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Traffic:
         initiate: Initiate,
         on_confirmed: Initiate,
     ) -> None:
-        """`initiate` begins a handshake with a peer; `on_confirmed` is told when a peer first uses a session it began."""
+        """`initiate` starts a handshake; `on_confirmed` is called when a peer first uses a session that it initiated."""
         self._routing = routing
         self._indices = indices
         self._deadlines = deadlines
@@ -42,7 +42,7 @@ class Traffic:
     # Out
 
     def find_peer(self, source: bytes, destination: bytes) -> Peer | None:
-        """The peer of a packet from the interface. None, and counted as a drop, if there is none."""
+        """The peer of a packet from the interface; None, with the drop counted, if there is none."""
         routing = self._routing
         if routing.only_to is None and (peer := routing.lookup(destination)) is not None:
             return peer
@@ -53,18 +53,18 @@ class Traffic:
         return found
 
     def can_send(self, peer: Peer, now: float) -> bool:
-        """True if `seal` has a session to use; if not, packets have to be staged."""
+        """Whether `seal` has a session to use; otherwise packets must be staged."""
         session = peer.current
         return session is not None and peer.reachable_path is not None and not session.is_expired(now)
 
     def is_silent(self, peer: Peer, now: float) -> bool:
-        """Whether nothing may be sent to the peer: another device has it, or may have it."""
+        """Whether nothing may be sent to the peer, because another device has it or may have it."""
         return peer.is_passive or self._tenure.doubts(peer.timers, now)
 
     def seal(self, peer: Peer, packets: Packets, now: float) -> tuple[Path, Datagrams] | None:
-        """Make one data message of each packet, for the returned path, which the caller sends before its next call.
+        """Make one data message of each packet, for the returned path. The caller sends them before its next call.
 
-        Returns None where there is no session to use; the caller then stages the packets.
+        Returns None without a usable session; the caller then stages the packets.
         """
         session, path = peer.current, peer.path
         if session is None or path is None or not path.is_open:
@@ -84,9 +84,9 @@ class Traffic:
     def seal_many(
         self, data: memoryview, packets: Sequence[tuple[Peer, int, int]], seal_many: SealMany, now: float
     ) -> list[tuple[Path, int, int]]:
-        """Make data messages of padded packets for many peers where they are; each is peer, start and length.
+        """Encrypt padded packets for many peers in place; each is given by peer, start and length.
 
-        Returns path, start and end of each, which the caller sends before its next call.
+        Returns path, start and end of each message, which the caller sends before its next call.
         """
         rows: list[ToSeal] = []
         found: list[tuple[Path, int, int]] = []
@@ -140,7 +140,7 @@ class Traffic:
             self._output.send(path, bytes(datagrams.row(0)))
 
     def send_keepalive(self, peer: Peer, now: float) -> None:
-        """Send an empty data message, or begin a handshake where there is no session."""
+        """Send an empty data message, or start a handshake if there is no session."""
         session, path = peer.current, peer.reachable_path
         if path is None or self.is_silent(peer, now):
             return
@@ -162,9 +162,9 @@ class Traffic:
     def open(
         self, datagrams: Datagrams, first: int, count: int, receiver: int, path: Path, now: float
     ) -> tuple[Opened, InnerFilter] | None:
-        """Decrypt `count` data messages to one receiver index, from row `first` on; None if not one of them is accepted.
+        """Decrypt `count` data messages to one receiver index, from row `first` on; None if none of them is accepted.
 
-        Rows with a bad tag or a spent counter are marked as not good. The filter decides on the inner packets of the others.
+        Rows with a bad tag or a used counter are marked as invalid. The filter decides about the inner packets of the others.
         """
         session = self._indices.session(receiver)
         refusal = _session_refusal(session, path, now)
@@ -185,7 +185,7 @@ class Traffic:
     def open_many(
         self, data: memoryview, messages: Sequence[tuple[Path, int, int, int]], open_many: OpenMany, now: float
     ) -> list[tuple[int, int]]:
-        """Decrypt data messages of many sessions where they are; each is path, start, size and receiver index.
+        """Decrypt data messages of many sessions in place; each is given by path, start, size and receiver index.
 
         Returns start and end of the inner packets that may be passed on.
         """
@@ -214,7 +214,7 @@ class Traffic:
         return found
 
     def _may_pass(self, peer: Peer, pair: bytes | None, length: int, now: float) -> bool:
-        """Whether one inner packet may be passed on; if not, the drop is counted."""
+        """Whether one inner packet may be passed on; otherwise the drop is counted."""
         refusal: Drop | None
         if peer.inbound_rates is not None and not rows_within(peer.inbound_rates, length, 1, length, now):
             refusal = tightest(peer.inbound_rates).reason
@@ -229,7 +229,7 @@ class Traffic:
         return False
 
     def _limit(self, opened: Opened, buckets: Buckets, now: float) -> None:
-        """Leave out the rows that are beyond the peer's bandwidth."""
+        """Leave out the rows that exceed the peer's bandwidth limit."""
         fitting = rows_within(buckets, opened.length, opened.count, opened.last, now)
         if fitting < opened.count:
             self._output.drop(tightest(buckets).reason, opened.good[fitting:].count(True))
@@ -256,7 +256,7 @@ class Traffic:
         return accepted
 
     def _accepted(self, session: Session, path: Path, size: int, now: float, *, has_data: bool) -> None:
-        """Note that data messages of `size` bytes in all were authenticated and are no replay."""
+        """Note that data messages of `size` bytes in total were authenticated and are no replays."""
         peer = session.peer
         if session is peer.next:
             self._indices.drop(peer.confirm(now))
@@ -274,7 +274,7 @@ class Traffic:
             self._initiate(peer, now)
 
     def heard(self, peer: Peer, path: Path, size: int, now: float, *, may_roam: bool = True) -> None:
-        """Note an authenticated message: replies go to where it came from."""
+        """Note an authenticated message: replies are sent to its source."""
         peer.received_bytes += size
         peer.last_received_at = now
         if peer.is_passive:
@@ -292,7 +292,7 @@ class Traffic:
 
 
 def _session_refusal(session: Session | None, path: Path, now: float) -> Drop | None:
-    """Why data messages of this session on this path are dropped unopened, or None."""
+    """The reason to drop data messages of this session on this path unopened, or None."""
     if session is None:
         return Drop.UNKNOWN_RECEIVER
     if path.peer is not None and path.peer != session.peer.public_key:

@@ -1,4 +1,4 @@
-"""The admin API by gRPC: the services translate, and decide nothing."""
+"""The admin API by gRPC. The services only translate between messages and the administration."""
 
 from siderolink.server.admin.services.access import ADMIN_LIMITS, GROUP, LocalAccess, RemoteAccess, actor, group_id, guarded
 from siderolink.server.admin.services.server import ServerFacts, admin_services

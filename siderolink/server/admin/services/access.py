@@ -1,4 +1,4 @@
-"""Who calls: by the credentials of a local socket's other end, or by an API key."""
+"""Authenticates callers: by the peer credentials of a local socket, or by an API key."""
 
 import grp
 import os
@@ -47,7 +47,7 @@ from siderolink.server.admin.administration import Administration
 from siderolink.server.store import Actor, Role
 
 GROUP: Final = "siderolink"
-"""Whose members may look at what the local socket tells."""
+"""The group whose members may read through the local socket."""
 ADMIN_LIMITS: Final = Limits(
     max_connections=512,
     max_connections_per_address=64,
@@ -56,9 +56,9 @@ ADMIN_LIMITS: Final = Limits(
     max_streams=64,
     stream_window_bytes=PIPE_WINDOW_BYTES,
 )
-"""People and programs are fewer than machines, and their answers longer."""
+"""There are fewer callers than machines, but their answers are longer."""
 _AT_ONCE: Final = 20
-"""Messages that are encoded before other tasks run."""
+"""Messages to encode before other tasks run."""
 _LISTS: Final[Mapping[type[betterproto2.Message], str]] = {
     pb.ListTokensResponse: "tokens",
     pb.ListTokenUsersResponse: "users",
@@ -68,7 +68,7 @@ _LISTS: Final[Mapping[type[betterproto2.Message], str]] = {
     pb.ListAuditResponse: "entries",
     pb.ListHistoryResponse: "entries",
 }
-"""Answers that may be long, and their long fields."""
+"""Answers that may be long, with their long fields."""
 _FIRST_DELAY, _LONGEST_DELAY, _LONGEST_QUEUE = 0.25, 5.0, 30.0
 _FORGIVEN_AFTER: Final = 300.0
 _MAX_SOURCES: Final = 4096
@@ -79,22 +79,22 @@ GetAdministration = Callable[[], Administration]
 
 
 def actor() -> Actor:
-    """Who makes the present call."""
+    """The caller of the current call."""
     return _ACTOR.get()
 
 
 class Access(Protocol):
-    """How callers are authenticated."""
+    """Authenticates callers."""
 
     async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
-        """Who calls, and the scope of the call. Raises UnauthenticatedError or ForbiddenError."""
+        """The caller, and the scope of the call. Raises UnauthenticatedError or ForbiddenError."""
 
 
 class LocalAccess:
     """Root and this process's own user are admin, the members of a group are viewers, others are refused.
 
-    With an `administration`, a call that shows an API key has that key's role instead, and none without a valid one: so a relay
-    of this host, as the page is, calls for others.
+    With an `administration`, a call with an API key gets that key's role instead, and an invalid key is refused. So a relay on
+    this host, such as the web UI, can call on behalf of others.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class LocalAccess:
     async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
         peer = _address_of(call)
         if not isinstance(peer, LocalPeer):
-            raise UnauthenticatedError("the caller is no local process")
+            raise UnauthenticatedError("the caller is not a local process")
         if peer.uid in (0, os.geteuid()):
             role = Role.ADMIN
         elif await anyio.to_thread.run_sync(self._is_member, peer):
@@ -124,7 +124,7 @@ class LocalAccess:
 
     @staticmethod
     def _source(call: Any, peer: LocalPeer) -> str:
-        """Where a relay's caller is, as root or this process's own user says; else the other end's user."""
+        """The caller's address as reported by a trusted relay (root or this process's user); otherwise the caller's user."""
         told = call.metadata.get(SOURCE_METADATA)
         if peer.uid in (0, os.geteuid()) and isinstance(told, str) and told:
             return one_line(told, limit=64)
@@ -150,7 +150,7 @@ def _user_name(uid: int) -> str:
 
 
 def group_id(name: str) -> int | None:
-    """None if this host has no such group."""
+    """The group's id; None if this host has no such group."""
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
@@ -158,14 +158,14 @@ def group_id(name: str) -> int | None:
 
 
 class Penalties:
-    """How long the next refusal of a source waits: longer with each, whichever key was tried. Valid keys never wait."""
+    """Delays of refusals, by source: longer with each one, whichever key was tried. Valid keys are never delayed."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._known: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def next_delay(self, source: str) -> float:
-        """Seconds until this source's refusal is answered; refusals of one source queue up."""
+        """Seconds until this source's refusal is answered. Refusals of one source queue up."""
         now = self._clock()
         delay, free_at = self._known.pop(source, (0.0, 0.0))
         if now - free_at > _FORGIVEN_AFTER:
@@ -179,7 +179,7 @@ class Penalties:
 
 
 class _KeyAccess:
-    """API keys, as ``authorization: Bearer KEY``; a wrong one is answered late."""
+    """API keys given as ``authorization: Bearer KEY``. The refusal of a wrong one is delayed."""
 
     def __init__(self, administration: GetAdministration, sleep: Callable[[float], Any]) -> None:
         self._administration = administration
@@ -187,7 +187,7 @@ class _KeyAccess:
         self._penalties = Penalties()
 
     async def of(self, call: Any, host: str) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
-        """`host` is where the caller is. Raises UnauthenticatedError."""
+        """`host` is the caller's address. Raises UnauthenticatedError."""
         administration = self._administration()
         try:
             found, principal = administration.api_keys.authenticate(_bearer(call.metadata), host)
@@ -201,7 +201,7 @@ class _KeyAccess:
 
 
 class RemoteAccess:
-    """Callers by TCP, who need an API key."""
+    """Callers by TCP, which need an API key."""
 
     def __init__(self, administration: GetAdministration, sleep: Callable[[float], Any] = anyio.sleep) -> None:
         self._keys = _KeyAccess(administration, sleep)
@@ -259,7 +259,7 @@ class _Answering:
 
 
 class _Guarded:
-    """A service whose callers are authenticated and need a minimum role."""
+    """A service that authenticates its callers and requires a minimum role."""
 
     def __init__(self, service: Servable, access: Access, least: Role) -> None:
         self._service = service
@@ -274,7 +274,7 @@ class _Guarded:
         }
 
     async def _run(self, func: Callable[[Any], Any], call: Any) -> None:
-        with told():
+        with translated_errors():
             found, hold = await self._access.of(call)
             if found.role is None or not found.role.includes(self._least):
                 raise ForbiddenError(f"this needs the role {self._least}; {found.name} has {found.role or 'none'}")
@@ -286,7 +286,7 @@ class _Guarded:
 
 
 def guarded(services: Iterable[Servable], access: Access, least: Role = Role.VIEWER) -> list[Servable]:
-    """The services, for callers with at least this role."""
+    """Wrap the services so that callers need at least this role."""
     return [_Guarded(service, access, least) for service in services]
 
 
@@ -303,7 +303,7 @@ _STATUSES: Final = (
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def translated_errors() -> Iterator[None]:
     """Map errors to a gRPC status with a one-line message."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Connections to machines' ports by gRPC: one stream each."""
+"""Connections to machines' ports by gRPC, one per stream."""
 
 import socket
 from typing import Final
@@ -25,7 +25,7 @@ class ForwardService(pb.ForwardServiceBase):
         self._administration = administration
 
     def __mapping__(self) -> dict[str, Handler]:
-        """The stream is taken as the bytes that it is: they are credited when they were written out."""
+        """Handles the stream as raw bytes, so that they are credited only once written."""
         return super().__mapping__() | {FORWARD: Handler(self._forward, Cardinality.STREAM_STREAM, ByteStream, ByteStream)}
 
     async def check_forward(self, message: pb.ForwardRequest) -> pb.ForwardTarget:

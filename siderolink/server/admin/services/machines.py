@@ -30,10 +30,10 @@ from siderolink.server.store import (
 
 DIGEST_DIGITS = 12
 _AT_ONCE = 100
-_LOOK_SECONDS: Final = 2.0
-_SELDOM_SECONDS: Final = 30.0
+_POLL_SECONDS: Final = 2.0
+_MAX_POLL_SECONDS: Final = 30.0
 _PAUSE: Final = 20.0
-"""A pause is this many times as long as the look before it took."""
+"""The pause between two polls is at least this many times the duration of the last one."""
 
 
 async def machine_message(administration: Administration, status: MachineStatus) -> pb.Machine:
@@ -133,7 +133,7 @@ def tunnel_setting(text: str) -> TunnelSetting:
     try:
         return TunnelSetting(text or TunnelSetting.INHERIT)
     except ValueError:
-        raise ConfigurationError(f"the tunnel is inherit, force or forbid, not {one_line(text, limit=32)}") from None
+        raise ConfigurationError(f"the tunnel must be inherit, force or forbid, not {one_line(text, limit=32)}") from None
 
 
 class MachineService(pb.MachineServiceBase):
@@ -186,18 +186,18 @@ class MachineService(pb.MachineServiceBase):
         return pb.MachineChange(kind=kind, machine=await machine_message(administration, status))
 
     async def follow_machines(self, message: pb.FollowMachinesRequest) -> AsyncIterator[pb.MachinesPart]:
-        administration, every = self._administration(), message.every or _LOOK_SECONDS
-        if not 1.0 <= every <= _SELDOM_SECONDS:
-            raise ConfigurationError(f"a look is made every 1 to {_SELDOM_SECONDS:.0f} seconds, not every {every:g}")
+        administration, every = self._administration(), message.every or _POLL_SECONDS
+        if not 1.0 <= every <= _MAX_POLL_SECONDS:
+            raise ConfigurationError(f"every must be 1 to {_MAX_POLL_SECONDS:.0f} seconds, not {every:g}")
         with administration.followers.one_more() as follower:
             if follower is None:
-                raise GRPCError(Status.RESOURCE_EXHAUSTED, f"{MAX_FOLLOWERS} programs follow the machines already")
+                raise GRPCError(Status.RESOURCE_EXHAUSTED, f"{MAX_FOLLOWERS} programs already follow the machines")
             while True:
                 began = time.monotonic()
                 async for part in follower.look():
                     yield await _part_message(administration, part)
                 took = time.monotonic() - began
-                await anyio.sleep(min(max(every, _PAUSE * took), _SELDOM_SECONDS))
+                await anyio.sleep(min(max(every, _PAUSE * took), _MAX_POLL_SECONDS))
 
     async def get_machine(self, message: pb.MachineRequest) -> pb.Machine:
         administration = self._administration()
@@ -287,7 +287,7 @@ def _kind(text: str) -> BanKind:
         return BanKind(text)
     except ValueError:
         raise ConfigurationError(
-            f"the kind of a ban is uuid, key or unique (a unique token), not {one_line(text, limit=32)}"
+            f"the kind of a ban must be uuid, key or unique (a unique token), not {one_line(text, limit=32)}"
         ) from None
 
 

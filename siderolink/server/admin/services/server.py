@@ -1,4 +1,4 @@
-"""API keys, the audit, events and the server itself by gRPC; and all services of the admin API."""
+"""API keys, the audit, events and the server itself by gRPC; and the list of all services of the admin API."""
 
 import json
 import time
@@ -25,7 +25,7 @@ _CHUNK_BYTES = 32 * 1024
 
 
 class ServerFacts(Protocol):
-    """What the server tells of itself."""
+    """What the server reports about itself."""
 
     def events(self) -> EventStream: ...
 
@@ -75,7 +75,7 @@ def _role(text: str) -> Role:
     try:
         return Role(text)
     except ValueError:
-        raise ConfigurationError(f"a role is viewer, operator or admin, not {one_line(text, limit=32)!r}") from None
+        raise ConfigurationError(f"a role must be viewer, operator or admin, not {one_line(text, limit=32)!r}") from None
 
 
 def _key_message(administration: Administration, principal: Principal) -> pb.ApiKey:
@@ -131,7 +131,7 @@ class AuditService(pb.AuditServiceBase):
 def _audit_query(wanted: pb.AuditFilter | None, *, limit: int = 0, after_seq: int | None = None) -> AuditQuery:
     found = wanted or pb.AuditFilter()
     if (after_seq or 0) >= 2**63:
-        raise ConfigurationError("after_seq is not the number of an entry")
+        raise ConfigurationError("after_seq must be the number of an entry")
     return AuditQuery(
         actor=found.actor,
         action=found.action,
@@ -226,7 +226,7 @@ class ServerService(pb.ServerServiceBase):
 
 
 def admin_services(administration: GetAdministration, facts: GetFacts) -> list[Servable]:
-    """All services of the admin API. Their callers are recognised by `guarded`."""
+    """All services of the admin API. `guarded` authenticates their callers."""
     return [
         MachineService(administration),
         BanService(administration),

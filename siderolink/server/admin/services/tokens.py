@@ -16,7 +16,7 @@ from siderolink.server.admission.policy import supports_unique_tokens
 from siderolink.server.store import Machine, TokenKind, TokenState
 
 _AT_ONCE = 200
-"""Tokens that are read from the store before other tasks run."""
+"""Tokens to read from the store before other tasks run."""
 
 
 class TokenService(pb.TokenServiceBase):
@@ -70,7 +70,7 @@ class TokenService(pb.TokenServiceBase):
     async def show_token_secret(self, message: pb.TokenRequest) -> pb.TokenSecret:
         secret = await self._tokens.show(message.name, actor=actor())
         status = await self._tokens.get(message.name)
-        # what signs is presented by nobody
+        # machines never present a signing token itself
         url = self._administration().join_url(secret) if status.token.kind is TokenKind.PLAIN else ""
         return pb.TokenSecret(token=_message(status), secret=secret, join_url=url)
 
@@ -128,7 +128,7 @@ def _kind(text: str) -> TokenKind:
     try:
         return TokenKind(text or TokenKind.PLAIN)
     except ValueError:
-        raise ConfigurationError(f"the kind of a token is plain, v1 or v2, not {one_line(text, limit=32)!r}") from None
+        raise ConfigurationError(f"the kind of a token must be plain, v1 or v2, not {one_line(text, limit=32)!r}") from None
 
 
 def _state(text: str) -> TokenState:
@@ -136,7 +136,7 @@ def _state(text: str) -> TokenState:
         return TokenState(text)
     except ValueError:
         known = ", ".join(str(state) for state in TokenState)
-        raise ConfigurationError(f"the state of a token is {known}, not {one_line(text, limit=32)!r}") from None
+        raise ConfigurationError(f"the state of a token must be {known}, not {one_line(text, limit=32)!r}") from None
 
 
 def _matches(status: TokenStatus, text: str, selector: Selector) -> bool:

@@ -1,4 +1,4 @@
-"""The audit in the database, and principals: the same statements for SQLite and Postgres."""
+"""The audit and the principals in the database: the same statements for SQLite and Postgres."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from siderolink.server.store.sql.tables import audit, principals
 
 
 def values(entry: AuditEntry) -> dict[str, object]:
-    """All columns but the number."""
+    """All columns except the number."""
     return {
         "at": entry.at,
         "actor": entry.actor.name,
@@ -47,7 +47,7 @@ def read_entry(row: Mapping[Any, Any]) -> AuditEntry:
 
 
 def find(query: AuditQuery) -> Select[Any]:
-    """The rows that a query selects, in its order."""
+    """The rows that a query selects, in the query's order."""
     row = audit.c
     wanted = [row.seq > (query.after_seq or 0)]
     if query.actor:
@@ -81,12 +81,12 @@ _NOTE = (
 
 
 async def prune(connection: AsyncConnection, before: float, most: int) -> int:
-    """Remove the oldest entries, `most` at most, that are from before this time; tells how many."""
+    """Remove up to `most` of the oldest entries from before this time; returns how many."""
     return (await connection.execute(_PRUNE, {"time": before, "most": most})).rowcount
 
 
 async def note_principals(connection: AsyncConnection, used: Mapping[str, tuple[float, str]]) -> int:
-    """Note when principals, by id, last called, and from where."""
+    """Note when, and from where, principals (by id) last called."""
     rows = [{"principal": name, "used_at": at, "used_from": source} for name, (at, source) in sorted(used.items())]
     if rows:
         await connection.execute(_NOTE, rows)

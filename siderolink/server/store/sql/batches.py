@@ -1,9 +1,9 @@
-"""Group commit: works that wait at the same time share one database transaction, and one write to the disk.
+"""Group commit: works that are queued together share one database transaction and one disk write.
 
-The works of a batch run side by side on what is stored, and keep their changes to themselves. They are then taken in the order
-in which they came: one that read what an earlier one of the batch changes is put off to the next batch and run again there.
-The others are what they would have been one after another. New values that must be unique (random ids and addresses) are not
-looked up first: where the database refuses one, nothing is stored and the batch runs again, looking them up.
+The works of a batch run concurrently on the stored state and buffer their changes. They are then settled in the order in which
+they were queued: a work that read what an earlier one changes is postponed to the next batch and runs again there, so the
+result is the same as running them one after another. New unique values (random ids and addresses) are not looked up first: if
+the database refuses one, nothing is stored and the batch runs again with lookups.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ MAX_BATCH = 256
 
 
 class _Pending:
-    """A queued work, with a future for its result."""
+    """A queued item and the future of its result."""
 
     def __init__(self) -> None:
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -76,7 +76,7 @@ class _Job(_Pending):
 
 
 class _Lone(_Pending):
-    """A work on the connection, outside any transaction."""
+    """Something to run on the connection outside any transaction."""
 
     def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ class _Lone(_Pending):
 class Batches:
     """Runs works on one connection's driver, batch by batch.
 
-    All of them run in `run`'s task: SQLAlchemy closes a connection whose user is cancelled amid a statement, and this one is
-    everybody's.
+    All of them run in the task of `run`: SQLAlchemy closes a connection when its user is cancelled during a statement, and this
+    connection is shared.
     """
 
     def __init__(self, driver: aiosqlite.Connection, on_changes: Callable[[Sequence[Change]], None]) -> None:
@@ -138,7 +138,7 @@ class Batches:
         await self._ended.wait()
 
     async def run(self) -> None:
-        """Work until closed."""
+        """Run the queued works until closed."""
         try:
             while self._waiting or self._lone or not self._is_closing:
                 await self._wake.wait()
@@ -172,7 +172,7 @@ class Batches:
             with translated():
                 try:
                     taken, put_off = await self._attempt(jobs, is_checked=False)
-                except sqlite3.IntegrityError:  # a value is stored already: find out which work has to be told
+                except sqlite3.IntegrityError:  # a value is already stored: find out whose it is
                     taken, put_off = await self._attempt(jobs, is_checked=True)
         except StoreError as error:
             failure = error
@@ -188,11 +188,11 @@ class Batches:
                 changes += job.transaction.changes
         for job in taken:
             job.settle()
-        if changes:  # published after the callers were woken, so that they have applied their own changes already
+        if changes:  # published after the callers resume, so that they have applied their own changes by then
             self._on_changes(changes)
 
     async def _attempt(self, jobs: list[_Job], *, is_checked: bool) -> tuple[list[_Job], list[_Job]]:
-        """Run the jobs and commit. Returns those that were committed, and those that have to run again."""
+        """Run the jobs and commit. Returns the committed jobs, and those that have to run again."""
         try:
             await _run_side_by_side(jobs, Reader(statements.SqliteFinder(self._driver)), is_checked)
             taken, put_off = _settle(jobs)
@@ -208,7 +208,7 @@ class Batches:
 
 
 async def _run_side_by_side(jobs: list[_Job], reader: Reader, is_checked: bool) -> None:
-    # asyncio's groups, which cost half of anyio's: there is one task for each join
+    # asyncio's task groups cost half of anyio's, and there is one task per join
     async with asyncio.TaskGroup() as reading:
         answering = reading.create_task(reader.run())
         async with asyncio.TaskGroup() as works:
@@ -218,7 +218,7 @@ async def _run_side_by_side(jobs: list[_Job], reader: Reader, is_checked: bool) 
 
 
 def _settle(jobs: list[_Job]) -> tuple[list[_Job], list[_Job]]:
-    """Split jobs into those without conflicts, and those that have to run again after them."""
+    """Split jobs into those without conflicts and those that have to run again after them."""
     taken, put_off = [], []
     written: set[Key] = set()
     for job in jobs:
@@ -233,7 +233,7 @@ def _settle(jobs: list[_Job]) -> tuple[list[_Job], list[_Job]]:
 
 
 async def _write(driver: aiosqlite.Connection, transactions: Sequence[SqlTransaction]) -> None:
-    """Store what the transactions changed; begins a transaction of the database where there is something."""
+    """Write the transactions' changes; begins a database transaction only if there are any."""
     rows = {machine_id: row for transaction in transactions for machine_id, row in transaction.rows.items()}
     known = [machine_id for transaction in transactions for machine_id in transaction.stored.intersection(transaction.rows)]
     await statements.replace_machines(driver, known, [row for row in rows.values() if row is not None])
@@ -247,7 +247,7 @@ async def _write(driver: aiosqlite.Connection, transactions: Sequence[SqlTransac
 
 
 async def _write_one(driver: aiosqlite.Connection, transaction: SqlTransaction) -> None:
-    """What is not written for all transactions at once."""
+    """Write what is not written for all transactions at once."""
     if transaction.claimed:
         await statements.replace_claims(driver, transaction.claimed)
     if transaction.bans:

@@ -1,6 +1,6 @@
-"""The state file: made readable by its owner alone, looked at before it is opened, locked while it is open.
+"""The state file: readable only by its owner, checked before it is opened, locked while it is open.
 
-A file that is damaged, foreign or newer than this program is left exactly as it is.
+A file that is damaged, foreign or newer than this program is left unchanged.
 """
 
 import logging
@@ -25,12 +25,12 @@ from siderolink.server.store.sql.schema import HEAD, upgrade
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x53444C4B
-"""Application id that marks our SQLite files (bytes 68 to 71 of the header)."""
+"""The application id in our SQLite files (bytes 68 to 71 of the header)."""
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
 _FULL = "database or disk is full"
 CLOSE_SECONDS = 5.0
-"""How long closing may take; SQLite recovers the rest at its next start."""
+"""Time limit of closing; SQLite recovers the rest at its next start."""
 BUSY_SECONDS = 2.0
 """How long to wait for a previous process to release the file."""
 
@@ -66,7 +66,7 @@ def prepare(path: Path) -> bool:
 
 @asynccontextmanager
 async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
-    """The one connection to a sound file of this version; an older one is brought up to it. Raises StoreError."""
+    """The one connection to a valid file; an older schema is upgraded first. Raises StoreError."""
     is_new = prepare(path)
     engine = create_async_engine(
         URL.create("sqlite+aiosqlite", database=str(path)),
@@ -92,7 +92,7 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
 
 
 def _remove_if_empty(path: Path) -> None:
-    """Remove a new file to which nothing was written; the next start would take it for a damaged one."""
+    """Remove a new file that was never written to; otherwise the next start would consider it damaged."""
     try:
         if not path.stat().st_size:
             path.unlink()
@@ -109,13 +109,13 @@ def _set_up(dbapi_connection: Any, _: object) -> None:
 
 
 def _prepare_connection(dbapi_connection: Any) -> None:
-    # Reads need no transaction on the only connection there is; the first write begins one.
+    # Reads need no transaction on the only connection; the first write begins one.
     dbapi_connection.isolation_level = "IMMEDIATE"
     cursor = dbapi_connection.cursor()
-    # One server per file; without sharing, there is no memory-mapped index that a full disk could break either.
+    # One server per file. Without sharing there is also no memory-mapped index, which a full disk could break.
     cursor.execute("PRAGMA locking_mode=EXCLUSIVE")
     cursor.execute("PRAGMA trusted_schema=OFF")
-    cursor.execute("PRAGMA secure_delete=ON")  # no secret of before it was sealed is left in a free page
+    cursor.execute("PRAGMA secure_delete=ON")  # no free page keeps a secret from before it was sealed
     cursor.execute("BEGIN EXCLUSIVE")
     cursor.execute("PRAGMA application_id")
     if cursor.fetchone()[0] != APPLICATION_ID:
@@ -140,7 +140,7 @@ def _check(connection: Connection, path: Path) -> None:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Raises StoreFullError or StoreError for what the database raises; no message holds a row's values."""
+    """Translate database errors to StoreFullError or StoreError. No message contains a row's values."""
     try:
         yield
     except (DBAPIError, sqlite3.Error) as error:

@@ -1,8 +1,6 @@
 """The history in the database: the same statements for SQLite and Postgres.
 
-Entries are counted and deleted in pieces of some rows, each in a transaction of its own: whoever waits for the database waits
-for one piece.
-"""
+Entries are counted and deleted in pieces of a few rows, each in its own transaction: others wait for one piece at most."""
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -19,14 +17,14 @@ from siderolink.server.store.sql.tables import history as table
 T = TypeVar("T")
 
 ROWS_COUNTED = 2000
-"""Entries that one piece counts."""
+"""Entries counted per piece."""
 ROWS_DELETED = 200
-"""Entries that one piece deletes."""
+"""Entries deleted per piece."""
 _MACHINES = 10
-"""Machines whose entries one piece deletes."""
+"""Machines whose entries are deleted per piece."""
 
 INSERT = insert(table)
-"""Takes what `values` gives."""
+"""Takes the result of `values`."""
 
 
 def values(entries: Sequence[HistoryEntry]) -> list[dict[str, Any]]:
@@ -44,7 +42,7 @@ def read_entry(row: Mapping[Any, Any]) -> HistoryEntry:
 
 
 def find(query: HistoryQuery) -> Select[Any]:
-    """The entries that are wanted, in the order in which they are."""
+    """The entries that the query selects, in the query's order."""
     order = table.c.seq.desc() if query.after_seq is None else table.c.seq
     return select(table).where(*_conditions(query)).order_by(order).limit(query.limit)
 
@@ -77,12 +75,12 @@ class InTransaction(Protocol):
 
 
 async def remove(run: InTransaction, query: HistoryQuery) -> int:
-    """Delete what the query takes, whatever its limit; tells how many."""
+    """Delete the entries that the query selects, ignoring its limit; returns how many."""
     return await _remove(run, select(table.c.seq).where(*_conditions(query)))
 
 
 async def prune(run: InTransaction, bounds: HistoryBounds) -> int:
-    """Delete what is too old or too much; tells how many."""
+    """Delete entries that are too old or too many; returns how many."""
     row = table.c
     removed = await _remove(run, select(row.seq).where(row.at < bounds.since).order_by(row.at))
     left = 0
@@ -99,7 +97,7 @@ async def prune(run: InTransaction, bounds: HistoryBounds) -> int:
 
 
 async def _thin(run: InTransaction, crowded: Sequence[tuple[str, int]]) -> int:
-    """Delete so many of the oldest entries of each of these machines, of some machines in one piece; tells how many."""
+    """Delete the given number of oldest entries of each machine, several machines per piece; returns how many."""
     row, each = table.c, max(1, ROWS_DELETED // _MACHINES)
     steps = [(name, min(each, surplus - done)) for name, surplus in crowded for done in range(0, surplus, each)]
     removed = 0
@@ -117,7 +115,7 @@ async def _thin(run: InTransaction, crowded: Sequence[tuple[str, int]]) -> int:
 
 
 async def _count(run: InTransaction) -> AsyncIterator[tuple[str, int]]:
-    """How many entries there are under each machine id."""
+    """The number of entries under each machine id."""
     row = table.c
     machine_id, last, count = NO_MACHINE, 0, 0
     is_over = False
@@ -146,7 +144,7 @@ def _all_of(statement: Select[Any]) -> Callable[[AsyncConnection], Coroutine[Any
 
 
 async def _remove(run: InTransaction, seqs: Select[Any], most: int | None = None) -> int:
-    """Delete the entries of these numbers, the first `most` of them; tells how many."""
+    """Delete the entries with these numbers, or the first `most` of them; returns how many."""
     removed = 0
     while True:
         size = ROWS_DELETED if most is None else min(ROWS_DELETED, most - removed)

@@ -1,14 +1,14 @@
-"""Owners of links, and servers, within one work's transaction."""
+"""Link owners and servers, within one work's transaction."""
 
 from collections.abc import Iterable, Sequence
 
 from siderolink.server.store.feed import Change
-from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, is_news
+from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, is_published
 from siderolink.server.store.sql.reading import OWNER_OF, SERVERS, Key, Reads
 
 
 class SqlOwnership:
-    """See `OwnershipRepository`. Who takes a link and who notes something of it read its owner: one of them comes first."""
+    """See `OwnershipRepository`. `take` and `note` both read the owner, so that they conflict and run one after the other."""
 
     def __init__(self, reader: Reads, reads: set[Key], writes: set[Key], changes: list[Change]) -> None:
         """`reads`, `writes` and `changes` are those of the whole transaction."""
@@ -59,7 +59,7 @@ class SqlOwnership:
 
     async def put_server(self, server: FleetServer) -> None:
         before = next((one for one in await self.servers() if one.id == server.id), None)
-        if is_news(before, server):
+        if is_published(before, server):
             self._changes.append(FleetServerChanged(server=server))
         self._writes.add((SERVERS[0], server.id))
         self.put_servers[server.id] = server
@@ -72,6 +72,6 @@ class SqlOwnership:
                 self._changes.append(FleetServerChanged(server=server, is_gone=True))
 
     def forget(self, machine_id: str) -> None:
-        """The machine's row goes."""
+        """Drop the owner of a machine whose row is removed."""
         self._writes.add((OWNER_OF, machine_id))
         self.owners[machine_id] = None

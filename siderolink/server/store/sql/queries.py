@@ -1,6 +1,6 @@
-"""Statements that are made once from the tables and run on a database's driver itself.
+"""Statements that are compiled once from the tables and run directly on a database's driver.
 
-Each is one visit to the driver: SQLAlchemy's way costs a busy event loop several times as much as the statement.
+Each is one call of the driver: executing through SQLAlchemy costs several times as much on a busy event loop.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -29,10 +29,10 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 class Statement:
-    """A statement's text for one dialect, and the order in which it takes its parameters."""
+    """A statement's text for one dialect, and the order of its parameters."""
 
     def __init__(self, clause: ClauseElement, dialect: Dialect) -> None:
-        """The dialect's parameters have to be positional."""
+        """The dialect's parameters must be positional."""
         compiled = clause.compile(dialect=dialect)
         self.text = str(compiled)
         self._order: list[str] = list(getattr(compiled, "positiontup", None) or ())
@@ -50,9 +50,9 @@ def names(table: Table) -> list[str]:
 def matches(
     table: Table, columns: Collection[str], is_sought: Callable[[Column[Any]], ColumnElement[bool]]
 ) -> ColumnElement[bool]:
-    """Which rows a `Sought` means: those with a sought value in any of the columns; without columns all.
+    """The condition for the rows that a `Sought` selects: those with a sought value in any of the columns; or all.
 
-    A UUID means the accepted machine; a ban is sought by all its columns.
+    A UUID selects the accepted machine only; a ban is matched by all its columns.
     """
     if not columns:
         return true()

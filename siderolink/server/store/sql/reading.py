@@ -13,7 +13,7 @@ from siderolink.server.store.tokens import JoinToken, TokenUse
 Key = tuple[str, Hashable]
 """A key that was read or written: a machine column and its value; BAN and a Ban; CLAIMS_OF and a machine's id; CLAIM_KEY and
 a public key; TOKEN with a token's column, and its value; USES_OF and a token's id; OWNER_OF and a machine's id; HISTORY and a
-number of the writer's own, because appending conflicts with nothing; PRINCIPALS; SERVERS; or SERVER."""
+number unique to the writer, because appending conflicts with nothing; PRINCIPALS; SERVERS; or SERVER."""
 
 BAN = "ban"
 CLAIMS_OF = "claims of"
@@ -26,9 +26,9 @@ PRINCIPALS: Key = ("principals", 1)
 OWNER_OF = "owner of"
 SERVERS: Key = ("servers", 1)
 _WHOLE = {PRINCIPALS[0], SERVERS[0]}
-"""The keys that are whole tables."""
+"""Keys that stand for whole tables."""
 _COLUMNS = {"id", *UNIQUE_COLUMNS}
-"""The keys that are columns of machines."""
+"""Keys that are columns of the machines table."""
 _PLACES = {
     CLAIMS_OF: ("claims", "machine_id"),
     CLAIM_KEY: ("claims", "public_key"),
@@ -36,29 +36,29 @@ _PLACES = {
     OWNER_OF: ("sessions", "machine_id"),
     SERVER[0]: ("server", "id"),
 }
-"""The table and the column of other keys."""
+"""Table and column of the other keys."""
 
 Found = Ban | Machine | Claim | Sequence[Claim] | JoinToken | Sequence[TokenUse] | Sequence[Principal] | ServerRecord | None
 
 
 def is_optimistic(key: Key) -> bool:
-    """Whether a work that only read it need not wait for others, nor run again where it changes meanwhile."""
+    """Whether a work that only read the key neither waits for others nor runs again when the value changes meanwhile."""
     return key[0].startswith(TOKEN) or key == SERVERS
 
 
 Sought = dict[str, dict[str, list[Hashable]]]
-"""Values by the table, and by the column in which they are looked for; no column means all rows of the table."""
+"""The sought values by table and column; without columns, all rows of the table."""
 
 
 class Finder(Protocol):
     """The queries of one database."""
 
     async def rows(self, sought: Sought) -> Mapping[str, Sequence[Any]]:
-        """The rows of each table that have one of the values in the column that it is sought in (queries.matches)."""
+        """The rows of each table that match (queries.matches)."""
 
 
 class Reads(Protocol):
-    """What a transaction reads from."""
+    """The source of a transaction's reads."""
 
     def want(self, keys: Iterable[Key]) -> None:
         """Prefetch keys that will be read soon."""
@@ -68,7 +68,7 @@ class Reads(Protocol):
 
 
 class Reader:
-    """Reads rows of one database transaction, each at most once; the works of a batch share it."""
+    """Reads rows of one database transaction, each at most once. The works of a batch share it."""
 
     def __init__(self, find: Finder) -> None:
         self._find = find
@@ -90,10 +90,10 @@ class Reader:
         return await self._answers[key]
 
     async def run(self) -> None:
-        """Answer until cancelled."""
+        """Run the reads until cancelled."""
         while True:
             await self._wake.wait()
-            await asyncio.sleep(0)  # other works of the batch are about to ask, too
+            await asyncio.sleep(0)  # other works of the batch are about to read, too
             self._wake.clear()
             wanted, self._wanted = self._wanted, []
             try:
@@ -102,7 +102,7 @@ class Reader:
             except StoreError as error:
                 for key in wanted:
                     self._answers[key].set_exception(error)
-                    self._answers[key].exception()  # nobody may have waited
+                    self._answers[key].exception()  # there may be no reader
             else:
                 self._answer(wanted, found)
 
@@ -141,7 +141,7 @@ def seek(wanted: Iterable[Key]) -> Sought:
 
 
 def answers(wanted: Sequence[Key], rows: Mapping[str, Sequence[Any]]) -> dict[Key, Found]:
-    """The value of each key, from the rows that were found."""
+    """The value of each key, taken from the rows found."""
     names = {name for name, _ in wanted}
     found: dict[Key, Found] = {(BAN, ban): ban for ban in rows.get("bans", ())}
     found |= {(name, 1): list(rows.get(name, ())) for name in names & _WHOLE}

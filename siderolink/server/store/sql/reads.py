@@ -1,4 +1,4 @@
-"""What both SQL stores read and change outside of transactions of works: the same statements, each store's own connection."""
+"""Reads and deletions outside of works' transactions, common to both SQL stores; each runs them on its own connection."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
@@ -22,11 +22,11 @@ _PAGE = 1024
 
 
 class Reads(ABC):
-    """The part of `Store` that is the same on SQLite and Postgres. All of it raises StoreError."""
+    """The part of `Store` that SQLite and Postgres share. Every method raises StoreError."""
 
     @abstractmethod
     async def _on_connection(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
-        """Run statements by themselves and to their end, even if the caller is cancelled; returns what they return."""
+        """Run statements by themselves and to completion, even if the caller is cancelled; returns their result."""
 
     async def _read(self, statement: Select[Any], read: Callable[[RowMapping], T]) -> list[T]:
         async def rows(connection: AsyncConnection) -> list[T]:
@@ -37,7 +37,7 @@ class Reads(ABC):
     async def _pages(
         self, page_after: Callable[[str], Select[Any]], read: Callable[[RowMapping], T], id_of: Callable[[T], str]
     ) -> AsyncIterator[T]:
-        """All rows, page by page, each page as it was at one moment."""
+        """All rows, page by page; each page is a consistent view."""
         last = ""
         while True:
             page = await self._read(page_after(last), read)
@@ -48,7 +48,7 @@ class Reads(ABC):
             last = id_of(page[-1])
 
     def machines(self) -> AsyncIterator[Machine]:
-        """Page by page, each as it was at one moment."""
+        """Page by page; each page is a consistent view."""
         columns = tables.machines.c
 
         def page_after(last: str) -> Select[Any]:
@@ -57,7 +57,7 @@ class Reads(ABC):
         return self._pages(page_after, tables.read_machine, lambda machine: machine.id)
 
     def owners(self, server_id: str | None = None) -> AsyncIterator[Ownership]:
-        """Page by page, as `machines`."""
+        """Page by page, like `machines`."""
 
         def page_after(last: str) -> Select[Any]:
             return tables.owners_after(last, server_id, _PAGE)

@@ -1,8 +1,8 @@
-"""The one history of the schema, for SQLite and Postgres.
+"""The migrations of the schema, one linear history for SQLite and Postgres.
 
-A migration only adds; what the program of the release before does not need is removed by the next one. So while the servers of
-a Postgres database are replaced one after the other, those of the release before go on with the newer schema. The release that
-brings a schema up to its own writes there whose programs that are.
+A migration only adds; what the previous release no longer needs is removed by the next one. So while the servers of a Postgres
+database are replaced one by one, those of the previous release continue to work with the newer schema. A release records in the
+database which older programs can use its schema.
 """
 
 from pathlib import Path
@@ -16,13 +16,13 @@ from siderolink.server.store.sql.tables import HEAD
 __all__ = ["HEAD", "USABLE_SINCE", "upgrade"]
 
 USABLE_SINCE = 3
-"""The oldest HEAD whose programs can use this schema: that of the release before, or the first on Postgres."""
+"""The oldest HEAD whose programs can use this schema: that of the previous release, or the first on Postgres."""
 
 
 def upgrade(connection: Connection, version: str | None, where: str) -> None:
-    """Run the migrations that a schema of this version lacks, all in the transaction that runs.
+    """Run the migrations that a schema of this version lacks, in the current transaction.
 
-    Raises StoreError for a schema that this program does not know; `where` names the database for people.
+    Raises StoreError for a schema that this program does not know; `where` describes the database in its message.
     """
     from alembic.command import upgrade
     from alembic.config import Config

@@ -1,4 +1,4 @@
-"""The statements of joins, on SQLite's driver itself."""
+"""The statements of joins, run directly on SQLite's driver."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -58,7 +58,7 @@ _INSERT_HISTORY = _statement(
 
 @lru_cache(maxsize=256)
 def _select(table: Table, shape: tuple[tuple[str, int], ...]) -> Statement:
-    """The rows with any of the given values, so many of each named column."""
+    """The rows that have one of the given values; `shape` is the number of values per column."""
     counts = dict(shape)
 
     def is_sought(column: Column[Any]) -> ColumnElement[bool]:
@@ -87,39 +87,39 @@ class SqliteFinder:
 
 
 async def replace_machines(driver: aiosqlite.Connection, old: Iterable[str], new: Iterable[Machine]) -> None:
-    """All out first, then in: on the way no two rows may hold the same value."""
+    """Replace machine rows. Removes all first, then inserts: no two rows may have the same value in between."""
     await _run(driver, _DELETE_MACHINE, [{"machine": machine_id} for machine_id in old])
     await _run(driver, _INSERT_MACHINE, [tables.cells(machine, tables.machines) for machine in new])
 
 
 async def replace_claims(driver: aiosqlite.Connection, claims: Mapping[str, Claim | None]) -> None:
-    """New values of claims by id; None deletes the claim."""
+    """Write claims by id; None deletes the claim."""
     await _run(driver, _DELETE_CLAIM, [{"claim": claim_id} for claim_id in claims])
     await _run(driver, _INSERT_CLAIM, [tables.cells(claim, tables.claims) for claim in claims.values() if claim is not None])
 
 
 async def set_bans(driver: aiosqlite.Connection, bans: Mapping[Ban, BanGrounds | None]) -> None:
-    """Bans that are made; None lifts the ban."""
+    """Make bans; None lifts the ban."""
     await _run(driver, _DELETE_BAN, [{"kind": ban.kind.value, "value": ban.value} for ban in bans])
     made = [tables.ban_values(ban, grounds) for ban, grounds in bans.items() if grounds is not None]
     await _run(driver, _INSERT_BAN, made)
 
 
 async def set_principals(driver: aiosqlite.Connection, principals: Mapping[str, Principal | None]) -> None:
-    """New values of principals by id; None deletes the principal."""
+    """Write principals by id; None deletes the principal."""
     await _run(driver, _DELETE_PRINCIPAL, [{"principal": principal_id} for principal_id in principals])
     rows = [tables.cells(one, tables.principals) for one in principals.values() if one is not None]
     await _run(driver, _INSERT_PRINCIPAL, rows)
 
 
 async def last_audit(driver: aiosqlite.Connection) -> int:
-    """The highest number that an audit entry ever had."""
+    """The highest number ever given to an audit entry."""
     (found,) = await driver.execute_fetchall(_LAST_AUDIT)
     return int(found[0])
 
 
 async def add_audit(driver: aiosqlite.Connection, entries: Sequence[AuditEntry]) -> None:
-    """Add numbered entries."""
+    """Add audit entries that are already numbered."""
     await _run(driver, _INSERT_AUDIT, [{"seq": entry.seq} | audit.values(entry) for entry in entries])
 
 
@@ -156,5 +156,5 @@ async def add_history(driver: aiosqlite.Connection, entries: Sequence[HistoryEnt
 
 
 def _padded(values: list[Hashable]) -> list[Hashable]:
-    """As many values as a power of two, so that few different statements have to be prepared."""
+    """Pad to a power of two values, so that only a few different statements are prepared."""
     return values + values[-1:] * ((1 << (len(values) - 1).bit_length()) - len(values))

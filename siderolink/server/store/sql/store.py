@@ -1,4 +1,4 @@
-"""A store in a SQLite file, which outlives the server: by SQLAlchemy's async engine and Alembic's migrations."""
+"""A store in a SQLite file, by SQLAlchemy's async engine and Alembic's migrations."""
 
 import os
 import time
@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 class SqlStore(Reads):
-    """See `Store`. One server at a time has the file open."""
+    """See `Store`. Only one server at a time can open the file."""
 
     kind = "sqlite"
     is_shared = False
 
     def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection, feed_limit: int, key: StateKey) -> None:
-        """For `open`."""
+        """Use `open`."""
         self.sealer = Sealer(key)
         self._connection = connection
         self._driver = driver
@@ -43,11 +43,11 @@ class SqlStore(Reads):
     async def open(
         cls, path: str | os.PathLike[str], *, feed_limit: int = DEFAULT_FEED_LIMIT, key: StateKey | None = None
     ) -> AsyncIterator["SqlStore"]:
-        """Open or create the file, readable only by its owner. Leaving completes queued transactions.
+        """Open or create the file, readable only by its owner. Leaving the context completes queued transactions.
 
-        `key` seals the secrets in it; by default it is in a file beside it, PATH.key, which is made at a server's first start.
+        `key` seals the secrets in it; the default is a file next to it, PATH.key, created at a server's first start.
 
-        Raises StoreError for an unusable file, and never changes one.
+        Raises StoreError for an unusable file, which is never modified.
         """
         async with open_file(Path(path)) as connection:
             driver = (await connection.get_raw_connection()).driver_connection
@@ -61,7 +61,7 @@ class SqlStore(Reads):
                     await store._close()
 
     async def _run(self) -> None:
-        # An outside cancellation does not stop it, because cancelled tasks may still have something to write.
+        # Not stopped by an outside cancellation: cancelled tasks may still have something to write.
         with self._running:
             await self._batches.run()
 
@@ -78,7 +78,7 @@ class SqlStore(Reads):
         return result
 
     async def _on_connection(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
-        """In a transaction of their own, between two batches."""
+        """Run in a transaction of its own, between two batches."""
         results: list[T] = []
 
         async def run() -> None:
@@ -92,7 +92,7 @@ class SqlStore(Reads):
         return self._feeds.follow()
 
     async def backup(self, path: Path) -> None:
-        """Write a whole copy to a new file, readable by its owner alone, while the store is in use. Raises StoreError."""
+        """Write a full copy to a new file, readable only by its owner, while the store is in use. Raises StoreError."""
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         except OSError as error:

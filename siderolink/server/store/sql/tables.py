@@ -1,4 +1,4 @@
-"""The tables, and how a machine's row is written in them."""
+"""The tables, and the conversion of rows."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -49,7 +49,7 @@ from siderolink.server.store.sealing import is_sealed
 from siderolink.server.store.tokens import JoinToken, TokenKind, TokenUse, TunnelSetting
 
 HEAD = "10"
-"""The newest migration, which these tables are."""
+"""The newest migration; the tables below correspond to it."""
 
 metadata = MetaData()
 
@@ -82,7 +82,7 @@ machines = Table(
     Column("join_token_digest", LargeBinary),
     Column("last_source", Text),
     Column("goodbye_at", Float),
-    # what a server of the release before leaves out gets these values
+    # servers of the previous release do not write these columns, which then get their defaults
     Column("token_id", Text),
     Column("has_reserved_use", Boolean, nullable=False, server_default=false()),
     Column("assigned_digest", LargeBinary),
@@ -272,7 +272,7 @@ _PLAIN = {str, bytes, float, int, bool, type(None)}
 
 
 def cell(value: object) -> object:
-    """A field's value as its column holds it."""
+    """A field's value in its column's form."""
     if type(value) in _PLAIN:
         return value
     if isinstance(value, PublicKey):
@@ -287,12 +287,12 @@ def cell(value: object) -> object:
 
 
 def cells(row: Machine | Claim | JoinToken | TokenUse | Principal | Ownership, table: Table) -> dict[str, object]:
-    """A row's fields as its table's columns hold them."""
+    """A row's fields in the form of its table's columns."""
     return {column.name: cell(getattr(row, column.name)) for column in table.columns}
 
 
 def note() -> Update:
-    """Notes when one machine was last seen; takes what `note_values` gives."""
+    """Notes when one machine was last seen; takes the result of `note_values`."""
     row = machines.c
     return (
         update(machines)
@@ -326,7 +326,7 @@ _MACHINE_FLAGS = ("tunnel", "was_linked", "has_uuid_conflict", "is_installed", "
 
 
 def read_labels(text: str) -> Mapping[str, str]:
-    """Raises ValueError for what no server wrote."""
+    """Raises ValueError for malformed text."""
     if text == "{}":
         return NO_LABELS
     found = json.loads(text)
@@ -336,7 +336,7 @@ def read_labels(text: str) -> Mapping[str, str]:
 
 
 def read_machine(row: Mapping[Any, Any]) -> Machine:
-    """Raises StoreError for a row that no server wrote. Changes that a server of the release before wrote lack new columns."""
+    """Raises StoreError for an invalid row. In changes written by a server of the previous release, new columns are missing."""
     fields = dict(row)
     key, virtual = fields.pop("public_key"), fields.pop("virtual_address")
     fields |= {name: bool(fields.get(name)) for name in _MACHINE_FLAGS}
@@ -355,7 +355,7 @@ def read_machine(row: Mapping[Any, Any]) -> Machine:
 
 
 def read_claim(row: Mapping[Any, Any]) -> Claim:
-    """Raises StoreError for a row that no server wrote."""
+    """Raises StoreError for an invalid row."""
     fields = dict(row)
     virtual = fields.pop("virtual_address")
     fields["has_reserved_use"] = bool(fields.get("has_reserved_use"))
@@ -371,7 +371,7 @@ def read_claim(row: Mapping[Any, Any]) -> Claim:
 
 
 def read_ban(kind: str, value: str) -> Ban:
-    """Raises StoreError for a row that no server wrote."""
+    """Raises StoreError for an invalid row."""
     try:
         return Ban(kind=BanKind(kind), value=value)
     except ValueError:
@@ -379,19 +379,19 @@ def read_ban(kind: str, value: str) -> Ban:
 
 
 def release_use() -> Delete:
-    """Ends the use `use_token`, `use_machine`, unless it is spent."""
+    """Ends the use `use_token`, `use_machine` unless it is spent."""
     use = token_uses.c
     is_one = and_(use.token_id == bindparam("use_token"), use.machine_id == bindparam("use_machine"))
     return delete(token_uses).where(is_one, use.spent_at.is_(None))
 
 
 def released_uses(released: Iterable[tuple[str, str]]) -> list[dict[str, object]]:
-    """What `release_use` takes, by token and machine."""
+    """The parameters of `release_use`, by token and machine."""
     return [{"use_token": token_id, "use_machine": machine_id} for token_id, machine_id in released]
 
 
 def take_slot() -> Delete:
-    """Removes what a new use replaces: that of the same machine, and one of its slot that is free by now."""
+    """Removes what a new use replaces: the use of the same machine, and a free one of the same slot."""
     use = token_uses.c
     is_free = and_(use.slot == bindparam("use_slot"), use.spent_at.is_(None), use.expires_at <= bindparam("use_at"))
     return delete(token_uses).where(
@@ -400,7 +400,7 @@ def take_slot() -> Delete:
 
 
 def taken_slots(uses: Iterable[TokenUse]) -> list[dict[str, object]]:
-    """What `take_slot` takes."""
+    """The parameters of `take_slot`."""
     return [
         {"use_token": use.token_id, "use_machine": use.machine_id, "use_slot": use.slot, "use_at": use.reserved_at}
         for use in uses
@@ -412,14 +412,14 @@ def token_page(after: str, limit: int) -> Select[Any]:
 
 
 def use_counts(token_ids: Collection[str], now: float) -> Select[Any]:
-    """Token ids, and how many of their slots are taken."""
+    """Token ids with the number of slots taken."""
     use = token_uses.c
     is_taken = or_(use.spent_at.is_not(None), use.expires_at.is_(None), use.expires_at > now)
     return select(use.token_id, func.count().label("count")).where(use.token_id.in_(token_ids), is_taken).group_by(use.token_id)
 
 
 def read_token(row: Mapping[Any, Any]) -> JoinToken:
-    """Raises StoreError for a row that no server wrote."""
+    """Raises StoreError for an invalid row."""
     fields = dict(row)
     try:
         return JoinToken(
@@ -442,7 +442,7 @@ def read_grounds(row: Mapping[Any, Any]) -> BanGrounds:
 
 
 def read_ownership(row: Mapping[Any, Any]) -> Ownership:
-    """Raises StoreError for a row that no server wrote."""
+    """Raises StoreError for an invalid row."""
     fields = dict(row)
     try:
         return Ownership(public_key=PublicKey(fields.pop("public_key")), **fields)
@@ -451,7 +451,7 @@ def read_ownership(row: Mapping[Any, Any]) -> Ownership:
 
 
 def owners_after(machine_id: str, server_id: str | None, limit: int) -> Select[Any]:
-    """A page of the owners of links, by machine: of one server, or of all."""
+    """One page of link owners, by machine: of one server, or of all."""
     found = select(sessions).where(sessions.c.machine_id > machine_id).order_by(sessions.c.machine_id).limit(limit)
     return found if server_id is None else found.where(sessions.c.server_id == server_id)
 
@@ -461,7 +461,7 @@ def fleet_server_values(server: FleetServer) -> dict[str, object]:
 
 
 def read_fleet_server(row: Mapping[Any, Any]) -> FleetServer:
-    """Raises StoreError for a row that no server wrote."""
+    """Raises StoreError for an invalid row."""
     fields = dict(row)
     try:
         endpoints = tuple(fields.pop("endpoints").split())
@@ -480,7 +480,7 @@ def server_values(record: ServerRecord) -> dict[str, object]:
 
 
 def read_server(row: Mapping[Any, Any]) -> ServerRecord:
-    """Raises StoreError for a row that no server wrote."""
+    """Raises StoreError for an invalid row."""
     key = row["private_key"]
     if len(row["timestamp_mark"]) != 12 or not (is_sealed(key) or len(key) == KEY_BYTES):
         raise StoreError("the state contains an invalid server record")

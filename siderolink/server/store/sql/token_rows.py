@@ -11,7 +11,7 @@ _SLOT, _USER = "slot", "user"
 
 
 class SqlTokens:
-    """See `TokenRepository`. What is read of uses is no reason to run a work again: their unique constraints decide."""
+    """See `TokenRepository`. Reads of uses do not cause a conflict: their unique constraints decide."""
 
     def __init__(self, reader: Reads, reads: set[Key], writes: set[Key], changes: list[Change]) -> None:
         """`reads`, `writes` and `changes` are those of the whole transaction."""
@@ -24,7 +24,7 @@ class SqlTokens:
         self.put_uses: dict[tuple[str, str], TokenUse] = {}
         """New uses, by token and machine."""
         self.released: set[tuple[str, str]] = set()
-        """Uses, by token and machine, that end unless they are spent."""
+        """Uses to end unless they are spent, by token and machine."""
 
     @property
     def has_changes(self) -> bool:

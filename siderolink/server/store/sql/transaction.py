@@ -1,4 +1,4 @@
-"""One work's transaction within a batch: it reads the stored rows, and keeps what it wants changed until the batch commits."""
+"""One work's transaction within a batch: reads the stored rows and buffers its changes until the batch commits."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,10 +35,10 @@ from siderolink.server.store.tokens import TokenKey
 
 
 class _RowChanges:
-    """A transaction's machines' rows and claims. Its reads and writes show whether it conflicts with another of its batch."""
+    """A transaction's changes of machine rows and claims. Its reads and writes show conflicts with others of the batch."""
 
     def __init__(self, reader: Reads, *, is_checked: bool) -> None:
-        """Unless `is_checked`, the database itself refuses values that must be unique."""
+        """Unless `is_checked`, unique values are not looked up first; the database refuses duplicates."""
         self._reader = reader
         self._is_checked = is_checked
         self.reads: set[Key] = set()
@@ -46,11 +46,11 @@ class _RowChanges:
         self.rows: dict[str, Machine | None] = {}
         """New values of rows by id; None deletes the row."""
         self.stored: set[str] = set()
-        """Ids of rows that were found in the database."""
+        """Ids of rows found in the database."""
         self.claimed: dict[str, Claim | None] = {}
         """New values of claims by id; None deletes the claim."""
         self.bans: dict[Ban, BanGrounds | None] = {}
-        """Bans that are made, or lifted (None)."""
+        """Bans to make, or to lift (None)."""
         self.named: dict[str, Principal | None] = {}
         """New values of principals by id; None deletes the principal."""
         self.audited: list[AuditEntry] = []
@@ -90,7 +90,7 @@ class _RowChanges:
         self._reader.want(wanted + [(TOKEN + column.value, value) for column, value in tokens])
 
     def _find_here(self, key: Key) -> Machine | None:
-        """A row with that value which this transaction has written."""
+        """A row with this value that this transaction has written."""
         column, value = key
         for row in self.rows.values():
             if row is not None and getattr(row, column) == value and (column != "node_uuid" or row.is_accepted):
@@ -204,13 +204,13 @@ class SqlTransaction(_RowChanges):
         self.audited.append(entry)
 
     def number_audit(self, numbers: Iterator[int]) -> None:
-        """Number the entries, and add them to the feed."""
+        """Number the entries and publish them to the feed."""
         self.audited = [replace(entry, seq=seq) for entry, seq in zip(self.audited, numbers, strict=False)]
         self.changes += [AuditAdded(entry=entry) for entry in self.audited]
 
     @property
     def has_written(self) -> bool:
-        """Whether there is something to commit."""
+        """Whether there is anything to commit."""
         return bool(self.writes or self.audited)
 
     async def principals(self) -> Sequence[Principal]:

@@ -1,7 +1,7 @@
-"""The way to the database: its address, what its connections ask for, and its schema.
+"""The database: its address, its connections, and its schema.
 
-Nothing rests on a session: no settings, no session locks, and prepared statements only where nothing stands between. So a
-pooler that gives each transaction another session may. What is slow is given up by the client.
+Nothing depends on a session: no settings, no session locks, and prepared statements only on a direct connection. So a
+pooler may give each transaction another session. Time limits are enforced by the client.
 """
 
 import asyncio
@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 CONNECTIONS = 8
 CONNECT_SECONDS = 3
 ANSWER_SECONDS = 5.0
-"""How long the database may take for one answer."""
+"""Time limit of one answer of the database."""
 WAIT_SECONDS = 60.0
-"""How long a transaction may wait for one of the connections: when many machines join at once."""
+"""How long a transaction may wait for a free connection when many machines join at once."""
 MIGRATE_SECONDS = 300.0
-_LOOKED_AT = "was looked at"
+_INSPECTED = "is inspected"
 _MIGRATION_LOCK = 0x53444C4B
 _SERVERS = "siderolink"
-"""What servers' connections are called in pg_stat_activity."""
+"""The application name of servers' connections in pg_stat_activity."""
 _QUERY = {
     "channel_binding",
     "gssencmode",
@@ -57,41 +57,43 @@ _QUERY = {
     "target_session_attrs",
 }
 _LEAVING_SECONDS, _LEAVING_CHECKS = 5.0, 25
-"""How long Postgres may take to end the connections of a server that has stopped, and how often to look meanwhile."""
+"""How long Postgres may take to end the connections of a stopped server, and the number of polls in that time."""
 _OTHERS = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = :name")
 _NOT_UNIQUE = "23505"
-# a serialisation failure, a deadlock, a value that is there already, and queries.check
+# a serialisation failure, a deadlock, a duplicate value, and a failed queries.check
 _RETRIED = {"40001", "40P01", _NOT_UNIQUE, "22012"}
 _PREPARE_AFTER = 2
-"""How often a connection runs a statement before it has Postgres keep the plan."""
+"""Number of executions after which a connection prepares a statement."""
 _NO_SPACE = "53100"
-# too many connections, not in a state to be used, cancelled, going down, a standby, and a pooler's own errors
+# connection errors: too many connections, not ready, cancelled, shutting down, a standby, and a pooler's own errors
 _AWAY = ("08", "53300", "55", "57", "25006")
 
 
 class ContendedError(Exception):
-    """Raised when a transaction lost a race and shall run again."""
+    """Raised when a transaction lost a race and has to run again."""
 
     def __init__(self, reason: str, *, is_unique: bool = False) -> None:
         super().__init__(reason)
         self.is_unique = is_unique
-        """Whether a value was stored already."""
+        """Whether a unique value was already stored."""
 
 
 def database_url(url: str, password: str | None = None, *, alone: bool = False) -> URL:
-    """Where the database is, with TLS that proves its name unless it is on this host or the address says otherwise.
+    """Parse the address of the database. TLS must verify its name unless it is on this host or the URL says otherwise.
 
     Raises ConfigurationError, without the password.
     """
     try:
         found = make_url(url)
     except (ArgumentError, ValueError):
-        raise ConfigurationError("the store is no URL of the form postgresql://USER@HOST:PORT/DATABASE") from None
+        raise ConfigurationError("the store is not a URL of the form postgresql://USER@HOST:PORT/DATABASE") from None
     if found.drivername not in ("postgresql", "postgres"):
         raise ConfigurationError(f"a store is a postgresql:// URL, not {found.drivername}://")
     unknown = sorted(set(found.query) - _QUERY)
     if unknown:
-        raise ConfigurationError(f"the store's URL asks for {', '.join(unknown)}; it may say {', '.join(sorted(_QUERY))}")
+        raise ConfigurationError(
+            f"the store's URL has unknown parameters: {', '.join(unknown)} (not {', '.join(sorted(_QUERY))})"
+        )
     if not found.database:
         raise ConfigurationError("the store's URL names no database: postgresql://USER@HOST:PORT/DATABASE")
     query = dict(found.query)
@@ -104,14 +106,14 @@ def database_url(url: str, password: str | None = None, *, alone: bool = False) 
 
 
 def _is_here(url: URL) -> bool:
-    """Whether every host is this one: a Unix socket or a loopback address."""
+    """Whether all its hosts are this one: a Unix socket or a loopback address."""
     given = url.query.get("host", url.host or "")
     hosts = given.split(",") if isinstance(given, str) else given
 
     def is_loopback(host: str) -> bool:
         if host in ("", "localhost") or host.startswith("/"):
             return True
-        name = host.partition(":")[0] if host.count(":") == 1 else host  # of several hosts each may have a port
+        name = host.partition(":")[0] if host.count(":") == 1 else host  # with several hosts, each may have a port
         try:
             return ipaddress.ip_address(name).is_loopback
         except ValueError:
@@ -121,16 +123,16 @@ def _is_here(url: URL) -> bool:
 
 
 def describe(url: URL) -> str:
-    """The database's name for people, without secrets."""
+    """A description of the database without secrets."""
     host = url.query.get("host", url.host or "this host")
     return f"the database {url.database} at {host if isinstance(host, str) else ','.join(host)}"
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Raises ContendedError, StoreUnavailableError, StoreFullError or StoreError for what the database raises.
+def translated() -> Iterator[None]:
+    """Translate database errors to ContendedError, StoreUnavailableError, StoreFullError or StoreError.
 
-    No message holds a row's values.
+    No message contains a row's values.
     """
     try:
         yield
@@ -138,10 +140,10 @@ def told() -> Iterator[None]:
         raise _translate(error) from error
 
 
-def answered() -> AbstractContextManager[object]:
-    """Waits for the database's answer, and not longer than it may take; a cancellation waits, too.
+def answer_awaited() -> AbstractContextManager[object]:
+    """Await the database's answer within its time limit, shielded from cancellation.
 
-    Without that each caller that gives up would cost its connection. Raises TimeoutError.
+    Otherwise each caller that gives up would cost its connection. Raises TimeoutError.
     """
     return anyio.fail_after(ANSWER_SECONDS, shield=True)
 
@@ -156,7 +158,7 @@ def _translate(error: Exception) -> Exception:
     if not isinstance(cause, DriverError):
         return StoreError(f"the database cannot be used: {type(error).__name__}")
     state = cause.sqlstate or ""
-    # the first line alone: the following ones are DETAIL, with the row's values
+    # the first line only: the following DETAIL contains the row's values
     reason = one_line(str(cause).partition("\n")[0])
     if state in _RETRIED:
         return ContendedError(reason, is_unique=state == _NOT_UNIQUE)
@@ -196,34 +198,34 @@ class Database:
 
     @asynccontextmanager
     async def connect(self, seconds: float = ANSWER_SECONDS) -> AsyncIterator[AsyncConnection]:
-        """A connection for one statement after the other. Raises as `told`.
+        """A connection for single statements. Raises like `translated`.
 
-        The body has to end within the seconds; waiting for a connection has a limit of its own.
+        The body must end within `seconds`; the wait for a connection has its own limit.
         """
-        with told():
+        with translated():
             connection = await self._living()
             try:
                 with anyio.fail_after(seconds):
                     yield connection
             finally:
-                await _let_go(connection)
+                await _release(connection)
 
     @asynccontextmanager
     async def driver(self, seconds: float = ANSWER_SECONDS) -> AsyncIterator[Driver]:
-        """As `connect`, for statements that are run on the driver itself. A transaction that is still open is undone."""
+        """Like `connect`, for statements run directly on the driver. A transaction still open at the end is rolled back."""
         async with self.connect(seconds) as connection:
             driver, info = _driver_of(connection), connection.sync_connection.info  # type: ignore[union-attr]
-            if _LOOKED_AT not in info:
-                await _look(driver)
-                info[_LOOKED_AT] = True
+            if _INSPECTED not in info:
+                await _inspect_session(driver)
+                info[_INSPECTED] = True
             try:
                 yield driver
             except DriverError:
-                info.pop(_LOOKED_AT, None)
+                info.pop(_INSPECTED, None)
                 raise
 
     async def _living(self) -> AsyncConnection:
-        """A connection, none of those that ended while nobody used them."""
+        """A connection from the pool that has not ended while it was idle."""
         while True:
             connection = await self._engine.connect()
             if not _has_ended(_driver_of(connection)):
@@ -234,10 +236,10 @@ class Database:
 
     @asynccontextmanager
     async def listen(self, channel: str) -> AsyncIterator[AsyncIterator[object]]:
-        """Notifications, by a connection of their own. Raises as `told`."""
+        """Receive notifications on a separate connection. Raises like `translated`."""
         _, named = self._engine.dialect.create_connect_args(self._url)
         arguments: dict[str, Any] = {**named, **self._arguments, "autocommit": True}
-        with told():
+        with translated():
             with anyio.fail_after(ANSWER_SECONDS):
                 driver = await connect(**arguments)
             try:
@@ -253,7 +255,7 @@ class Database:
             await self._engine.dispose()
 
     async def prepare(self, *, alone: bool = False) -> None:
-        """Bring the schema up to this program's, on one server at a time; if `alone`, while none runs. Raises StoreError."""
+        """Upgrade the schema, one server at a time; with `alone` only while no server runs. Raises StoreError."""
         engine = create_async_engine(
             self._url,
             isolation_level="READ COMMITTED",
@@ -262,7 +264,7 @@ class Database:
             connect_args=self._arguments | {"async_creator_fn": connect},
         )
         try:
-            with told(), anyio.fail_after(MIGRATE_SECONDS):
+            with translated(), anyio.fail_after(MIGRATE_SECONDS):
                 if alone:
                     await self._wait_until_unused(engine)
                 async with engine.begin() as connection:
@@ -273,7 +275,7 @@ class Database:
             raise StoreUnavailableError(f"{self.name} cannot be prepared now: {error}") from error
 
     async def _wait_until_unused(self, engine: AsyncEngine) -> None:
-        """Give the connections of a server that has just stopped the time to go. Raises StoreError."""
+        """Wait for the connections of a server that has just stopped to end. Raises StoreError."""
         for _ in range(_LEAVING_CHECKS):
             async with engine.connect() as connection:
                 if not await _is_used(connection):
@@ -288,20 +290,20 @@ class Database:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
         names = inspect(connection).get_table_names()
         if names and "alembic_version" not in names:
-            raise StoreError(f"{self.name} holds something else; it was not changed. Give siderolink a database of its own")
+            raise StoreError(f"{self.name} contains other data; it was not changed. Give siderolink a database of its own")
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if names else None
         if names and version != HEAD and _is_usable(connection):
             log.warning("%s has the schema of a newer release, which this one can use", self.name)
         elif version != HEAD:
             upgrade(connection, version, self.name)
             connection.execute(text("UPDATE feed SET usable_since = :since"), {"since": USABLE_SINCE})
-        # After a restore of a dump of another cluster: transactions that are still to come would bring old changes as new.
+        # After restoring a dump from another cluster, transaction ids start lower: old changes would be read as new.
         connection.execute(text("DELETE FROM changes WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())"))
         connection.execute(text("UPDATE feed SET pruned = '0' WHERE pruned >= pg_snapshot_xmax(pg_current_snapshot())"))
 
 
 async def connect(*address: str, **arguments: Any) -> Driver:
-    """Connect; when cancelled, wait up to CONNECT_SECONDS to close what would otherwise stay open until it is collected."""
+    """Connect. When cancelled, wait up to CONNECT_SECONDS to close the connection, which would otherwise leak for a while."""
     made: list[Driver] = []
 
     async def make() -> None:
@@ -321,7 +323,7 @@ async def _is_used(connection: AsyncConnection) -> bool:
 
 
 def _is_usable(connection: Connection) -> bool:
-    """Whether the database's schema is a newer one that this program may use."""
+    """Whether the database's schema is newer, but usable by this program."""
     asked = "SELECT FROM information_schema.columns WHERE table_name = 'feed' AND column_name = 'usable_since'"
     if connection.execute(text(asked)).first() is None:
         return False
@@ -340,7 +342,7 @@ def _is_idle(driver: Driver) -> bool:
 
 
 def _has_ended(driver: Driver) -> bool:
-    """Whether the database has ended a connection that nobody uses: it has nothing else to say to one."""
+    """Whether the database has ended an idle connection: that is the only reason for one to become readable."""
     if driver.closed:
         return True
     poll = select.poll()
@@ -348,10 +350,10 @@ def _has_ended(driver: Driver) -> bool:
     return bool(poll.poll(0))
 
 
-async def _look(driver: Driver) -> None:
-    """Prepare statements if the session is the database's own; a pooler makes up the number by which one is cancelled."""
+async def _inspect_session(driver: Driver) -> None:
+    """Enable prepared statements if the session is Postgres's own. A pooler reports another backend pid."""
     if driver.prepare_threshold is not None:
-        # After an error the driver counts statements as prepared that the database skipped; it forgets them with a rollback.
+        # After an error the driver believes that statements skipped by the database are prepared; a rollback clears them.
         await driver.execute("BEGIN")
         await driver.rollback()
         return
@@ -367,8 +369,8 @@ async def _look(driver: Driver) -> None:
         driver.prepare_threshold = _PREPARE_AFTER
 
 
-async def _let_go(connection: AsyncConnection) -> None:
-    """Give the connection back; end it where it was left in the middle of something."""
+async def _release(connection: AsyncConnection) -> None:
+    """Return the connection to the pool; close it if it is in an undefined state."""
     driver = None if connection.invalidated else _driver_of(connection)
     with anyio.CancelScope(shield=True):
         if driver is not None and not _is_idle(driver):
@@ -383,4 +385,4 @@ async def _undo(driver: Driver) -> None:
     try:
         await driver.rollback()
     except DriverError as error:
-        log.debug("a transaction was ended with its connection: %s", error)
+        log.debug("could not roll back, the connection is closed: %s", error)

@@ -1,9 +1,9 @@
-"""The feed: a table of changes, written in the transactions that change the rows, and read in an order without gaps.
+"""The feed: a table of changes, written in the transactions that change the rows, and read in order without gaps.
 
-A sequence's numbers, and those of transactions, are drawn before the commit: who reads "all above the last" would skip a slower
-writer for ever. So a reader takes only what lies below the oldest transaction that still runs (`pg_snapshot_xmin`), and begins
-there the next time. A change that rests on another has the higher number, because its transaction waited for the locks of the
-other. A notification says only that there is something; who misses it finds out within a second.
+Numbers of sequences and of transactions are assigned before the commit: reading "everything above the last number" would miss a
+slower writer. So a reader takes only changes below the oldest transaction still running (`pg_snapshot_xmin`), and continues
+there the next time. A change that depends on another has the higher number, because its transaction waited for the locks of the
+other. A notification only wakes readers; one that is missed costs at most a second.
 """
 
 import json
@@ -33,16 +33,16 @@ from siderolink.server.store.feed import (
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken
 from siderolink.server.store.rows import Ban, BanKind, Claim, Machine
 from siderolink.server.store.sql import audit, tables
-from siderolink.server.store.sql.postgres.database import ContendedError, Database, answered
+from siderolink.server.store.sql.postgres.database import ContendedError, Database, answer_awaited
 from siderolink.server.store.tokens import JoinToken, TokenChanged
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 NOTIFY_SECONDS = 0.05
-"""The least time between two notifications of one server: each serialises the commits of the whole cluster for a moment."""
+"""Minimum time between notifications of one server: each briefly serialises the commits of the whole cluster."""
 AGAIN_SECONDS = 0.02
-"""How soon is read again what a transaction that still runs keeps back."""
+"""First delay before changes held back by a running transaction are read again."""
 KEPT_SECONDS = 600
 PRUNE_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -68,7 +68,7 @@ _PRUNE = text(
 )
 
 
-# --- how a change is written
+# --- writing a change
 
 
 def _body(row: Machine | Claim | JoinToken | Ownership) -> dict[str, Any]:
@@ -77,13 +77,13 @@ def _body(row: Machine | Claim | JoinToken | Ownership) -> dict[str, Any]:
 
 
 def _row(body: Mapping[str, Any], known: Any) -> dict[str, Any]:
-    """The columns as they were written; those that only a newer server knows are left out."""
+    """The columns as written, without those that only a newer server knows."""
     names = {one.name for one in fields(known)}
     return {name: bytes.fromhex(cell["x"]) if isinstance(cell, dict) else cell for name, cell in body.items() if name in names}
 
 
-def written(change: Change) -> tuple[str, str, str]:
-    """The kind, the name and the body by which other servers know it."""
+def encode_change(change: Change) -> tuple[str, str, str]:
+    """The kind, name and body of the change in the table."""
     match change:
         case MachineChanged(machine=machine) | MachineDeleted(machine=machine):
             is_gone = isinstance(change, MachineDeleted)
@@ -103,12 +103,12 @@ def written(change: Change) -> tuple[str, str, str]:
         case ServerKeyChanged():
             kind, name, body = "server key", "", {}
         case AuditAdded() | ChangesLost():
-            raise ValueError("the first is written with its row, and nobody writes the other")
+            raise ValueError("AuditAdded is written with its row, ChangesLost never")
     return kind, name, json.dumps(body)
 
 
 def _read_change(kind: str, body: str) -> Change | None:
-    """None for what only a newer server knows. Raises StoreError for what no server wrote."""
+    """None for a kind that only a newer server knows. Raises StoreError for a malformed change."""
     try:
         return _change_of(kind, json.loads(body))
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -153,20 +153,20 @@ def _change_of(kind: str, found: Any) -> Change | None:
 
 
 class FeedReader:
-    """Reads what every server changed and publishes it here; tells the others when this one has changed something."""
+    """Publishes the changes of all servers to local readers, and notifies the others of this server's changes."""
 
     def __init__(self, database: Database, feeds: Feeds) -> None:
         self._database = database
         self._feeds = feeds
         self._position = 0
-        """All of the transactions below is published."""
+        """All changes of transactions below this id are published."""
         self._postmaster = ""
-        """When the database was started: another one may lack the last commits."""
+        """The database's start time: after a failover the other one may lack the last commits."""
         self._is_kept_back = False
         self._has_more = False
         """Whether the last look was at a part of what there is."""
         self._ahead = time.time() - time.monotonic()
-        """The database's clock less this host's monotonic one, in seconds."""
+        """The database's clock minus this host's monotonic one, in seconds."""
         self._lock = anyio.Lock()
         self._wake = anyio.Event()
         self._changed = anyio.Event()
@@ -175,14 +175,14 @@ class FeedReader:
         """Unix time by the database's clock."""
         return time.monotonic() + self._ahead
 
-    def tell(self) -> None:
-        """This server has changed something."""
+    def note_change(self) -> None:
+        """Note that this server has changed something: read it, and notify the others."""
         self._wake.set()
         self._changed.set()
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[AsyncIterator[Change]]:
-        """The changes that are committed from now on. Raises StoreError."""
+        """Follow the changes that are committed from now on. Raises StoreError."""
         async with AsyncExitStack() as stack:
             async with self._lock:
                 await self._poll()
@@ -190,12 +190,12 @@ class FeedReader:
             yield changes
 
     async def start(self) -> None:
-        """Begin with what is committed from now on. Raises StoreError."""
+        """Start with what is committed from now on. Raises StoreError."""
         async with self._lock:
             await self._poll()
 
     async def read(self) -> None:
-        """Read for ever: at each notification, each second, and sooner where a running transaction keeps changes back."""
+        """Read forever: at each notification, each second, and sooner while a running transaction holds changes back."""
         delay, again, is_away = POLL_SECONDS, AGAIN_SECONDS, False
         while True:
             with anyio.move_on_after(delay):
@@ -220,7 +220,7 @@ class FeedReader:
         try:
             sent_at = time.monotonic()
             async with self._database.connect() as connection:
-                with answered():
+                with answer_awaited():
                     found = await connection.execute(_READ, {"position": str(self._position), "most": MOST_AT_ONCE + 1})
                     rows = found.all()
             self._ahead = rows[0].now - (sent_at + time.monotonic()) / 2
@@ -242,7 +242,7 @@ class FeedReader:
         self._position, self._postmaster = top, first.postmaster
 
     async def listen(self) -> None:
-        """Hear notifications, for ever. Behind a pooler that gives each transaction another session none come."""
+        """Wait for notifications, forever. None arrive through a pooler that gives each transaction another session."""
         while True:
             try:
                 async with self._database.listen(_CHANNEL) as notifications:
@@ -253,20 +253,20 @@ class FeedReader:
             await anyio.sleep(RETRY_SECONDS)
 
     async def notify(self) -> None:
-        """Tell the others that there is something, for ever. Who misses it reads it within a second."""
+        """Notify the other servers of changes, forever. A server that misses one reads the change within a second."""
         while True:
             await self._changed.wait()
             self._changed = anyio.Event()
             try:
                 async with self._database.connect() as connection:
-                    with answered():
+                    with answer_awaited():
                         await connection.execute(text(f"NOTIFY {_CHANNEL}"))
             except (StoreError, ContendedError) as error:
                 log.debug("a notification was not sent: %s", error)
             await anyio.sleep(NOTIFY_SECONDS)
 
     async def prune(self) -> None:
-        """Remove old changes, for ever; a reader that lacks them reads all rows."""
+        """Remove old changes, forever; a reader that missed them reads all rows again."""
         while True:
             await anyio.sleep(PRUNE_SECONDS)
             try:
@@ -275,6 +275,6 @@ class FeedReader:
                 log.debug("old changes were not removed: %s", error)
 
     async def prune_now(self, kept_seconds: float) -> None:
-        """Remove what is older. Raises StoreError."""
+        """Remove older changes. Raises StoreError."""
         async with self._database.connect() as connection:
             await connection.execute(_PRUNE, {"lock": _PRUNE_LOCK, "kept": kept_seconds})

@@ -1,6 +1,6 @@
-"""The statements of transactions, on Postgres's driver itself: reads, a check that what was read still stands, and writes.
+"""The statements of transactions, run directly on Postgres's driver: reads, a check that the rows are unchanged, writes.
 
-Whatever a work asks for at once, of whichever tables, is one statement, and so one consistent view.
+All tables that a work needs at the same time are read in one statement, and so in one consistent view.
 """
 
 import json
@@ -41,18 +41,18 @@ from sqlalchemy.sql import ClauseElement, ColumnElement
 from siderolink.server.store.rows import MachineAdmission
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
-from siderolink.server.store.sql.postgres.feed import written
+from siderolink.server.store.sql.postgres.feed import encode_change
 from siderolink.server.store.sql.queries import READERS, Statement, matches, names
 from siderolink.server.store.sql.reading import Sought
 from siderolink.server.store.sql.token_rows import SqlTokens
 from siderolink.server.store.sql.transaction import SqlTransaction
 
 Step = tuple[Statement, Sequence[Mapping[str, Any]]]
-"""A statement, and its parameters by name for each time that it is run."""
+"""A statement with its parameters by name, once for each execution."""
 Version = tuple[str, str]
-"""A row, by its table and primary key, and the transaction that wrote it."""
+"""A row, as table and primary key, and the transaction that wrote it."""
 Shape = tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]
-"""Tables, and the columns in which something is sought, each with whether it is more than one value."""
+"""Tables with the columns to search, each with whether it is searched for several values."""
 
 _DIALECT = PGDialect_psycopg(paramstyle="format")  # type: ignore[no-untyped-call]
 
@@ -68,7 +68,7 @@ _LOCK = statement(select(func.count(func.pg_advisory_xact_lock(_KEY))))
 
 
 def lock(numbers: Sequence[int]) -> Step:
-    """Locks the numbers, in their order, until the transaction ends."""
+    """Locks the numbers, in order, until the transaction ends."""
     return _LOCK, [{"keys": f"{{{','.join(map(str, numbers))}}}"}]
 
 
@@ -105,7 +105,7 @@ def _version(table: Table) -> ColumnElement[str]:
 
 
 def _row(table: Table) -> ColumnElement[str]:
-    """The row's name among all tables'."""
+    """The row's name, unique among all tables."""
     found: ColumnElement[str] = literal(table.name, Text)
     for part in table.primary_key:
         found = found.concat(" ").concat(cast(part, Text))
@@ -113,7 +113,7 @@ def _row(table: Table) -> ColumnElement[str]:
 
 
 @lru_cache(maxsize=256)
-def _read(shape: Shape) -> Statement:
+def _read_statement(shape: Shape) -> Statement:
     parts: list[Any] = []
     for name, columns in shape:
         of = tables.metadata.tables[name]
@@ -123,8 +123,8 @@ def _read(shape: Shape) -> Statement:
 
 
 @lru_cache(maxsize=256)
-def _check(shape: Shape, *, is_locking: bool) -> Statement:
-    """Divides by zero where other rows are found than expected."""
+def _check_statement(shape: Shape, *, is_locking: bool) -> Statement:
+    """Divides by zero if the rows found are not those expected."""
     parts: list[Any] = []
     for name, columns in shape:
         of = tables.metadata.tables[name]
@@ -141,8 +141,8 @@ def _check(shape: Shape, *, is_locking: bool) -> Statement:
 
 
 async def read(driver: Driver, sought: Sought) -> tuple[dict[str, list[Any]], dict[int, Version]]:
-    """The rows of each table, and the version of each by its `id`."""
-    query = _read(_shape(sought))
+    """The rows of each table, and the version of each row by its `id()`."""
+    query = _read_statement(_shape(sought))
     cursor = await driver.execute(query.text, query.values(_given(sought)), binary=True)
     rows: dict[str, list[Any]] = {}
     versions: dict[int, Version] = {}
@@ -154,8 +154,8 @@ async def read(driver: Driver, sought: Sought) -> tuple[dict[str, list[Any]], di
 
 
 def check(sought: Sought, expected: Mapping[str, str], *, is_locking: bool) -> Step:
-    """Fails where what is sought is not what was read; `is_locking`: machines' rows are locked until the transaction ends."""
-    return _check(_shape(sought), is_locking=is_locking), [{**_given(sought), "expected": json.dumps(expected)}]
+    """Fails if the rows found are not those that were read. `is_locking` locks machines' rows until the transaction ends."""
+    return _check_statement(_shape(sought), is_locking=is_locking), [{**_given(sought), "expected": json.dumps(expected)}]
 
 
 # --- writes
@@ -187,7 +187,7 @@ _MACHINE_VALUES: dict[str, Any] = {
     column.name: bindparam(f"new_{column.name}") for column in tables.machines.columns if column.name != "id"
 }
 _UPDATE_MACHINE = statement(update(tables.machines).where(tables.machines.c.id == bindparam("row")).values(_MACHINE_VALUES))
-# the overlay address is never null; no address has 32 bytes
+# the overlay address is never null, and no real address has 32 bytes
 _FREE_MACHINES = statement(
     update(tables.machines)
     .where(_of_any(tables.machines))
@@ -206,7 +206,7 @@ _DELETE_BAN = statement(
 _RELEASE_USE, _TAKE_SLOT = statement(tables.release_use()), statement(tables.take_slot())
 _MADE_USE = insert_or(tables.token_uses).on_conflict_do_nothing().returning(tables.token_uses.c.slot).cte("made")
 _INSERT_USE = statement(select(literal(1, Integer).op("/")(func.count())).select_from(_MADE_USE))
-"""Divides by zero where the slot is taken."""
+"""Divides by zero if the slot is taken."""
 _DELETE_SESSIONS = statement(delete(tables.sessions).where(_of_any(tables.sessions, "machine_id")))
 _DELETE_FLEET_SERVERS = statement(delete(tables.servers).where(_of_any(tables.servers)))
 _UPSERT_SESSION, _UPSERT_FLEET_SERVER, _UPSERT_SERVER = (_upsert(of) for of in (tables.sessions, tables.servers, tables.server))
@@ -218,12 +218,12 @@ _INSERT_AUDIT = statement(
         select(literal("audit", Text), cast(_MADE_AUDIT.c.seq, Text), cast(_AUDIT_BODY, Text)),
     )
 )
-"""With its change, which holds the number that the database gives."""
+"""Also writes its change, which contains the number assigned by the database."""
 _NOTE = statement(tables.note())
 
 
 def writes(transaction: SqlTransaction) -> Iterator[Step]:
-    """What a transaction changes, in an order in which no unique value is there twice on the way; and the changes."""
+    """The transaction's changes, ordered so that no unique value exists twice in between; then the feed's changes."""
     yield from _write_machines(transaction)
     yield from _replace(transaction.claimed, tables.claims, _DELETE_CLAIMS, _INSERT_CLAIM)
     for ban, grounds in transaction.bans.items():
@@ -238,7 +238,7 @@ def writes(transaction: SqlTransaction) -> Iterator[Step]:
         yield _UPSERT_SERVER, [tables.server_values(transaction.record)]
     yield _NOTE, tables.note_values(transaction.seen)
     yield _INSERT_HISTORY, history.values(transaction.happened)
-    changes = [written(change) for change in transaction.changes]
+    changes = [encode_change(change) for change in transaction.changes]
     yield _INSERT_CHANGE, [{"kind": kind, "id": name, "body": body} for kind, name, body in changes]
     audited = (audit.values(entry) for entry in transaction.audited)
     yield _INSERT_AUDIT, [values | {"body": json.dumps(values)} for values in audited]
@@ -252,14 +252,14 @@ def _write_machines(transaction: SqlTransaction) -> Iterator[Step]:
     if gone:
         yield _DELETE_MACHINES, [{"ids": gone}]
     if changed and len(rows) > 1:
-        # All values out first, then in: on the way no two rows may hold the same.
+        # Free all values first, then insert: no two rows may have the same value in between.
         yield _FREE_MACHINES, [{"ids": [cells["id"] for cells in changed]}]
     yield _UPDATE_MACHINE, [{"row": row["id"]} | {f"new_{name}": value for name, value in row.items()} for row in changed]
     yield _INSERT_MACHINE, new
 
 
 def _replace(rows: Mapping[str, Any], of: Table, remove: Statement, add: Statement) -> Iterator[Step]:
-    """New values of rows by id; None deletes the row."""
+    """Write rows by id; None deletes the row."""
     if rows:
         yield remove, [{"ids": list(rows)}]
         yield add, [tables.cells(row, of) for row in rows.values() if row is not None]

@@ -1,4 +1,4 @@
-"""A store on Postgres, which outlives the server and which several servers may share."""
+"""A store on Postgres, which several servers may share."""
 
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -19,8 +19,8 @@ from siderolink.server.store.sql.reads import Reads
 T = TypeVar("T")
 
 NO_KEY = (
-    "a state in Postgres is sealed with a key that its servers share, and none was given; pass key=KeyFile(path), which "
-    "makes one where there is none, or leave the server's key and the tokens readable: unsealed_secrets=True"
+    "a state in Postgres needs the key that its servers share, and none was given; pass key=KeyFile(path), which "
+    "creates one if necessary, or leave the server's key and the tokens readable: unsealed_secrets=True"
 )
 
 
@@ -31,7 +31,7 @@ class PostgresStore(Reads):
     is_shared = True
 
     def __init__(self, database: Database, feed_limit: int, key: StateKey) -> None:
-        """For `open`."""
+        """Use `open`."""
         self.sealer = Sealer(key)
         self._database = database
         self._feed = FeedReader(database, Feeds(feed_limit))
@@ -50,12 +50,13 @@ class PostgresStore(Reads):
         key: StateKey | None = None,
         unsealed_secrets: bool = False,
     ) -> AsyncIterator["PostgresStore"]:
-        """Connect to ``postgresql://USER@HOST:PORT/DATABASE`` and bring its schema up to this program's.
+        """Connect to ``postgresql://USER@HOST:PORT/DATABASE`` and upgrade its schema if necessary.
 
-        The server's TLS certificate has to prove its name, unless it is on this host or the URL says otherwise (`sslmode`).
-        `alone`: refuse a database that a server uses. `key` seals the secrets in it and has to be the same for all its servers.
-        `unsealed_secrets`: do without one; what is sealed already stays so, and needs its key. Raises ConfigurationError for
-        another URL, and without a key; StoreError, with one clear line, for a database that cannot be used.
+        The database's TLS certificate must match its name, unless it is on this host or the URL says otherwise (`sslmode`).
+        `alone` refuses a database that a server uses. `key` seals the secrets and must be the same for all servers;
+        `unsealed_secrets` works without a key, but secrets that are already sealed still need it.
+
+        Raises ConfigurationError for an invalid URL or a missing key; StoreError for a database that cannot be used.
         """
         if key is None and not unsealed_secrets:
             raise ConfigurationError(NO_KEY)
@@ -76,7 +77,7 @@ class PostgresStore(Reads):
 
     @property
     def name(self) -> str:
-        """The database, for people."""
+        """A description of the database."""
         return self._database.name
 
     def time(self) -> float:
@@ -88,7 +89,7 @@ class PostgresStore(Reads):
             raise StoreError("the store is closed")
         result, has_changed = await run_work(self._database, work)
         if has_changed:
-            self._feed.tell()
+            self._feed.note_change()
         return result
 
     async def _on_connection(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
@@ -99,11 +100,11 @@ class PostgresStore(Reads):
             raise StoreUnavailableError(str(error)) from error
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
-        """See `Store`. Where the database was started anew or a reader is far behind, it is told ChangesLost."""
+        """See `Store`. After a restart of the database, and to a reader that is far behind, it publishes ChangesLost."""
         return self._feed.follow()
 
     async def prune_changes(self, kept_seconds: float) -> None:
-        """Remove older changes now; it is done each minute by itself. Raises StoreError."""
+        """Remove older changes now; this also happens every minute. Raises StoreError."""
         try:
             await self._feed.prune_now(kept_seconds)
         except ContendedError as error:

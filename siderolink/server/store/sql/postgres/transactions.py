@@ -1,10 +1,10 @@
-"""One work, one database transaction: read without locks; then locked, checked, written and committed in one round trip.
+"""Runs one work in one database transaction: reads without locks, then locks, checks, writes and commits in one round trip.
 
-A work keeps its changes to itself until it has run. Then everything that it asked for and would change is locked: what is
-absent, and what is a set, by advisory locks of the transaction; rows by themselves. All take the locks in the same order, so
-that nobody waits in a circle. The database compares the rows with those that were read; where they have changed, the work runs
-again. New values that must be unique (random ids and addresses) are not looked up first: the unique constraints refuse a
-repeated one, and the work runs again and looks them up. Whoever ran in vain takes the locks of the last try before it reads.
+A work buffers its changes until it has run. Then everything that it read and will change is locked: absent rows and sets by
+transaction-level advisory locks, existing rows by row locks. All works lock in the same order, so there is no deadlock. The
+database compares the rows with those that were read; if they have changed, the work runs again. New unique values (random ids
+and addresses) are not looked up first: if a unique constraint refuses one, the work runs again with lookups. A retry takes the
+locks of the attempt before it reads.
 """
 
 import random
@@ -22,7 +22,7 @@ from siderolink.server.store.base import Work
 from siderolink.server.store.rows import Machine
 from siderolink.server.store.sql import tables
 from siderolink.server.store.sql.postgres import queries
-from siderolink.server.store.sql.postgres.database import ContendedError, Database, answered
+from siderolink.server.store.sql.postgres.database import ContendedError, Database, answer_awaited
 from siderolink.server.store.sql.postgres.queries import Step, Version
 from siderolink.server.store.sql.reading import Found, Key, answers, is_optimistic, seek
 from siderolink.server.store.sql.transaction import SqlTransaction
@@ -34,7 +34,7 @@ _AWAY_ATTEMPTS = 3
 
 
 def _number(key: Key) -> int:
-    """What an advisory lock calls a key."""
+    """The number of a key's advisory lock."""
     name, value = key
     cell = tables.cell(value)
     data = cell if isinstance(cell, bytes) else repr(cell).encode()
@@ -47,7 +47,7 @@ def _locks(keys: Iterable[Key]) -> list[Step]:
 
 
 class _Reads:
-    """See `Reads`: what one work read, each key once."""
+    """See `Reads`. Reads each key once for one work."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -65,7 +65,7 @@ class _Reads:
             wanted, self._wanted = [*(self._wanted | {key})], set()
             self.rounds += 1
             self._asked += wanted
-            with answered():
+            with answer_awaited():
                 rows, versions = await queries.read(self._driver, seek(wanted))
             self._versions |= versions
             found = answers(wanted, rows)
@@ -76,7 +76,7 @@ class _Reads:
         return self._answers[key]
 
     def check(self, keys: Set[Key], *, is_locking: bool) -> list[Step]:
-        """What fails where the answer to any of the keys is another one by now. Raises ContendedError where it is already."""
+        """Steps that fail if the value of any key has changed. Raises ContendedError if that is already known."""
         asked = [key for key in self._asked if key in keys]
         expected: dict[str, str] = {}
         for key in asked:
@@ -89,20 +89,20 @@ class _Reads:
 
 
 def _is_set(answer: Found) -> TypeGuard[Sequence[object]]:
-    """Rather than one row; a Ban is a tuple, too."""
+    """Distinguishes a set from one row; a Ban is a tuple, too."""
     return isinstance(answer, list)
 
 
 class _Attempt:
-    """One try of one work."""
+    """One attempt to run a work."""
 
     def __init__(self, *, is_checked: bool, locks: Collection[Key]) -> None:
         self._is_checked = is_checked
         self.locks = set(locks)
-        """What is locked before anything is read."""
+        """Locks to take before reading."""
         self.is_committing = False
         self.has_changed = False
-        """Whether there is something for the feed."""
+        """Whether there are changes for the feed."""
 
     async def run(self, driver: Driver, work: Work[T]) -> T:
         is_held = bool(self.locks)
@@ -128,8 +128,8 @@ class _Attempt:
 
 
 async def _send(driver: Driver, steps: Iterable[Step]) -> None:
-    """In one round trip. Postgres makes one transaction of it where none is begun."""
-    with answered():
+    """In one round trip, which Postgres makes one transaction unless one has begun."""
+    with answer_awaited():
         await _run(driver, steps)
 
 
@@ -144,7 +144,7 @@ async def _run(driver: Driver, steps: Iterable[Step]) -> None:
                     elif given:
                         await cursor.executemany(statement.text, [statement.values(one) for one in given])
             except DriverError as error:
-                failure = error  # raised below: the pipeline would log what it says of the statements that were skipped
+                failure = error  # raised below: otherwise the pipeline would log the skipped statements
     except DriverError as error:
         failure = failure or error
     if failure is not None:
@@ -152,7 +152,7 @@ async def _run(driver: Driver, steps: Iterable[Step]) -> None:
 
 
 async def run_work(database: Database, work: Work[T]) -> tuple[T, bool]:
-    """The work's result, once it is committed, and whether there is something for the feed.
+    """The work's result after its commit, and whether it made changes for the feed.
 
     Raises what the work raises, or StoreError.
     """
@@ -162,7 +162,7 @@ async def run_work(database: Database, work: Work[T]) -> tuple[T, bool]:
         attempt = _Attempt(is_checked=is_checked, locks=locks)
         try:
             async with database.driver() as driver:
-                # a caller that hangs up shall not leave the connection amid something
+                # a caller that is cancelled must not leave the connection in the middle of something
                 return await to_its_end(attempt.run(driver, work)), attempt.has_changed
         except ContendedError as error:
             if error.is_unique and is_checked and number > 2:
@@ -171,9 +171,9 @@ async def run_work(database: Database, work: Work[T]) -> tuple[T, bool]:
             locks = attempt.locks
         except StoreUnavailableError:
             away += 1
-            # a commit whose answer was lost may have happened
+            # if the commit's answer was lost, it may have succeeded
             if attempt.is_committing or away == _AWAY_ATTEMPTS:
                 raise
             await anyio.sleep(0.1 * 2**away)
         await anyio.sleep(random.uniform(0, 0.002 * number))
-    raise StoreUnavailableError("the database is too busy: others changed the same rows again and again")
+    raise StoreUnavailableError("the database is too busy: other transactions keep changing the same rows")

@@ -1,4 +1,4 @@
-"""How many machines of a join token may be known at a time."""
+"""The limit on known machines of a join token."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -37,7 +37,7 @@ def upgrade() -> None:
 
 
 def _machines() -> None:
-    """SQLite drops no constraint of a table, so the rows move to a new one: UUIDs are unique among accepted machines only."""
+    """Copies the rows to a new table: UUIDs are unique among accepted machines only, and SQLite cannot drop a constraint."""
     kept: list[sa.Column[Any]] = [
         sa.Column("id", sa.Text, primary_key=True),
         sa.Column("node_uuid", sa.Text, nullable=False),

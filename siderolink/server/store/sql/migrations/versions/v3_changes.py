@@ -1,4 +1,4 @@
-"""The feed of changes, on Postgres: in a SQLite file the one server that has it open tells its readers itself."""
+"""The feed of changes on Postgres. A SQLite file is used by one server, which publishes its changes itself."""
 
 from alembic import op
 

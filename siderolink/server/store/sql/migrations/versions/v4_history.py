@@ -1,4 +1,4 @@
-"""What happened to machines."""
+"""The history of machines."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Join tokens, their uses, and what they give to machines."""
+"""Join tokens, their uses, and the settings that machines get from them."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Machines' names, labels, notes and tunnel settings; why bans were made; principals; the audit."""
+"""Machines' names, labels, notes and tunnel settings; grounds of bans; principals; the audit."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "5"
 
 
 def upgrade() -> None:
-    # the defaults are for servers of the release before, which know none of these columns
+    # defaults for servers of the previous release, which do not write these columns
     op.add_column("machines", sa.Column("name", sa.Text))
     op.add_column("machines", sa.Column("labels", sa.Text, nullable=False, server_default="{}"))
     op.add_column("machines", sa.Column("note", sa.Text, nullable=False, server_default=""))

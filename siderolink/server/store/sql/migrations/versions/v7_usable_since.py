@@ -1,4 +1,4 @@
-"""Which programs may use a newer schema: on Postgres, where servers are replaced one after the other."""
+"""The oldest programs that may use a newer schema: on Postgres, servers are replaced one by one."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Servers that share the store, and which of them has a machine's link."""
+"""The servers that share the store, and the owners of machines' links."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""What this server asks the others. Who cannot be reached, or does not answer in time, is as if it had not been asked."""
+"""Queries to the other servers. A server that is unreachable or does not answer in time is left out."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,15 +20,15 @@ from siderolink.server.store import FleetServer
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS: Final = 1.0
-"""How long an answer about one machine may take."""
+"""Time limit of an answer about one machine."""
 LIST_SECONDS: Final = 5.0
-"""How long an answer about all machines may take."""
+"""Time limit of an answer about all machines."""
 FRESH_SECONDS: Final = 1.0
-"""How old an answer about all machines may be."""
+"""How long an answer about all machines is cached."""
 
 
-class Questions:
-    """Asks the living servers."""
+class PeerQueries:
+    """Queries the live servers."""
 
     def __init__(self, channels: PeerChannels, others: Callable[[], Sequence[FleetServer]], clock: Clock) -> None:
         self._channels = channels
@@ -50,26 +50,26 @@ class Questions:
     async def _last_heard(self, server: FleetServer, machine_id: str) -> pb.LastHeardResponse | None:
         try:
             with translate_errors(f"the server {server.id}"):
-                stub = pb.PeerServiceStub(self._channels.to(server, for_questions=True))
+                stub = pb.PeerServiceStub(self._channels.to(server, for_queries=True))
                 return await stub.last_heard(pb.LastHeardRequest(machine_id=machine_id))
         except (SideroLinkError, GRPCError) as error:
-            log.debug("the server %s does not tell when it heard a machine: %s", server.id, error)
+            log.debug("the server %s did not answer when it last heard a machine: %s", server.id, error)
             return None
 
     async def link(self, machine_id: str) -> LinkElsewhere | None:
-        """A machine's link at the server that heard it last; None if no other server tells of one."""
-        return (await self._ask_all([machine_id], ANSWER_SECONDS)).get(machine_id)
+        """The machine's link at the server that heard it most recently; None if no other server has one."""
+        return (await self._query_all([machine_id], ANSWER_SECONDS)).get(machine_id)
 
     async def links(self) -> Mapping[str, LinkElsewhere]:
-        """All links of the other servers by their machines' ids, as of the last second."""
+        """All links of the other servers, by machine id; at most FRESH_SECONDS old."""
         async with self._lock:
             now = self._clock.monotonic()
             if self._all_at is None or now - self._all_at > FRESH_SECONDS:
-                self._all = await self._ask_all([], LIST_SECONDS)
+                self._all = await self._query_all([], LIST_SECONDS)
                 self._all_at = self._clock.monotonic()
             return self._all
 
-    async def _ask_all(self, machine_ids: Collection[str], seconds: float) -> Mapping[str, LinkElsewhere]:
+    async def _query_all(self, machine_ids: Collection[str], seconds: float) -> Mapping[str, LinkElsewhere]:
         found: dict[str, LinkElsewhere] = {}
 
         def add(link: LinkElsewhere, machine_id: str) -> None:
@@ -78,22 +78,22 @@ class Questions:
                 found[machine_id] = link
 
         with anyio.move_on_after(seconds):
-            async with anyio.create_task_group() as asking:
+            async with anyio.create_task_group() as queries:
                 for server in self._others():
-                    asking.start_soon(self._ask, server, list(machine_ids), add)
+                    queries.start_soon(self._query, server, list(machine_ids), add)
         return found
 
-    async def _ask(self, server: FleetServer, machine_ids: list[str], add: Callable[[LinkElsewhere, str], None]) -> None:
+    async def _query(self, server: FleetServer, machine_ids: list[str], add: Callable[[LinkElsewhere, str], None]) -> None:
         try:
             with translate_errors(f"the server {server.id}"):
-                stub = pb.PeerServiceStub(self._channels.to(server, for_questions=True))
+                stub = pb.PeerServiceStub(self._channels.to(server, for_queries=True))
                 async for part in stub.link_states(pb.LinkStatesRequest(machine_ids=machine_ids)):
                     for one in part.links:
-                        add(self._read(server, one), one.machine_id)
+                        add(self._parse_link(server, one), one.machine_id)
         except (SideroLinkError, GRPCError, ValueError) as error:
-            log.debug("the server %s does not tell of its links: %s", server.id, error)
+            log.debug("the server %s did not list its links: %s", server.id, error)
 
-    def _read(self, server: FleetServer, one: pb.LinkStatus) -> LinkElsewhere:
+    def _parse_link(self, server: FleetServer, one: pb.LinkStatus) -> LinkElsewhere:
         """Raises ValueError."""
         now = self._clock.host_time()
         return LinkElsewhere(
