@@ -278,15 +278,11 @@ class Monitor:
         try:
             await check()
         except Exception as error:
-            is_foreseen = isinstance(error, SideroLinkError)
             fields = log_fields(self._directory, key if isinstance(key, str) else getattr(key, "machine_id", None))
-            log.log(
-                logging.WARNING if is_foreseen else logging.ERROR,
-                "checking a machine failed; retrying: %s",
-                error,
-                extra=fields,
-                exc_info=None if is_foreseen else error,
-            )
+            if isinstance(error, SideroLinkError):
+                log.warning("checking a machine failed; retrying: %s", error, extra=fields)
+            else:
+                log.exception("checking a machine failed; retrying: %s", error, extra=fields)
             if isinstance(key, _Resync):
                 self._retry_resync(key.machine_id)
             elif key is not None:
