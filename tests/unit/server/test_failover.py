@@ -27,7 +27,7 @@ from siderolink.server.fleet.failover import (
 )
 from siderolink.server.fleet.membership import DEAD_AFTER, Membership
 from siderolink.server.fleet.owners import UNDER_WAY_SECONDS, Owners
-from tests.support.fake_device import FakePath, VirtualClock
+from tests.support.fake_device import FakeKernelDevice, FakePath, VirtualClock
 from tests.support.manager import FakeMachine, Manager, following
 from tests.support.several import Fleet, UdpPath, fleet_of, linked, membership, owners, settled
 
@@ -296,6 +296,24 @@ async def test_a_second_death_does_not_bring_the_next_dial_of_the_first_ones_mac
         sleeps[0].set()
         await settled(lambda: len(sleeps) == 3)
         assert turns == ["a", "c", "a"]
+
+
+async def test_a_kernels_device_dials_without_the_session_of_before_and_keeps_one_that_is_in_use() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine, b = await linked(fleet, "a"), fleet["b"]
+        b.device.__class__ = FakeKernelDevice
+        await membership(fleet["a"]).leave()
+        await settled(lambda: not membership(b).is_alive("a"))
+        b.device.calls.clear()
+        await failover_of(fleet, "b").take_over("a")
+        assert b.device.calls == [("remove", machine.key), ("set", machine.key), ("set", machine.key)]
+        b.device.hear(machine.key, handshake=True)
+        await fleet.is_owned_by(machine, "b")
+        b.device.calls.clear()
+        link = b.links.by_key(machine.key)
+        assert link is not None
+        await b.reconciler.dial(link, (IPv4Address("198.51.100.7"), 51820))
+        assert b.device.calls == [("set", machine.key), ("set", machine.key)]
 
 
 # --- draining
