@@ -26,7 +26,7 @@ class CallBudget:
         """Bytes reserved by all sources."""
         self.used_unproven = 0
         """Bytes of these that unknown sources reserved."""
-        self._has_tokens = has_tokens
+        self.has_tokens = has_tokens
         self._total = limits.max_call_bytes
         self._share = limits.max_call_bytes_per_address
         self._unproven = limits.max_unproven_call_bytes
@@ -34,23 +34,20 @@ class CallBudget:
         self._taken_unproven: dict[str, int] = {}
         self._all_until = 0.0
         self._until: dict[str, float] = {}
-        self._known: dict[str, None] = {}
+        self.known: dict[str, None] = {}
+        """The sources that a call with a valid token came from."""
 
     def know(self, source: str) -> None:
         """A call from the source carried a valid token: its processor time is no longer limited."""
-        self._known.pop(source, None)
-        self._known[source] = None
+        self.known.pop(source, None)
+        self.known[source] = None
         self.used_unproven -= self._taken_unproven.pop(source, 0)
-        if len(self._known) > _MAX_KNOWN:
-            del self._known[next(iter(self._known))]
+        if len(self.known) > _MAX_KNOWN:
+            del self.known[next(iter(self.known))]
 
     def is_known(self, source: str) -> bool:
         """Whether a call from the source carried a valid token; true for local processes."""
-        return not source or source in self._known
-
-    def is_stranger(self, source: str) -> bool:
-        """Whether the smaller allowance applies: the source could have presented a token and has not."""
-        return self._has_tokens and not self.is_known(source)
+        return not source or source in self.known
 
     def charge(self, source: str, seconds: float, now: float) -> float:
         """Charge a source for processor time; returns how many seconds its input has to wait.
@@ -58,7 +55,7 @@ class CallBudget:
         This is 0 for known sources, and while all others together use less than half of one processor. Above that, each of
         these may use a quarter.
         """
-        if source in self._known:
+        if source in self.known:
             return 0.0
         self._all_until = max(self._all_until, now) + _HALF * seconds
         until = max(self._until.get(source, now), now) + _QUARTER * seconds
@@ -72,7 +69,7 @@ class CallBudget:
         used, taken = self.used + size, self._taken.get(source, 0) + size
         if used > self._total or (used > self._total // 2 and taken > self._share):
             return False
-        if self._has_tokens and source and source not in self._known:  # a stranger
+        if self.has_tokens and not self.is_known(source):
             unproven, of_source = self.used_unproven + size, self._taken_unproven.get(source, 0) + size
             if unproven > self._unproven or of_source > self._unproven // _QUARTER:
                 return False
@@ -113,12 +110,12 @@ class Account:
     @property
     def is_known(self) -> bool:
         """Whether a call from its source carried a valid token."""
-        return self._budget is None or self._budget.is_known(self._source)
+        return not self._source or self._budget is None or self._source in self._budget.known
 
     @property
     def is_stranger(self) -> bool:
         """Whether its source could have presented a token and has not. Always False on a server without tokens."""
-        return self._budget is not None and self._budget.is_stranger(self._source)
+        return self._budget is not None and self._budget.has_tokens and not self.is_known
 
     @property
     def max_streams(self) -> int:
@@ -128,7 +125,7 @@ class Account:
 
     def charge(self, seconds: float, now: float) -> float:
         """Charge processor time; returns how long this connection's input has to wait. Local processes never wait."""
-        return self._budget.charge(self._source, seconds, now) if self._budget is not None and self._source else 0.0
+        return 0.0 if self._budget is None or self.is_known else self._budget.charge(self._source, seconds, now)
 
     def ran(self, seconds: float) -> None:
         """Record that a call of this connection occupied the loop for this time."""

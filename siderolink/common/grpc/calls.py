@@ -106,7 +106,7 @@ class _Bad(Exception):
     http_status: str = "200"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class Caller:
     """The client of a connection."""
 
@@ -161,7 +161,7 @@ class Caller:
             self.calls.leave(held)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Origin:
     """The origin of a call, and the callback for its valid token."""
 

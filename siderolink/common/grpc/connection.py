@@ -56,18 +56,25 @@ def new_h2_connection(limits: Limits, *, server: bool) -> Engine:
     connection = Engine(h2_config(server=server))
     if not server or not private.remember_requests(connection):
         connection.decoder = frames.HeaderDecoder()
-    settings = _settings(limits, server=server)
     if server:
-        # The engine ends the whole connection when this limit is exceeded. It gets a higher limit than the peer, so that
-        # calls opened before the peer has read our settings are refused one by one.
-        settings[SettingCodes.MAX_CONCURRENT_STREAMS] *= _STREAM_HEADROOM
         private.expect_frames(connection)
-    connection.local_settings = Settings(client=not server, initial_values=settings)
+    connection.local_settings = _local_settings(limits, server=server)
     connection.max_inbound_frame_size = limits.max_frame_bytes
     connection.decoder.max_header_list_size = limits.max_header_bytes
     if limits.connection_window_bytes > DEFAULT_WINDOW:
         private.open_window(connection, limits.connection_window_bytes - DEFAULT_WINDOW)
     return connection
+
+
+@lru_cache(maxsize=8)
+def _local_settings(limits: Limits, *, server: bool) -> Settings:
+    """Shared by all engines with these limits: the settings never change, and the peer's acknowledgement has no effect."""
+    settings = _settings(limits, server=server)
+    if server:
+        # The engine ends the whole connection when this limit is exceeded. It gets a higher limit than the peer, so that
+        # calls opened before the peer has read our settings are refused one by one.
+        settings[SettingCodes.MAX_CONCURRENT_STREAMS] *= _STREAM_HEADROOM
+    return Settings(client=not server, initial_values=settings)
 
 
 def _settings(limits: Limits, *, server: bool) -> dict[SettingCodes, int]:

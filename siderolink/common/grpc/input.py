@@ -48,6 +48,7 @@ class Input:
         self._engine_seconds = 0.0
         self._calls_charged = 0
         self._waiting = 0
+        self._awaits_settings = True
 
     def feed(self, data: bytes) -> None:
         """Process received bytes, now or in a later turn. Errors are reported to `fail`."""
@@ -93,7 +94,8 @@ class Input:
         if pieces is None or self._transport.is_closing():
             return 0.0
         is_over = True
-        connection.begin()
+        if self._awaits_settings:
+            connection.begin()
         try:
             is_over = self._scan(pieces, until)
             if is_over:
@@ -193,7 +195,8 @@ class Input:
             connection.flush()
             connection.transport.write(bytes(scanner.replies))
             scanner.replies.clear()
-        if scanner.has_settings:
+        if scanner.has_settings and self._awaits_settings:
+            self._awaits_settings = False
             self._timers.stop("preface")
         if scanner.dropped:
             dropped, scanner.dropped = scanner.dropped, 0

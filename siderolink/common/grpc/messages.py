@@ -104,6 +104,7 @@ class MessageBuffer(Buffer):
         self._error: tuple[Status, str] | None = None
         self._timers = timers
         self._message_seconds: float | None = None
+        self._is_expecting = False
         self._single = False
         self._is_read = False
         """Whether reading has begun; before that, a single message is kept whole."""
@@ -130,11 +131,14 @@ class MessageBuffer(Buffer):
         self._expect(seconds)
 
     def _expect(self, seconds: float) -> None:
+        self._is_expecting = True
         self._timers.after(self, seconds, self._late, seconds)
 
     def settle(self) -> None:
         """Stop waiting for a message."""
-        self._timers.stop(self)
+        if self._is_expecting:
+            self._is_expecting = False
+            self._timers.stop(self)
 
     def release(self) -> None:
         """Release everything that the ended call still held."""

@@ -28,8 +28,9 @@ class Processor(EventsProcessor):
         self._on_streams = nothing
 
     def process(self, event: h2.events.Event) -> None:
-        if event.__class__ in getattr(self, "processors", ()):
-            super().process(event)
+        process = getattr(self, "processors", {}).get(event.__class__)  # a closed connection's has none
+        if process is not None:
+            process(event)
 
     def register(self, stream: _GrpclibStream) -> Callable[[], None]:
         assert isinstance(stream, H2Stream)
