@@ -1,1 +1,1 @@
-"""The machines of one server: rows, sessions, liveness, dialling, and what is applied to the device."""
+"""The machines of one server: rows, sessions, liveness, dialling, and the configuration of the device."""

@@ -33,8 +33,8 @@ class Pace:
 class Window:
     """The window of unanswered dials. A prompt answer widens it, a slow one narrows it. `now` is in seconds.
 
-    A dial counts for twice the last answer's time, but at least a second; then the machine is presumed gone. So machines
-    that are gone do not delay the others for long, and slow ones are not dialled twice.
+    A dial counts for twice the last answer's time, but at least a second; then the machine is presumed absent. So absent
+    machines do not delay the others for long, and slow ones are not dialled twice.
     """
 
     LEAST, MOST = 100, 1000
@@ -50,7 +50,7 @@ class Window:
         self._counted[machine_id] = now
 
     def settled(self, machine_id: str, now: float) -> None:
-        """Stop counting a dial that was answered, became unnecessary or is hopeless."""
+        """Stop counting a dial that was answered, became unnecessary or cannot succeed."""
         at = self._counted.pop(machine_id, None)
         if at is None:
             at = self._gone.pop(machine_id, None)
@@ -62,7 +62,7 @@ class Window:
         self.size = min(max(self.LEAST, self.size + step), self.MOST)
 
     def opens_at(self, now: float) -> float:
-        """When the next dial may be made, if none is settled before: `now` where there is room."""
+        """When the next dial may be made if none is settled before; `now` if there is room."""
         first_at = math.inf
         while self._counted:
             machine_id, first_at = next(iter(self._counted.items()))
@@ -80,9 +80,9 @@ async def dial_remembered(
     clock: Clock | None = None,
     may_dial: Callable[[str], bool] = lambda machine_id: True,
 ) -> None:
-    """Dial each machine that was last heard by UDP and has not reconnected meanwhile, the most recent first.
+    """Dial each machine that was last heard by UDP and has not reconnected meanwhile, most recent first.
 
-    `may_dial` is asked by a machine's id: another server may have it.
+    `may_dial` returns whether a machine (by id) may be dialled: another server may have it.
     """
     await dial_links(_newest_first(directory), directory, sessions, reconciler.dial, pace, clock, may_dial=may_dial)
 
@@ -98,7 +98,7 @@ async def dial_links(
     may_dial: Callable[[str], bool],
     endpoint_of: Callable[[MachineLink], Endpoint | None] = remembered_endpoint,
 ) -> None:
-    """Dial these machines, as far as they are down."""
+    """Dial those of the machines that are down."""
     pace, clock = pace or Pace(), clock or Clock()
     window, made = Window(), 0
     wake = anyio.Event()

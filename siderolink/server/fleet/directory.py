@@ -22,7 +22,7 @@ from siderolink.server.store import Claim, Machine, MachineAdmission, Store
 EndStream = Callable[[StreamRefusal], None]
 
 _FEED_SECONDS = 2.0
-"""How long a change that another server made may take to come: the feed looks each second."""
+"""How long a change by another server may take to arrive: the feed polls every second."""
 _MOST_AWAITED = 256
 
 
@@ -30,7 +30,7 @@ class LinkState(StrEnum):
     """The state of a machine's link."""
 
     PENDING = "pending"
-    """Joined with this key; no handshake yet."""
+    """Joined with this key, without a handshake so far."""
     UP = "up"
     DOWN = "down"
     """Silent for too long, said goodbye, or not heard since the server started."""
@@ -44,47 +44,47 @@ class Stream:
     path: Path
     end: EndStream
     source: str
-    """The address that the stream came from."""
+    """The stream's source address."""
     opened_at: float
     """By the monotonic clock."""
     is_proven: bool = False
-    """True once an authenticated packet arrived by it."""
+    """Whether an authenticated packet has arrived on it."""
 
 
 @dataclass(slots=True, eq=False)
 class MachineLink:
-    """One machine's row, or one claim to it, and the session that this server holds for it."""
+    """One machine's row, or one claim to it, and its session at this server."""
 
     machine: Machine
-    """Of a claim: the row as it would be."""
+    """For a claim, the row as it would be."""
     state: LinkState
     claim: Claim | None = None
     streams: tuple[Stream, ...] = ()
     path: Path | None = None
-    """The path the device sends by, as far as streams are concerned."""
+    """The stream that the device sends on, if any."""
     endpoint: str | None = None
     """Last UDP endpoint, as host:port; None if it was last heard through the tunnel, or never."""
     source: str | None = None
-    """The address that its last authenticated packet came from."""
+    """The source address of its last authenticated packet."""
     cut_at: float | None = None
-    """When the last stream that had carried its packets ended, by the monotonic clock."""
+    """When the last stream with authenticated packets ended, on the monotonic clock."""
     goodbye_at: float | None = None
-    """When it said goodbye, by the monotonic clock."""
+    """When it said goodbye, on the monotonic clock."""
     is_quiet: bool = False
-    """True while keepalives are off because they went unanswered for long."""
+    """Whether keepalives are disabled because they were unanswered for long."""
     is_applied: bool = False
-    """False while the device does not have the peer yet."""
+    """Whether the device has the peer."""
     abandoned: set[PublicKey] = field(default_factory=set)
     """Former keys whose peers the device may still have."""
 
     @property
     def is_tunnel(self) -> bool:
-        """Whether it was last heard by a tunnel stream."""
+        """Whether it was last heard over a tunnel stream."""
         return self.endpoint is None and self.path is not None
 
 
 class DeniedMachines:
-    """Denied machines by their UUIDs and unique tokens, so that one of them stays denied when it comes with a new key."""
+    """Denied machines by UUID and unique token, so that a denied machine stays denied with a new key."""
 
     def __init__(self) -> None:
         self._ids: dict[str | bytes, set[str]] = {}
@@ -112,7 +112,7 @@ class DeniedMachines:
 
 
 class HeardSources:
-    """The addresses that machines were last heard from, and the open streams that carried packets of machines from there."""
+    """The source addresses where machines were last heard, and the open streams from there with authenticated packets."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -129,7 +129,7 @@ class HeardSources:
         self._streams.setdefault(stream.source, {})[stream] = None
 
     def remove_stream(self, stream: Stream) -> None:
-        """No error if it is not there."""
+        """Does nothing if it is not present."""
         streams = self._streams.get(stream.source)
         if streams is not None and stream in streams:
             del streams[stream]
@@ -137,7 +137,7 @@ class HeardSources:
                 del self._streams[stream.source]
 
     def has_stream_since_before(self, source: str, at: float) -> bool:
-        """Whether a stream from this address is open that was open at that time, too."""
+        """Whether a stream from this address has been open since before a time."""
         return any(stream.opened_at < at and stream.path.is_open for stream in self._streams.get(source, ()))
 
     def replace(self, old: str | None, new: str | None) -> None:
@@ -151,7 +151,7 @@ class HeardSources:
 
 
 class Directory:
-    """Known machines and claims, by id, key and address."""
+    """Known machines and claims by id, key and address."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -165,10 +165,10 @@ class Directory:
         self.known = Known(clock)
         self.denied = DeniedMachines()
         self.token_users: Counter[str] = Counter()
-        """How many machines each token, by id, last admitted."""
+        """Number of machines that each token (by id) last admitted."""
         self._awaited: dict[IPv6Address, anyio.Event] = {}
         self.pending = 0
-        """How many machines and claims are PENDING."""
+        """Number of machines and claims that are PENDING."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -180,19 +180,19 @@ class Directory:
         return self._by_id.get(machine_id)
 
     def by_key(self, public_key: PublicKey) -> MachineLink | None:
-        """The machine, or the claim, that has this key."""
+        """The machine or claim with this key."""
         return self._by_key.get(public_key)
 
     def by_virtual_address(self, address: IPv6Address) -> MachineLink | None:
         return self._by_virtual.get(address)
 
     def machine_at(self, address: IPv6Address) -> Machine | None:
-        """The accepted machine that has this overlay address."""
+        """The accepted machine with this overlay address."""
         link = self._by_overlay.get(address)
         return link.machine if link is not None and link.machine.is_accepted else None
 
     def link_at(self, address: IPv6Address) -> MachineLink | None:
-        """The machine that has this overlay address, accepted or pending."""
+        """The machine with this overlay address, accepted or pending."""
         return self._by_overlay.get(address)
 
     def claim(self, claim_id: str) -> MachineLink | None:
@@ -206,13 +206,13 @@ class Directory:
         return list(self._claims_of.get(machine_id, ()))
 
     async def row(self, machine_id: str) -> Machine | None:
-        """The row as it is stored."""
+        """The stored row."""
         return await self._store.transact(lambda transaction: transaction.machine(machine_id))
 
     async def await_virtual_address(self, address: IPv6Address) -> MachineLink | None:
-        """The link of an address that another server with the same store may have given out a moment ago.
+        """The link of an address that another server of the store may have just assigned.
 
-        It comes by the store's changes: waiting for it costs no query. None when it does not, or when too many wait already.
+        Waits for the store's feed, which costs no query. None if nothing arrives, or too many calls are waiting.
         """
         if address not in self._awaited and len(self._awaited) >= _MOST_AWAITED:
             return None
@@ -228,7 +228,7 @@ class Directory:
     # --- for the reconciler
 
     def add(self, link: MachineLink) -> None:
-        """Add a machine or a claim; the reconciler gives it its keys and addresses afterwards."""
+        """Add a machine or a claim; the reconciler then adds its keys and addresses."""
         if link.claim is None:
             self._by_id[link.machine.id] = link
             self._count(link.machine, 1)
@@ -265,7 +265,7 @@ class Directory:
         self._count(machine, 1)
 
     def _count(self, machine: Machine, by: int) -> None:
-        """A row is there, or is gone."""
+        """Count a row in or out."""
         (self.known.add_row if by > 0 else self.known.remove_row)(machine)
         (self.denied.add if by > 0 else self.denied.remove)(machine)
         if token_id := machine.join_token_id:
@@ -278,7 +278,7 @@ class Directory:
         link.state = state
 
     def set_source(self, link: MachineLink, source: str | None) -> None:
-        """Note where the link's last authenticated packet came from."""
+        """Set the source address of the link's last authenticated packet."""
         if link.claim is None and source != link.source:
             self.sources.replace(link.source, source)
         link.source = source
@@ -289,7 +289,7 @@ class Directory:
         self._by_key[key] = link
 
     def release_key(self, link: MachineLink, key: PublicKey) -> bool:
-        """Whether the link had the key."""
+        """Returns whether the link had the key."""
         if self._by_key.get(key) is not link:
             return False
         del self._by_key[key]
@@ -317,6 +317,6 @@ class Directory:
 
 
 def log_fields(directory: Directory, machine_id: str | None) -> dict[str, str]:
-    """The `extra` of a log record about a machine or a claim, as far as it is known."""
+    """The `extra` of a log record about a machine or a claim, if it is known."""
     link = None if machine_id is None else directory.get(machine_id) or directory.claim(machine_id)
     return link.machine.log_fields if link is not None else {"machine_id": machine_id} if machine_id else {}

@@ -33,18 +33,18 @@ AskToMove = Callable[[IPv6Address], None]
 
 @dataclass(frozen=True, slots=True)
 class DrainStep:
-    """How far a drain has come."""
+    """The progress of a drain."""
 
     left: int
-    """Machines whose links are still up here."""
+    """Number of machines whose links are still up here."""
     others: int
-    """Servers that stay."""
+    """Number of servers that are not draining."""
     is_over: bool = False
-    """Nobody is left, or the time is over."""
+    """Whether no machine is left, or the time is over."""
 
 
 class Draining:
-    """How machines leave one server in good order."""
+    """Moves the machines of this server to other servers in an orderly way."""
 
     def __init__(
         self, membership: Membership | None, owners: Owners | None, directory: Directory, ask: AskToMove, clock: Clock
@@ -72,7 +72,7 @@ class Draining:
         return left
 
     async def steps(self, timeout: float) -> AsyncGenerator[DrainStep]:
-        """Begin, and tell each second how far it is, until nobody is left or so many seconds are over.
+        """Begin, and yield the progress every second, until no machine is left or the timeout is over.
 
         `watch` does the asking, whether anybody reads this or not. Raises SideroLinkError where no other server stays, and
         where the drain is undone meanwhile.
@@ -100,7 +100,7 @@ class Draining:
         await self._describe(self._membership, is_draining=False)
 
     async def watch(self) -> None:
-        """Ask the machines that are here, and those that still come, while the server drains; until cancelled."""
+        """Ask present and newly arriving machines to move while the server drains, until cancelled."""
         while True:
             await self._wake.wait()
             self._wake = anyio.Event()
@@ -138,7 +138,7 @@ class Draining:
             log.warning("the other servers do not learn %s yet: %s", "that this one drains" if is_draining else "it", error)
 
     def _others(self) -> int:
-        """How many other servers stay."""
+        """The number of other servers that are not draining."""
         membership = self._membership
         if membership is None:
             return 0

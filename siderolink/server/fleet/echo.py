@@ -1,4 +1,4 @@
-"""Pings into the overlay: ICMPv6 echo requests by the server's interface, and the addresses that answer."""
+"""Pings in the overlay: ICMPv6 echo requests by the server's interface, and the addresses that answer."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ _AT_ONCE = 64
 
 
 class Echoes:
-    """A socket for pings."""
+    """A socket that sends pings and receives their answers."""
 
     def __init__(self, sock: socket.socket, on_answer: Callable[[IPv6Address], None]) -> None:
         self._socket = sock
@@ -41,7 +41,7 @@ class Echoes:
             pass
 
     def receive(self) -> None:
-        """Take the answers that wait."""
+        """Process waiting answers."""
         for _ in range(_AT_ONCE):
             try:
                 data, source = self._socket.recvfrom(_RECEIVE_BYTES)
@@ -55,7 +55,7 @@ class Echoes:
 async def open_echoes(
     interface: str, namespace: str | None, on_answer: Callable[[IPv6Address], None]
 ) -> AsyncIterator[Echoes | None]:
-    """Ping through the server's interface; None without the privilege."""
+    """Open a socket for pings on the server's interface; None without the privilege."""
     try:
         sock = call_in(namespace, partial(_open, interface))
     except OSError:

@@ -1,4 +1,4 @@
-"""Enrolment: gives machines that have no unique token one, and those whose UUID is taken another, through their own API.
+"""Enrolment: assigns unique tokens to machines without one, and UUIDs to machines whose UUID is taken, by their own API.
 
 Both values are chosen and stored before they are sent, so that each try sends the same ones. They are accepted as soon as the
 machine brings them. META key 16 holds the unique token, META key 15 the UUID.
@@ -36,21 +36,21 @@ log = logging.getLogger(__name__)
 
 MACHINE_API_PORT = 50000
 ANSWER_BYTES = 4 * 1024 * 1024
-"""The message limit of other clients of that API."""
+"""The message limit of other clients of this API."""
 META_UUID, META_UNIQUE_TOKEN = 15, 16
 FIRST_SECONDS = 3.0
-"""For all calls of a machine's first try. It is short, so that machines that do not answer keep few others waiting."""
+"""Time limit of all calls of a machine's first attempt; short, so that machines without an answer delay few others."""
 CALL_SECONDS = 10.0
-"""The same, for each later try."""
+"""The same for each later attempt."""
 FIRST_AT_ONCE = 64
 LATER_AT_ONCE = 32
-"""Later tries wait for each other, and no first one waits for them."""
+"""Later attempts wait for each other, but never delay a first one."""
 _ANSWER_BYTES = 1024 * 1024
-"""Every message of these calls is far shorter, and a machine may be hostile."""
+"""Message limit of these calls: all messages are far shorter, and a machine may be hostile."""
 _MAX_LINKS = 1024
 _ETHER = 1
 _MAX_ADDRESS_BYTES = 32
-"""The kernel knows no longer hardware addresses."""
+"""The kernel's maximum length of hardware addresses."""
 
 
 @asynccontextmanager
@@ -63,9 +63,8 @@ async def open_machine_api(
 ) -> AsyncIterator[GrpcChannel]:
     """A channel to the machine's API, for stubs such as ``siderolink.common.pb.machine.MachineServiceStub``.
 
-    `namespace` is where the server's interface lives, if not in the caller's network namespace; `answer_bytes` limits each
-    message of an answer. The certificate is made up and not checked: WireGuard has proved who answers at the machine's overlay
-    address. Calls raise what `siderolink.common.grpc.translate_errors` translates.
+    `namespace` is that of the server's interface, if it differs from the caller's; `answer_bytes` limits each message of an
+    answer. Certificates are not verified: WireGuard has authenticated the machine at its overlay address. Calls raise what `siderolink.common.grpc.translate_errors` translates.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -78,7 +77,7 @@ async def open_machine_api(
 
 
 class Enrolment:
-    """Writes META to the machines that need it, one task for each."""
+    """Writes META to the machines that need it, with one task per machine."""
 
     def __init__(
         self, store: Store, directory: Directory, sessions: Sessions, reconciler: Reconciler, policy: JoinPolicy
@@ -94,7 +93,7 @@ class Enrolment:
         self._later = anyio.CapacityLimiter(LATER_AT_ONCE)
 
     async def run(self, namespace: str | None) -> None:
-        """Serve every machine whose link comes up, until cancelled. `namespace` is where the server's interface lives."""
+        """Enrol every machine whose link comes up, until cancelled. `namespace` is that of the server's interface."""
         self._namespace = namespace
         async with anyio.create_task_group() as tasks:
 
@@ -117,7 +116,7 @@ class Enrolment:
         return _needs_uuid(machine) or machine.bound_digest is None
 
     async def _enrol(self, machine_id: str) -> None:
-        """Try until the machine has what it needs, or its link is down."""
+        """Retry until the machine has what it needs, or its link is down."""
         backoff = Backoff(first=0.5, cap=60.0, factor=1.5, floor=0.25)
         limit, seconds = self._first, FIRST_SECONDS
         try:
@@ -140,7 +139,7 @@ class Enrolment:
             self._busy.discard(machine_id)
 
     def _lacks_something(self, machine_id: str) -> bool:
-        """Whether a value was not chosen yet: the machine may have joined again, into a conflict, before its write returned."""
+        """Whether a value is not chosen yet: the machine may have joined again, with a conflict, before its write returned."""
         link = self._directory.get(machine_id)
         if link is None or not self._needs(link):
             return False
@@ -162,7 +161,7 @@ class Enrolment:
                     await service.meta_write(MetaWriteRequest(key=META_UNIQUE_TOKEN, value=token.encode()))
 
     async def _choose(self, machine_id: str, fingerprint: str, is_installed: bool) -> Machine:
-        """Store what the machine is given, once and for all its tries."""
+        """Choose and store the values for the machine, for all attempts."""
         new_uuid, new_token = str(uuid.uuid4()), _token(fingerprint)
         sealed = self._store.sealer.seal_text(new_token, place_of_assigned(machine_id))
 
@@ -187,7 +186,7 @@ def _needs_uuid(machine: Machine) -> bool:
 
 
 def _token(fingerprint: str) -> str:
-    """A unique token in the one form in which machines and servers write it."""
+    """A unique token in the form that machines and servers use."""
     return json.dumps({"Fingerprint": fingerprint, "Token": str(uuid.uuid4())}, separators=(",", ":"))
 
 
@@ -202,7 +201,7 @@ async def _is_installed(channel: GrpcChannel) -> bool:
 
 
 async def _fingerprint(channel: GrpcChannel) -> str:
-    """Of the hardware addresses of all physical links: SHA-256 over the sorted addresses."""
+    """The SHA-256 of the sorted hardware addresses of all physical links."""
     request = ListRequest(namespace="network", type="LinkStatuses.net.talos.dev", options=ListOptions())
     addresses: list[bytes] = []
     async for answer in StateStub(channel).list(request):

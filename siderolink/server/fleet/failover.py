@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 10.0
-"""For so long without the database a server goes on as before."""
+"""How long a server continues unchanged without the database."""
 HEARD_SECONDS = 30.0
-"""After that it sends only to machines that it heard within so many seconds."""
+"""After that it sends only to machines heard within this time."""
 _LOOK_SECONDS = 2.0
 _RETRY_SECONDS = 1.0
 DIALS = 3
@@ -173,7 +173,7 @@ def _parse(endpoint: str | None) -> Endpoint | None:
 
 
 class Lease:
-    """What a server may do without the database."""
+    """Limits what a server does without the database."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Lease:
         clock: Clock,
         max_offline: float | None,
     ) -> None:
-        """`max_offline`: seconds without the database after which the server ends; None for never."""
+        """`max_offline`: seconds without the database after which the server stops; None for never."""
         self._owners = owners
         self._directory = directory
         self._device = device
@@ -192,13 +192,13 @@ class Lease:
         owners.membership.on_beat, owners.membership.on_return = device.own_peers_for, owners.refresh
 
     async def run(self) -> None:
-        """Look at it, until cancelled. Raises StoreError when the database was away for too long."""
+        """Poll until cancelled. Raises StoreError if the database was unavailable for too long."""
         while True:
             await self._clock.sleep(_LOOK_SECONDS)
             await self.look()
 
     async def look(self) -> None:
-        """Hold back, or go on. Raises StoreError."""
+        """Start or end holding back, as needed. Raises StoreError."""
         offline_for = self._owners.membership.offline_for
         if self._max_offline is not None and offline_for >= self._max_offline:
             raise StoreError(

@@ -1,4 +1,4 @@
-"""The fleet of one server, put together."""
+"""Assembles the fleet of one server."""
 
 import os
 from collections.abc import Callable
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The parts, each of which knows only those before it."""
+    """The parts; each depends only on those before it."""
 
     directory: Directory
     sessions: Sessions
@@ -53,7 +53,7 @@ class Fleet:
     limits: LimitWatch
     last_seen: LastSeenNotes
     membership: Membership | None
-    """This server among those of its store; None where no other can use that."""
+    """This server's membership in its store; None for a store that other servers cannot use."""
     owners: Owners | None
     failover: Failover | None
     lease: Lease | None
@@ -74,7 +74,7 @@ def make_fleet(
     membership: Membership | None = None,
     stamps: "CommonTimestamps | None" = None,
 ) -> Fleet:
-    """Make the parts; nothing runs yet."""
+    """Create the parts without starting them."""
     limits, clock, last_seen = limits or MachineLimits(), clock or Clock(), last_seen or LastSeenNotes(store)
     directory = Directory(store, clock)
     sessions = Sessions(device, directory, max_unproven_streams=limits.max_unproven_streams, clock=clock)

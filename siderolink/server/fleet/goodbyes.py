@@ -1,4 +1,4 @@
-"""Goodbyes of machines: one UDP socket at the server's overlay address (siderolink.common.goodbye)."""
+"""Goodbyes of machines, received on one UDP socket at the server's overlay address (siderolink.common.goodbye)."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ Remove = Callable[[str, LeaveReason], Awaitable[bool]]
 
 
 class Goodbyes:
-    """Receives goodbyes. WireGuard guarantees that a packet comes from the machine with its source address."""
+    """Receives goodbyes. WireGuard authenticates the source address of each packet."""
 
     def __init__(self, directory: Directory, monitor: Monitor, remove: Remove) -> None:
         self._directory = directory
@@ -35,7 +35,7 @@ class Goodbyes:
         self._socket: socket.socket | None = None
 
     async def run(self, address: IPv6Address, interface: str, namespace: str | None) -> None:
-        """Listen until cancelled. If that is impossible, machines are only detected as down by their silence."""
+        """Listen until cancelled. If that is not possible, machines are detected as down only by their silence."""
         try:
             sock = await bind_overlay(address, GOODBYE_PORT, interface, udp=True, namespace=namespace)
         except SideroLinkError as error:
@@ -53,7 +53,7 @@ class Goodbyes:
                     loop.remove_reader(sock)
 
     def ask_to_move(self, address: IPv6Address, server_key: PublicKey) -> None:
-        """Ask the machine at this overlay address to go to another server; as good as a datagram is."""
+        """Ask the machine at this overlay address to move to another server, by one unreliable datagram."""
         if self._socket is not None:
             _answer(self._socket, MoveAway(public_key=server_key).encode(), (str(address), GOODBYE_PORT))
 
@@ -63,7 +63,7 @@ class Goodbyes:
                 data, source = sock.recvfrom(GOODBYE_BYTES + 1)
             except BlockingIOError:
                 return
-            except OSError:  # an error that an answer brought back
+            except OSError:  # a delayed error of an answer
                 continue
             goodbye = self.receive(data, IPv6Address(source[0].partition("%")[0]))
             if goodbye is not None:
@@ -72,7 +72,7 @@ class Goodbyes:
                     tasks.start_soon(self.forget, goodbye)
 
     def receive(self, data: bytes, source: IPv6Address) -> Goodbye | None:
-        """One datagram from a machine's overlay address; None unless it is a goodbye of that machine."""
+        """Process one datagram from an overlay address; None unless it is a goodbye of that machine."""
         goodbye = Goodbye.parse(data)
         link = self._directory.link_at(source)
         if goodbye is None or link is None or link.machine.public_key != goodbye.public_key:
@@ -81,7 +81,7 @@ class Goodbyes:
         return goodbye
 
     async def forget(self, goodbye: Goodbye) -> None:
-        """Remove the machine at its wish, once the answer had time to leave."""
+        """Remove the machine at its request, after a delay for the answer to be sent."""
         await anyio.sleep(_ANSWER_SECONDS)
         link = self._directory.by_key(goodbye.public_key)
         if link is None or link.claim is not None:

@@ -1,4 +1,4 @@
-"""What a server knows, as short keyed hashes: a call that hits none of them is refused without a query.
+"""Known values as short keyed hashes, so that a call with none of them is refused without a query.
 
 In it are the stored join tokens that are not revoked, the keys and virtual addresses of rows and claims, and the unique tokens
 that are bound or assigned. Each takes eight bytes in a table that is at most three quarters full. The key is the process's own,
@@ -18,7 +18,7 @@ from siderolink.server.clock import Clock
 from siderolink.server.store import JoinToken, Machine, Store, TokenKind, TokenState
 
 _SHARDS: Final = 256
-"""A table that grows is copied as a whole: so it is many small ones."""
+"""A growing table is copied completely, so there are many small ones."""
 _LEAST_SLOTS: Final = 4
 _REFUSED_PER_SECOND, _REFUSED_AT_ONCE = 200.0, 1000.0
 _REFUSED_PER_SOURCE, _REFUSED_PER_SOURCE_AT_ONCE = 5.0, 100.0
@@ -27,7 +27,7 @@ _KEY, _ADDRESS, _UNIQUE, _JOIN, _SIGNER = b"k", b"a", b"u", b"j", b"s"
 
 
 class HashTable:
-    """Numbers of 64 bits, as many of each as were added: open addressing in flat arrays."""
+    """A multiset of 64-bit numbers, with open addressing in flat arrays."""
 
     def __init__(self) -> None:
         self._shards = [_empty(_LEAST_SLOTS) for _ in range(_SHARDS)]
@@ -58,7 +58,7 @@ class HashTable:
         self._counts[at] += 1
 
     def discard(self, number: int) -> None:
-        """Remove one of these numbers, if there is one."""
+        """Remove one occurrence of the number, if any."""
         shard = number % _SHARDS
         slots, mask = self._shards[shard], len(self._shards[shard]) - 1
         at = _find(slots, number or 1)
@@ -66,7 +66,7 @@ class HashTable:
             return
         self._counts[shard] -= 1
         following = at
-        while True:  # those behind move up, so that no search ends at the gap
+        while True:  # later entries move up, so that no search ends at the gap
             following = (following + 1) & mask
             other = slots[following]
             if not other:
@@ -86,7 +86,7 @@ def _home(number: int, mask: int) -> int:
 
 
 def _find(slots: "array[int]", number: int) -> int:
-    """Where the number is, or where its search ends."""
+    """The slot of the number, or where its search ends."""
     mask = len(slots) - 1
     at = _home(number, mask)
     while slots[at] and slots[at] != number:
@@ -103,16 +103,16 @@ def _put(slots: "array[int]", number: int) -> None:
 
 
 class Known:
-    """The hashes of one server. What it says may err towards True, and once in 2^64 times does."""
+    """The hashes of one server. A positive answer may be wrong, once in 2^64 times."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._table = HashTable()
         self._key = os.urandom(16)
         self._tokens: dict[str, tuple[int, ...]] = {}
-        """Hashes of the stored tokens, by id."""
+        """Hashes of stored tokens, by token id."""
         self._expires: dict[int, float] = {}
-        """When those of tokens that expire do so."""
+        """Expiry times of tokens that expire."""
 
     @property
     def size(self) -> int:
@@ -122,10 +122,10 @@ class Known:
     def __len__(self) -> int:
         return len(self._table)
 
-    # --- asked
+    # --- queries
 
     def may_admit(self, join: JoinTokenResult) -> bool:
-        """Whether a join token that was looked at may be a stored one, or may be signed by one."""
+        """Whether a checked join token may be a stored one, or signed by one."""
         if join.state is JoinTokenState.MALFORMED or join.digest is None:
             return False
         if join.signed is None:
@@ -134,7 +134,7 @@ class Known:
         return self._is_active(self._hash(_SIGNER, b"" if provider is None else b"p" + provider.encode("utf-8", "replace")))
 
     def has_join_token(self, digest: bytes) -> bool:
-        """Whether a plain token of this digest is active, whatever its uses are."""
+        """Whether a plain token with this digest is active, apart from its uses."""
         return self._is_active(self._hash(_JOIN, digest))
 
     def has_unique_token(self, digest: bytes) -> bool:
@@ -152,7 +152,7 @@ class Known:
         expires_at = self._expires.get(number)
         return expires_at is None or self._clock.time() < expires_at
 
-    # --- told
+    # --- changes
 
     def add_row(self, machine: Machine) -> None:
         for digest in (machine.bound_digest, assigned_digest(machine)):
@@ -177,7 +177,7 @@ class Known:
         self._table.discard(self._hash(_ADDRESS, address))
 
     def set_token(self, token: JoinToken, is_gone: bool = False) -> None:
-        """A token was added, changed or removed; the same may be told again."""
+        """Apply an added, changed or removed token; idempotent."""
         self.forget_token(token.id)
         if is_gone or token.state(self._clock.time()) is not TokenState.ACTIVE:
             return
@@ -188,7 +188,7 @@ class Known:
                 self._expires[number] = token.expires_at
 
     async def load_tokens(self, store: Store) -> None:
-        """Know the stored tokens. Changes may be told meanwhile. Raises StoreError."""
+        """Load the stored tokens; `set_token` may be called meanwhile. Raises StoreError."""
         before, after = set(self._tokens), ""
         while page := await store.tokens(after):
             after = page[-1].name
@@ -216,7 +216,7 @@ class Known:
 
 
 class QueryBudget:
-    """How many calls that hit what is known, and are refused all the same, may be looked up: for each source, and in all."""
+    """Limits the queries for calls with known values that are refused all the same, per source and in total."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -224,12 +224,12 @@ class QueryBudget:
         self._sources: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def allows(self, source: str) -> bool:
-        """Whether a call from there may be looked up now."""
+        """Whether a query for a call from this source is allowed now."""
         known = self._sources.get(source_key(source) or source)
         return not self._all.is_empty and (known is None or not known.is_empty)
 
     def charge(self, source: str) -> None:
-        """A call from there was looked up in vain."""
+        """Record a query for a call that was refused."""
         key = source_key(source) or source
         bucket = self._sources.pop(key, None)
         if bucket is None:

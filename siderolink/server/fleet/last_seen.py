@@ -1,4 +1,4 @@
-"""Notes that are stored lazily: where and when machines were last seen, and the highest timestamp that handshakes used.
+"""Lazily stored notes: where and when machines were last seen, and the highest timestamp of handshakes.
 
 They are written some seconds after a change and when the server stops, so that traffic costs the store next to nothing. After a
 start, timestamps begin above all that may have been used and not written.
@@ -25,7 +25,7 @@ _CLOSE_SECONDS = 1.0
 
 
 class Stamps(Protocol):
-    """Where the TAI64N mark is read from."""
+    """The source of the TAI64N high-water mark."""
 
     @property
     def high_water(self) -> bytes: ...
@@ -42,10 +42,10 @@ class LastSeenNotes:
         self._waiting: dict[str, LastSeen] = {}
         self._wake = anyio.Event()
         self.owners: Owners | None = None
-        """Where several servers share the store: what is noted of a link is its owner's to say."""
+        """Set if several servers share the store, where only a link's owner writes its notes."""
 
     def add(self, machine_id: str, seen: LastSeen) -> None:
-        """Called between packets: quick, and never raises."""
+        """Called between packets: fast, and never raises."""
         before = self._waiting.get(machine_id)
         self._waiting[machine_id] = seen if before is None else seen.after(before)
         self._wake.set()
@@ -59,13 +59,13 @@ class LastSeenNotes:
             await self.write()
 
     async def write(self) -> None:
-        """Write what waits. What cannot be written waits on: one note a machine, so that an outage costs no more than that."""
+        """Write the waiting notes. On failure they wait on: one note per machine, so that memory stays bounded."""
         batch: dict[str, LastSeen] = {}
         try:
             while self._waiting:
                 ids = list(self._waiting)[:_AT_ONCE]
                 batch = {machine_id: self._waiting.pop(machine_id) for machine_id in ids}
-                # A note older than what is stored changes nothing (LastSeen.of): a late writer overwrites no newer one.
+                # A note older than the stored one changes nothing (LastSeen.of), so late writers are harmless.
                 await self._write(batch)
                 batch = {}
             await self._write_mark()

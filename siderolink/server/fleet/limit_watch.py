@@ -17,15 +17,15 @@ from siderolink.server.store import Machine
 
 LOOK_SECONDS: Final = 5.0
 QUIET_SECONDS: Final = 60.0
-"""A limit that has dropped nothing for so long bites no more. So a machine has at most two history entries a minute of each."""
+"""A limit is over after this time without drops. So a machine has at most two history entries per minute and limit."""
 
 LimitDrops = Mapping[str, Mapping[str, int]]
-"""By machine's id and limit's name."""
+"""By machine id and limit name."""
 
 
 @dataclass(slots=True)
 class _Bite:
-    """A limit that bites."""
+    """A limit in effect."""
 
     since: float
     last_at: float
@@ -34,16 +34,16 @@ class _Bite:
 
 @dataclass(slots=True)
 class _Watched:
-    """One machine that a limit has ever bitten."""
+    """One machine that a limit has ever affected."""
 
     seen: dict[str, int] = field(default_factory=dict)
-    """What was counted at the last look."""
+    """The counts of the last poll."""
     dropped: Counter[str] = field(default_factory=Counter)
     bites: dict[str, _Bite] = field(default_factory=dict)
 
 
 class LimitWatch:
-    """Watches the limits of single machines. Names of limits are those of the drops (docs/drops.md)."""
+    """Watches the limits of single machines. Limits have the names of their drops (docs/drops.md)."""
 
     def __init__(self, device: Device, directory: Directory, events: EventHub, clock: Clock) -> None:
         self._device = device
@@ -55,13 +55,13 @@ class LimitWatch:
         """What machines' reports lost to limits, since they are known."""
 
     async def run(self) -> None:
-        """Look every few seconds, until cancelled."""
+        """Poll every few seconds, until cancelled."""
         while True:
             await self.look()
             await self._clock.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Compare the counts with those of the last look."""
+        """Compare the counts with those of the last poll."""
         found: dict[str, dict[str, int]] = {machine_id: dict(drops) for machine_id, drops in self.report_drops().items()}
         for key, (inbound, outbound) in (await self._device.limit_drops()).items():
             link = self._directory.by_key(key)
@@ -99,7 +99,7 @@ class LimitWatch:
     # --- what is known
 
     def dropped(self, machine_id: str) -> dict[str, int]:
-        """What the machine's limits dropped at this server, by name; as of the last look."""
+        """Drops by the machine's limits at this server, by limit name, as of the last poll."""
         watched = self._watched.get(machine_id)
         return {} if watched is None else dict(watched.dropped)
 

@@ -1,6 +1,6 @@
 """Liveness: how long each machine has been silent, and probes for when silence alone does not decide.
 
-Uses monotonic clocks only, but for what other servers with the same store have heard: that is told by the store's clock.
+Uses monotonic clocks, except for times reported by other servers of the store, which use the store's clock.
 """
 
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ T = TypeVar("T")
 
 PROBES = 5
 PROBE_SECONDS = 1.0
-"""A living machine answers an echo, or a handshake, well within a second; five of them are not lost one after the other."""
+"""A live machine answers an echo or a handshake well within a second; five in a row are not lost by chance."""
 MAX_WAITING = 8
-"""Calls that wait for one machine's probes."""
+"""Maximum calls waiting for one machine's probes."""
 RECONNECT_SECONDS = 30.0
-"""How long machines may take to open their streams to a server that was started again: by then each has tried."""
+"""How long machines may take to reopen their streams to a restarted server: by then each has tried."""
 _VALID_SECONDS = 30.0
 """How long unanswered probes stay valid while the machine is silent."""
 _LAST_PACKETS = 1.0
 """How long packets in flight may arrive after a goodbye."""
 ASK_SECONDS = 1.0
-"""How long another server may take to say when it heard a machine."""
+"""Time limit for another server to answer when it heard a machine."""
 _MOST_ASKED = 5
 
 
@@ -45,7 +45,7 @@ class Echo(Protocol):
 
 
 class OwnersWord(Protocol):
-    """Asks another server of the same store."""
+    """Queries another server of the same store."""
 
     async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
         """When that server last heard the machine, in Unix time by the store's clock; 0.0 if it never did; None if it cannot be
@@ -54,14 +54,14 @@ class OwnersWord(Protocol):
 
 
 class NobodyToAsk:
-    """No connection to other servers: see `OwnersWord`."""
+    """Answers for a server without connections to others; see `OwnersWord`."""
 
     async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
         return None
 
 
 class OwnerUnaskedError(Exception):
-    """Raised inside a transaction that has to know what another server heard; `Liveness.decide` asks it and begins again."""
+    """Raised inside a transaction that needs another server's answer; `Liveness.decide` queries it and starts again."""
 
     def __init__(self, ownership: Ownership) -> None:
         super().__init__(ownership.machine_id)
@@ -70,7 +70,7 @@ class OwnerUnaskedError(Exception):
 
 @dataclass(slots=True)
 class _Run:
-    """Probes of one machine that are under way."""
+    """Running probes of one machine."""
 
     done: anyio.Event
     waiting: int = 0
@@ -79,7 +79,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Unanswered:
-    """The last run of probes that a machine did not answer. A byte more from its key disproves it."""
+    """The last probes that a machine did not answer. One more byte from its key disproves that."""
 
     public_key: PublicKey | None
     at: float
@@ -87,17 +87,17 @@ class _Unanswered:
 
 
 class Liveness:
-    """How alive each link is."""
+    """The liveness of each link."""
 
     def __init__(
         self, device: Device, directory: Directory, clock: Clock, echo: Echo | None = None, owners: Owners | None = None
     ) -> None:
-        """`owners` where several servers share the store."""
+        """`owners` is given if several servers share the store."""
         self._owners = owners
         self._words: dict[str, tuple[int, float | None]] = {}
-        """What owners said, with their epochs, for the transactions that asked for it."""
+        """Answers of owners, with their epochs, for the transactions that needed them."""
         self.word: OwnersWord = NobodyToAsk()
-        """How other servers are asked."""
+        """Queries to other servers."""
         self._device = device
         self._directory = directory
         self._clock = clock
@@ -109,7 +109,7 @@ class Liveness:
         """Sends a handshake to the last endpoint of a machine without a session."""
 
     def set_echo(self, echo: Echo | None) -> None:
-        """How to ping, once the interface is there for it."""
+        """Set how to ping, once the interface exists."""
         self._echo = echo
 
     async def silence(self, machine: Machine) -> float | None:
@@ -123,7 +123,7 @@ class Liveness:
         return None if status is None else status.silence(self._clock.host_time())
 
     async def decide(self, transact: "Callable[[], Awaitable[T]]") -> T:
-        """Run a transaction that calls `of`; where it needs the word of another server, ask that and run it again."""
+        """Run a transaction that calls `of`; if it needs another server's answer, query that and run it again."""
         asked: set[str] = set()
         try:
             for _ in range(_MOST_ASKED):
@@ -144,21 +144,21 @@ class Liveness:
         self._words[owner.machine_id] = owner.epoch, heard_at
 
     async def heard_at(self, machine_id: str) -> float:
-        """What this server answers to others: when it last heard the machine, by the store's clock; 0.0 if it never did."""
+        """This server's answer to others: when it last heard the machine, by the store's clock; 0.0 if never."""
         link = self._directory.get(machine_id)
         silence = None if link is None else await self.silence(link.machine)
         return 0.0 if silence is None else self._clock.time() - silence
 
     async def newest_row(self, machine: Machine) -> Machine | None:
-        """The row with its last sighting, which other servers do not tell each other; None where one of them has the link."""
+        """The row with its last sighting here; None if another server has the link."""
         if self._owners is None:
             return machine
         return None if self._owners.is_elsewhere(machine.id) else await self._directory.row(machine.id)
 
     async def _unheard_elsewhere(self, machine: Machine, transaction: Transaction | None) -> float | None:
-        """Seconds since the other server that owns the link heard the machine; None if no other one owns it.
+        """Seconds since the other server that owns the link heard the machine; None if no other server owns it.
 
-        The owner's word decides. Where it cannot be asked, silence counts from the newest of what it stored, its last
+        The owner's answer decides. If it cannot be queried, silence counts from the newest of its stored notes, its last
         heartbeat, and the end of the last outage of the database. Raises OwnerUnaskedError.
         """
         if self._owners is None or transaction is None:
@@ -179,7 +179,7 @@ class Liveness:
     async def of(self, machine: Machine, transaction: Transaction | None = None) -> LinkLiveness:
         """The state of the machine's link, for a decision about its row.
 
-        Raises OwnerUnaskedError inside a transaction where another server owns the link; see `decide`.
+        Raises OwnerUnaskedError inside a transaction if another server owns the link; see `decide`.
         """
         elsewhere = await self._unheard_elsewhere(machine, transaction)
         link = self._directory.get(machine.id)
@@ -227,7 +227,7 @@ class Liveness:
         return _received(status) <= found.received
 
     async def probe(self, machine: Machine) -> bool:
-        """Probe the machine on its last path. True if it does not answer within five seconds.
+        """Probe the machine on its last path; returns True if it does not answer within five seconds.
 
         Concurrent calls for one machine share one probe. False if too many are waiting already.
         """
@@ -247,7 +247,7 @@ class Liveness:
         return await self._probe(machine)
 
     def forget_probes(self, machine_id: str) -> None:
-        """Another server has the machine: that probes from here stayed unanswered says nothing."""
+        """Drop the result of probes, because another server has the machine."""
         self._unanswered.pop(machine_id, None)
 
     async def _probe(self, machine: Machine) -> bool:
@@ -255,7 +255,7 @@ class Liveness:
         if link is None or not self._can_be_probed(link):
             return False
         if self._owners is not None and self._owners.is_elsewhere(machine.id):
-            return False  # only its owner reaches it
+            return False  # only its owner can reach it
         run = self._runs[machine.id] = _Run(anyio.Event())
         try:
             received = await self._unanswered_since(link)

@@ -6,7 +6,7 @@ from types import TracebackType
 
 
 class KeyedLocks:
-    """One lock per key. Take several in a fixed order of kinds (here: UUID before public key)."""
+    """One lock per key. Take several ones in a fixed order of kinds (here: UUID before public key)."""
 
     def __init__(self) -> None:
         self._held: dict[Hashable, asyncio.Event | None] = {}

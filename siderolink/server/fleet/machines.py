@@ -1,6 +1,6 @@
 """Operations on machines: join, change and remove.
 
-A change is always made in the store first and then applied by the reconciler.
+Every change is made in the store first and then applied by the reconciler.
 """
 
 import logging
@@ -59,9 +59,9 @@ class Machines:
         self._clock = clock
 
     async def join(self, request: JoinRequest) -> Grant:
-        """Admit a machine: its row or claim stored, its peer on the device, its virtual address known.
+        """Admit a machine: store its row or claim, set up its peer, and register its virtual address.
 
-        Raises JoinRejectedError. Waits for five seconds of probes where they may show that the machine's old link is dead.
+        Raises JoinRejectedError. Waits for five seconds of probes if they may show that the machine's old link is dead.
         """
         verdict = await self._admit(request)
         stands_in_the_way = verdict.machine if isinstance(verdict, Rejection) and verdict.may_probe else None
@@ -76,7 +76,7 @@ class Machines:
     async def _admit(self, request: JoinRequest) -> Grant | Rejection:
         entry_id = new_id()
         async with self._reconciler.locks.hold(request.node_uuid, request.public_key):
-            # A cancellation from here on leaves a stored row that is not applied; `follow` then does that.
+            # If cancelled from here on, the stored row is applied by `follow`.
             admit = partial(self._admission.admit, request=request, new_id=entry_id)
             verdict = await self._liveness.decide(lambda: self._store.transact(admit))
             if isinstance(verdict, Rejection):
@@ -96,7 +96,7 @@ class Machines:
         return verdict
 
     async def _apply(self, grant: Grant, source: str) -> bool:
-        """False where too many calls want the same."""
+        """Returns False if there are too many calls of this kind."""
         if grant.moves:
             return await self._moves.begin(grant.machine, source)
         if grant.claim is not None:
@@ -122,7 +122,7 @@ class Machines:
             await self._reconciler.forget(evicted, LeaveReason.EVICTED)
 
     async def find(self, node_uuid: str) -> Machine | None:
-        """The accepted machine of a UUID."""
+        """The accepted machine with a UUID."""
         return await self._store.transact(lambda transaction: transaction.machine_by_uuid(node_uuid))
 
     async def named(self, name: str) -> Machine | None:
@@ -130,7 +130,7 @@ class Machines:
         return await self._store.transact(lambda transaction: find_named(transaction, name))
 
     async def remove(self, machine_id: str, reason: LeaveReason = LeaveReason.REMOVED, actor: Actor = SERVER) -> bool:
-        """Forget a machine; it may join again, as a new one. False if it is not known."""
+        """Remove a machine; it may join again as a new one. Returns False if it is unknown."""
 
         async def work(transaction: Transaction) -> Machine | None:
             machine = await transaction.delete(machine_id)
@@ -142,14 +142,14 @@ class Machines:
         return await self.delete(machine_id, reason, work) is not None
 
     async def forget_absent(self, forget_after: float) -> None:
-        """Forget machines that were silent for this many seconds, until cancelled."""
+        """Remove machines that were silent for this many seconds, until cancelled."""
         pause = min(max(forget_after / 10, _LEAST_PAUSE), _MOST_PAUSE)
         while True:
             await self.forget_absent_now(forget_after)
             await self._clock.sleep(pause)
 
     async def forget_absent_now(self, forget_after: float) -> None:
-        """Forget those that are due."""
+        """Remove the machines that are due."""
         for number, link in enumerate(self._directory):
             if number % _AT_ONCE == 0:
                 await anyio.lowlevel.checkpoint()
@@ -171,13 +171,13 @@ class Machines:
         return self._clock.time() - last >= forget_after
 
     async def change(self, work: Callable[[Transaction], Awaitable[Machine]]) -> Machine:
-        """Change a row by a transaction, and the link with it."""
+        """Change a row in a transaction, and apply the change to the link."""
         machine = await self._store.transact(work)
         await self._reconciler.apply_change(machine)
         return machine
 
     async def delete(self, machine_id: str, reason: LeaveReason, work: Work) -> Machine | None:
-        """Delete a row by a transaction, and end the link with it; returns the row as it was."""
+        """Delete a row in a transaction, and end its link; returns the deleted row."""
         leaving = self._reconciler.leaving
         leaving[machine_id] = reason
         try:

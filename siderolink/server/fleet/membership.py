@@ -21,18 +21,18 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 DEAD_AFTER = 3.5
-"""Seconds after its last heartbeat from which a server is dead to the others."""
+"""Seconds after its last heartbeat when a server is dead to the others."""
 SURE_SECONDS = 3.0
-"""For so long after its heartbeat a server is alive to the others, and keeps its machines."""
+"""How long after its heartbeat a server is alive to the others, and keeps its machines."""
 FORGOTTEN_AFTER = 600.0
 """Seconds after which a dead server's row is removed."""
 OUTAGE_SECONDS = 3 * HEARTBEAT_SECONDS
-"""Without a heartbeat of its own for so long, a server takes the database to have been away."""
+"""After this time without its own heartbeat, a server assumes that the database was unavailable."""
 MAX_CLOCK_OFFSET = 0.5
-"""Seconds by which a host's clock may differ from the store's."""
+"""Maximum difference between a host's clock and the store's, in seconds."""
 _CLOSE_SECONDS = 1.0
 _LATER_SECONDS = 0.05
-"""Between the moment at which a server may be dead and the look at its heartbeat."""
+"""Delay between the time when a server may be dead and the check of its heartbeat."""
 
 
 async def _nothing() -> None:
@@ -67,18 +67,18 @@ class Membership:
         )
         self._others: dict[str, FleetServer] = {}
         self._dead: set[str] = set()
-        """Those whose death was told."""
+        """Servers whose death was reported."""
         self._read_at = clock.time()
-        """When heartbeats were last read, by the store's clock."""
+        """When heartbeats were last read, on the store's clock."""
         self._beat_at = clock.monotonic()
         self.outage_ended_at = clock.time()
-        """By the store's clock. A server that has just started cannot know what was before."""
+        """On the store's clock. A server that has just started does not know the time before."""
         self._has_begun = False
         self._wake = anyio.Event()
         self._draining: set[str] = set()
         """Others whose drains were told."""
         self.on_dead: list[Callable[[str], None]] = []
-        """Told the id of each server that is dead or gone, once."""
+        """Called once with the id of each server that is dead or was removed."""
         self.on_drained: Callable[[str], None] = lambda server_id: None
         """Told the id of each other server that begins to drain."""
         self.on_return: Callable[[], Awaitable[None]] = _nothing
@@ -87,13 +87,13 @@ class Membership:
         self.on_beat: Callable[[float | None], None] = lambda seconds: None
         """Told at each heartbeat for how many seconds no other server takes this one's machines; None where there is none."""
 
-    # --- asked
+    # --- queries
 
     def get(self, server_id: str) -> FleetServer | None:
         return self._row if server_id == self.id else self._others.get(server_id)
 
     def is_alive(self, server_id: str) -> bool:
-        """Whether it had a heartbeat lately, as far as this server can read them."""
+        """Whether it had a recent heartbeat, as far as this server can read them."""
         server = self.get(server_id)
         if server is None or server is self._row:
             return server is not None
@@ -105,7 +105,7 @@ class Membership:
 
     @property
     def is_draining(self) -> bool:
-        """Whether this server is to be left by its machines."""
+        """Whether this server is draining."""
         return self._row.is_draining
 
     def is_leaving(self, server_id: str) -> bool:
@@ -128,7 +128,7 @@ class Membership:
 
     @property
     def clock_offset(self) -> float:
-        """This host's clock less the store's, in seconds."""
+        """This host's clock minus the store's, in seconds."""
         return self._clock.host_time() - self._clock.time()
 
     @property
@@ -152,7 +152,7 @@ class Membership:
         staying = staying or [one.id for one in living]
         return max(staying, key=lambda server_id: blake2b(f"{server_id} {machine_id}".encode(), digest_size=8).digest())
 
-    # --- told
+    # --- changes
 
     def describe(
         self,
@@ -174,7 +174,7 @@ class Membership:
         self._wake.set()
 
     def changed(self, server: FleetServer, is_gone: bool) -> None:
-        """The feed says that a server came, changed or went."""
+        """Process a change of a server from the feed."""
         if server.id == self.id:
             return
         if is_gone:
@@ -219,7 +219,7 @@ class Membership:
             await self.leave()
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Write heartbeats until cancelled."""
         is_away = False
         while True:
             self._wake = anyio.Event()
@@ -246,7 +246,7 @@ class Membership:
         async def work(transaction: Transaction) -> dict[str, FleetServer]:
             others = {one.id: one for one in await transaction.ownership.servers() if one.id != self.id}
             for one in list(others.values()):
-                is_before = is_first and bool(row.endpoints) and one.endpoints == row.endpoints  # this one's last run
+                is_before = is_first and bool(row.endpoints) and one.endpoints == row.endpoints  # this server's previous run
                 is_forgotten = row.heartbeat_at - one.heartbeat_at > FORGOTTEN_AFTER and not (was_away or is_first)
                 if is_before or is_forgotten:
                     await transaction.ownership.delete_server(one.id)

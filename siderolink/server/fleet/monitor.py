@@ -1,4 +1,4 @@
-"""The monitor: what the device says of its peers, and every machine, claim and stream looked at when its time has come."""
+"""The monitor: handles the device's events, and checks every machine, claim and stream at its deadline."""
 
 import logging
 from collections import deque
@@ -30,9 +30,9 @@ from siderolink.server.store import LastSeen, Machine, MachineAdmission
 log = logging.getLogger(__name__)
 
 CHECKS_TOGETHER = 256
-"""Checks that are made at the same time, at most."""
+"""Maximum concurrent checks."""
 RETRY_SECONDS = 30.0
-"""When a check could not be made (the store or the device failed), it is made again after so long."""
+"""Delay before a failed check (of the store or the device) is repeated."""
 _RESYNC_FIRST, _RESYNC_CAP = 1.0, 60.0
 _PROOF_RETRY = 1.0
 
@@ -41,20 +41,20 @@ Check = Callable[[], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class _Resync:
-    """The machine that could not be brought into step with its row."""
+    """A machine whose row could not be applied."""
 
     machine_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Proof:
-    """The key whose first handshake could not be recorded."""
+    """A key whose first handshake could not be recorded."""
 
     public_key: PublicKey
 
 
 Due = str | Stream | _Resync | _Proof
-"""A machine's or a claim's id, a stream, a machine to bring into step, or a key to record."""
+"""A machine's or a claim's id, a stream, a machine to resync, or a key to record."""
 
 
 class Monitor:
@@ -74,7 +74,7 @@ class Monitor:
         last_seen: LastSeenNotes,
         owners: Owners | None = None,
     ) -> None:
-        """`owners` where several servers share the store."""
+        """`owners` is given if several servers share the store."""
         self._owners = owners
         self._directory = directory
         self._sessions = sessions
@@ -101,7 +101,7 @@ class Monitor:
 
     @property
     def next_check_at(self) -> float | None:
-        """When `check` has something to do again, by the monotonic clock."""
+        """When `check` is due, on the monotonic clock."""
         return self._deadlines.next_at
 
     # --- streams
@@ -116,10 +116,10 @@ class Monitor:
         self._sessions.close_stream(stream)
         self._deadlines.discard(stream)
 
-    # --- what the device says
+    # --- device events
 
     def on_device_event(self, event: device_events.DeviceEvent) -> None:
-        """Called between packets: quick, and never raises."""
+        """Called between packets: fast, and never raises."""
         if isinstance(event, device_events.InterfaceLost):
             self._interface_lost = event.reason
             self._wake.set()
@@ -181,21 +181,21 @@ class Monitor:
         self._set_deadline(link.machine.id, self._limits.down_after)
 
     def said_goodbye(self, link: MachineLink) -> None:
-        """The machine stops, and said so inside its session."""
+        """The machine has announced its stop inside its session."""
         link.goodbye_at = self._clock.monotonic()
         self._note(link, goodbye=True)
         if link.state is LinkState.UP:
             self._take_down(link, DownReason.GOODBYE)
 
     def moved(self, link: MachineLink) -> None:
-        """The link goes on with the session of a proved claim, or of the row that had its key before."""
+        """The link continues with the session of a proved claim, or of the row that had its key before."""
         if self._owners is not None:
             self._owners.heard(link, is_new_session=True)
         self._note(link, handshake=True)
         self._bring_up(link)
 
     def _lost(self, link: MachineLink) -> None:
-        """Another server has the machine now: what is known of its link here is over, and no reason to forget it."""
+        """Another server has the machine now: end its link here, but keep its row."""
         link.goodbye_at = None
         self._liveness.forget_probes(link.machine.id)
         self._directory.set_source(link, None)
@@ -204,7 +204,7 @@ class Monitor:
             self._sessions.set_state(link, LinkState.DOWN)
 
     def _set_quiet(self, link: MachineLink, quiet: bool) -> None:
-        """A machine that is gone costs no handshakes until it comes back."""
+        """Disable keepalives, so that an absent machine costs no handshakes until it returns."""
         if link.is_quiet != quiet and link.claim is None:
             self._keepalive_changes.append((link, quiet))
             self._wake.set()
@@ -212,7 +212,7 @@ class Monitor:
     # --- watching
 
     def _applied(self, link: MachineLink, key_before: PublicKey | None) -> None:
-        """Where a handshake has to follow, give it its time; a call repeated meanwhile gives no more of it."""
+        """Set the deadline of an expected handshake; repeated calls do not extend it."""
         entry = link.machine.id if link.claim is None else link.claim.id
         if link.state is LinkState.PENDING:
             if link.machine.public_key != key_before or entry not in self._deadlines:
@@ -239,7 +239,7 @@ class Monitor:
             self._wake.set()
 
     async def watch(self) -> None:
-        """Run `check` whenever it is due, for ever. Raises DeviceError when the interface, and with it every link, is lost."""
+        """Run `check` whenever it is due, forever. Raises DeviceError when the interface, and so every link, is lost."""
         while True:
             await self.check()
             if self._interface_lost is not None:
@@ -252,9 +252,9 @@ class Monitor:
                 await self._wake.wait()
 
     async def check(self) -> None:
-        """Record first handshakes, and look at every machine, claim and stream whose time has come.
+        """Record first handshakes, and check every machine, claim and stream whose deadline has passed.
 
-        Each link that is up is looked at once per `down_after`, when it would be down had nothing come since the last look.
+        Each link that is up is checked once per `down_after`, when it would be down without packets since the last check.
         """
         while self._keepalive_changes:
             await self._guarded(None, partial(self._reconciler.set_quiet, *self._keepalive_changes.popleft()))
@@ -266,7 +266,7 @@ class Monitor:
             await self._together([(key, partial(self._check, key)) for key in due])
 
     async def _together(self, checks: Sequence[tuple[Due | None, Check]]) -> None:
-        """Make checks side by side: what they ask of the store then takes one commit."""
+        """Run checks concurrently, so that their store transactions share one commit."""
         if len(checks) == 1:
             await self._guarded(*checks[0])
             return
@@ -309,7 +309,7 @@ class Monitor:
     async def _check_machine(self, machine_id: str) -> None:
         link = self._directory.get(machine_id)
         if self._owners is not None and self._owners.is_elsewhere(machine_id):
-            self._set_deadline(machine_id, self._limits.down_after)  # its server looks at it
+            self._set_deadline(machine_id, self._limits.down_after)  # the other server checks it
         elif link is None or link.state is LinkState.PENDING:
             await self._transitions.expire(machine_id)
         elif link.state is LinkState.UP:
@@ -318,7 +318,7 @@ class Monitor:
             await self._check_passing(link)
 
     async def _check_passing(self, link: MachineLink) -> None:
-        """Such a row, and its link is down: the machine said goodbye, or did not come back to this server."""
+        """Remove a row that exists only for its session, once the link is down."""
         silence = await self._liveness.silence(link.machine)
         if silence is not None and silence < self._limits.down_after:
             self._set_deadline(link.machine.id, self._limits.down_after - silence)
@@ -341,5 +341,5 @@ class Monitor:
 
 
 def _is_passing(machine: Machine) -> bool:
-    """Whether a row is kept for its session alone: never accepted, or under a vendor's placeholder by an earlier version."""
+    """Whether a row is only kept for its session: never accepted, or with a placeholder UUID of an earlier version."""
     return machine.admission is MachineAdmission.PENDING or is_placeholder(machine.node_uuid)

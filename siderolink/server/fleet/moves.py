@@ -1,4 +1,4 @@
-"""Moves a known key that joins with another UUID, once it answers an echo at an overlay address that only it was told.
+"""Moves a known key that joins with another UUID, once it answers an echo at an overlay address sent only to it.
 
 Public keys are not secret, so the call alone moves nothing. The key's holder takes the new address and answers an echo
 there inside the key's session; until then the old row stays as it is.
@@ -41,16 +41,16 @@ Ping = Callable[[IPv6Address], None]
 @dataclass(slots=True)
 class _Move:
     link: MachineLink
-    """Which has the key meanwhile."""
+    """The row that has the key meanwhile."""
     machine: Machine
-    """The row as it will be."""
+    """The row after the move."""
     source: str
-    """Where the call came from."""
+    """The call's source."""
     began_at: float
 
 
 class Moves:
-    """The moves that wait for their echo, by the address that is to answer: at most one for each key and source."""
+    """Moves waiting for their echo, by the awaited address: at most one per key and source."""
 
     def __init__(
         self,
@@ -74,10 +74,10 @@ class Moves:
         """The addresses that keys had before they were moved at once, and when they lose them."""
         self._wake = anyio.Event()
         self.on_moved: Callable[[MachineLink], None] = lambda link: None
-        """Told of the link that has the key now."""
+        """Called with the link that has the key now."""
 
     async def begin(self, machine: Machine, source: str) -> bool:
-        """Wait for an echo of the row's new address. False where too many moves wait already."""
+        """Await an echo of the row's new address. Returns False if too many moves are waiting."""
         key = machine.public_key
         link = None if key is None else self._directory.by_key(key)
         if key is None or link is None or not self._make_room(key, source):
@@ -118,7 +118,7 @@ class Moves:
         return True
 
     def _addresses(self, key: PublicKey | None) -> list[IPv6Address]:
-        """The addresses that the key may use besides its row's."""
+        """Addresses that the key may use in addition to its row's."""
         lingering = [address for other, (address, _) in self._lingering.items() if other == key]
         return [move.machine.overlay_address for move in self._of_key(key)] + lingering
 
@@ -171,7 +171,7 @@ class Moves:
             log.warning("an unproven address could not be removed from a machine's peer: %s", error, extra=fields)
 
     def awaits(self, address: IPv6Address) -> bool:
-        """Whether an echo of this address is waited for."""
+        """Whether an echo of this address is awaited."""
         return address in self._moves
 
     async def answered(self, address: IPv6Address) -> None:

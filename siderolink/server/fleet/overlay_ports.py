@@ -1,4 +1,4 @@
-"""Which of the server host's ports machines may dial, as an operator writes them; the device enforces them."""
+"""The server host's ports that machines may connect to, as configured; the device enforces them."""
 
 import re
 import socket
@@ -26,7 +26,7 @@ class OverlayPort:
 
     @classmethod
     def parse(cls, given: int | str) -> Self:
-        """Read ``8080``, ``8080/tcp`` or ``53/udp``. Raises ConfigurationError."""
+        """Parse ``8080``, ``8080/tcp`` or ``53/udp``. Raises ConfigurationError."""
         match = _PORT.match(str(given))
         if match is None or not 0 < int(match[1]) < 65536:
             raise ConfigurationError(f"{given!r} is not a port; write 8080 or 53/udp")
@@ -34,7 +34,7 @@ class OverlayPort:
 
 
 def device_ports(ports: Iterable[OverlayPort] | None) -> OpenPorts:
-    """The same for a device, with the port for goodbyes; None opens all."""
+    """The ports in the device's form, with the port for goodbyes; None opens all."""
     if ports is None:
         return None
     return frozenset({(socket.IPPROTO_UDP, GOODBYE_PORT), *((_NUMBERS[one.protocol], one.number) for one in ports)})

@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVERYTHING = ""
-"""In place of a machine's id: all of them."""
+"""Stands for all machines instead of one id."""
 
 
 class Reconciler:
-    """Applies rows and claims. A row's revision keeps an older change from overtaking a newer one."""
+    """Applies rows and claims. Revisions keep an older change from replacing a newer one."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class Reconciler:
         self._persistent_keepalive = persistent_keepalive
         self._limits = limits
         self.locks = KeyedLocks()
-        """By UUID and by public key, in that order: two changes of one machine are made one after the other."""
+        """By UUID and by public key, in that order; serialises changes of one machine."""
         self.leaving: dict[str, LeaveReason] = {}
-        """Why machines that are being removed by this server leave, by id."""
+        """Reasons of removals in progress at this server, by machine id."""
         self.on_applied: Callable[[MachineLink, PublicKey | None], None] = lambda link, key_before: None
         """Told of each link whose row was applied, with the key that it had before; also where the device failed."""
         self.on_dropped: Callable[[MachineLink], None] = lambda link: None
@@ -110,7 +110,7 @@ class Reconciler:
             self._device.offer_path(key, link.path)
 
     async def apply(self, machine: Machine, *, state: LinkState = LinkState.PENDING) -> MachineLink:
-        """Make device and addresses match the row, unless a newer revision is known. `state` is for a new key."""
+        """Make device and addresses match the row, unless a newer revision is known. `state` applies to a new key."""
         link = self._directory.get(machine.id)
         key_before = None if link is None else link.machine.public_key
         try:
@@ -199,7 +199,7 @@ class Reconciler:
             link.abandoned.discard(key)
 
     async def drop(self, machine_id: str) -> MachineLink | None:
-        """Forget a machine: its peer, its addresses, its streams, and the claims to it. None if it is not known."""
+        """Drop a machine: its peer, addresses, streams, and claims to it. Returns None if it is unknown."""
         link = self._directory.get(machine_id)
         if link is None:
             return None
@@ -222,7 +222,7 @@ class Reconciler:
         await self._remove_abandoned(link)
 
     async def apply_claim(self, row: Machine, claim: Claim) -> None:
-        """Let the claim's key shake hands: a peer without allowed IPs, and the claim's own virtual address."""
+        """Set up the claim's key: a peer without allowed IPs, and the claim's own virtual address."""
         claimed = replace(as_claimed(row, claim), virtual_address=claim.virtual_address)
         known = self._directory.claim(claim.id)
         if known is not None:
@@ -245,7 +245,7 @@ class Reconciler:
         link.is_applied = True
 
     async def drop_claim(self, claim_id: str) -> None:
-        """The claim is over; no error if it was dropped before, or moved into its row."""
+        """Drop an ended claim; does nothing if it was dropped before, or became its row's key."""
         link = self._directory.claim(claim_id)
         if link is not None:
             await self._drop(link)
@@ -285,7 +285,7 @@ class Reconciler:
     # --- the store
 
     async def load(self) -> None:
-        """Make links of all rows and claims in the store, before the API listens."""
+        """Create links for all rows and claims in the store, before the API listens."""
         if self._owners is not None:
             await self._owners.load()
         async for machine in self._store.machines():
@@ -300,7 +300,7 @@ class Reconciler:
                 await self.apply_claim(link.machine, claim)
 
     async def forget(self, machine: Machine, reason: LeaveReason) -> None:
-        """Remove the link of a deleted row and publish that."""
+        """Remove the link of a deleted row and publish the event."""
         async with self.locks.hold(machine.node_uuid):
             if await self.drop(machine.id) is not None:
                 self._events.publish(MachineLeft(machine=machine, reason=self.leaving.get(machine.id, reason)))
@@ -358,7 +358,7 @@ class Reconciler:
             await self.apply_claim(link.machine, claim)
 
     async def apply_change(self, machine: Machine) -> None:
-        """Apply a row that was changed by somebody, unless it is applied or gone."""
+        """Apply a row changed by any server, unless it is already applied or deleted."""
         if self._is_applied(machine):
             return
         async with self.locks.hold(machine.node_uuid):
@@ -417,14 +417,14 @@ def _machine_id(change: Change) -> str:
 
 
 def _goes_on(before: MachineLink, link: MachineLink) -> bool:
-    """Whether the session of a key goes on under another row: its claim was proved, or the machine has another UUID now."""
+    """Whether the session of a key continues under another row: its claim was proved, or the machine has another UUID."""
     if before.claim is not None:
         return before.machine.id == link.machine.id
     return before.machine.virtual_address == link.machine.virtual_address
 
 
 def remembered_endpoint(link: MachineLink) -> Endpoint | None:
-    """The stored endpoint; None if it is invalid or the machine is to use the tunnel."""
+    """The stored endpoint; None if it is invalid or the machine should use the tunnel."""
     machine = link.machine
     if machine.last_endpoint is None or machine.public_key is None or machine.tunnel:
         return None

@@ -1,6 +1,6 @@
-"""Changes of rows that time or a handshake brings about: keys proved, claims moved or refused, rows expired and forgotten.
+"""Changes of rows caused by time or by handshakes: keys proved, claims moved or refused, rows expired and removed.
 
-Each is made in the store first, inside one transaction, and then applied by the reconciler.
+Each change is made in the store first, in one transaction, and then applied by the reconciler.
 """
 
 from typing import TYPE_CHECKING
@@ -37,10 +37,10 @@ class RowTransitions:
         self._store = store
         self._events = events
         self.on_taken_over: Callable[[MachineLink], None] = lambda link: None
-        """Called with each link that goes on with the session of a proved claim."""
+        """Called with each link that continues with the session of a proved claim."""
 
     async def record_proof(self, public_key: PublicKey) -> None:
-        """A key completed its first handshake: its row is proved, or its claim is decided."""
+        """Handle the first handshake of a key: its row is proved, or its claim is decided."""
         link = self._directory.by_key(public_key)
         source_before = None if link is None else self._source(link.machine.id)
         source = None if link is None else link.source
@@ -63,7 +63,7 @@ class RowTransitions:
             self._events.publish(UniqueTokenBound(machine=proof.machine, source=source))
 
     def _take_over(self, machine: Machine, proof: Proof, source_before: str | None, source: str | None) -> None:
-        """A claim was proved: the link is up with the claim's session."""
+        """Apply a proved claim: the link is up with the claim's session."""
         assert proof.claim is not None
         assert proof.basis is not None
         link = self._directory.get(machine.id)
@@ -92,7 +92,7 @@ class RowTransitions:
         return None if link is None else link.source
 
     async def expire_claim(self, claim_id: str) -> None:
-        """A claim was not proved in time; no error if it is over already."""
+        """End a claim that was not proved in time; does nothing if it has ended already."""
         link = self._directory.claim(claim_id)
         if link is not None and link.claim is not None:
             claim = link.claim
@@ -100,7 +100,7 @@ class RowTransitions:
             await self._reconciler.drop_claim(claim_id)
 
     async def expire(self, machine_id: str) -> None:
-        """No handshake in time: forget a machine that never had a link; of any other, give up the key it did not prove."""
+        """Handle a missing handshake: remove a machine that never had a link; otherwise give up the key that was not proved."""
         machine = await self._store.transact(lambda transaction: expire(transaction, machine_id))
         if machine is None:
             return
@@ -110,7 +110,7 @@ class RowTransitions:
             await self._reconciler.forget(machine, LeaveReason.NO_HANDSHAKE)
 
     async def forget(self, machine_id: str, reason: LeaveReason) -> None:
-        """Delete a row; no error if it is gone already."""
+        """Delete a row; does nothing if it does not exist."""
         machine = await self._store.transact(lambda transaction: transaction.delete(machine_id))
         if machine is not None:
             await self._reconciler.forget(machine, reason)

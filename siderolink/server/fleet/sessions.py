@@ -1,6 +1,6 @@
-"""The sessions that this server holds: which link is up, by which path, and the streams that carry them.
+"""The sessions at this server: which links are up, by which path, and their streams.
 
-Nothing here waits: it is called between packets.
+Nothing here blocks: it is called between packets.
 """
 
 from collections import Counter
@@ -49,13 +49,13 @@ class Sessions:
         self.tell(link)
 
     def tell(self, link: MachineLink) -> None:
-        """Notify watchers that the link changed or is gone."""
+        """Notify watchers that the link changed or was dropped."""
         for watcher in self._watchers:
             watcher(link)
 
     @contextmanager
     def watching(self, watcher: Callable[[MachineLink], None]) -> Iterator[None]:
-        """Call back whenever a link's state was set, or a link forgotten; between packets, so it must be quick."""
+        """Call back whenever a link's state was set or a link dropped; must be fast, because it runs between packets."""
         self._watchers.append(watcher)
         try:
             yield
@@ -81,7 +81,7 @@ class Sessions:
         return stream
 
     def close_stream(self, stream: Stream) -> None:
-        """The stream is over; no error if it was closed before."""
+        """Handle the end of a stream; does nothing if it was closed before."""
         link = stream.link
         if stream in link.streams:
             link.streams = tuple(other for other in link.streams if other is not stream)
@@ -103,7 +103,7 @@ class Sessions:
         self._directory.sources.add_stream(stream)
 
     def path_changed(self, link: MachineLink, event: PathChanged) -> None:
-        """Handle a packet by another path: it proves that path and ends the previous stream."""
+        """Handle a packet on another path: it proves that path and ends the previous stream."""
         link.path, link.endpoint = event.new, udp_endpoint(event.new)
         source = host_of(link.endpoint)
         for stream in link.streams:
@@ -123,7 +123,7 @@ class Sessions:
                 self._directory.set_source(link, stream.source or link.source)
 
     async def prove_or_end(self, stream: Stream, silence: float | None) -> None:
-        """End a stream whose time is up, unless an authenticated packet arrived by it; the last was `silence` seconds ago."""
+        """End a stream at its deadline unless an authenticated packet arrived on it; the last was `silence` seconds ago."""
         link = stream.link
         if stream not in link.streams or stream.is_proven:
             return
@@ -135,7 +135,7 @@ class Sessions:
             self.close_stream(stream)
 
     def adopt(self, link: MachineLink, claimed: MachineLink) -> None:
-        """The claim was proved: the machine's link goes on with the claim's session, and its own streams end."""
+        """Handle a proved claim: the machine's link continues with the claim's session, and its own streams end."""
         self.end_streams(link, StreamRefusal.REPLACED)
         for stream in claimed.streams:
             stream.link = link
