@@ -1,7 +1,7 @@
 """Enrolment: assigns unique tokens to machines without one, and UUIDs to machines whose UUID is taken, by their own API.
 
-Both values are chosen and stored before they are sent, so that each try sends the same ones. They are accepted as soon as the
-machine brings them. META key 16 holds the unique token, META key 15 the UUID.
+Both values are chosen and stored before they are sent, so that each attempt sends the same ones. They are accepted once the
+machine presents them. META key 16 is the unique token, META key 15 the UUID.
 """
 
 import hashlib
@@ -64,7 +64,8 @@ async def open_machine_api(
     """A channel to the machine's API, for stubs such as ``siderolink.common.pb.machine.MachineServiceStub``.
 
     `namespace` is that of the server's interface, if it differs from the caller's; `answer_bytes` limits each message of an
-    answer. Certificates are not verified: WireGuard has authenticated the machine at its overlay address. Calls raise what `siderolink.common.grpc.translate_errors` translates.
+    answer. Certificates are not verified: WireGuard has authenticated the machine at its overlay address. Calls
+    raise what `siderolink.common.grpc.translate_errors` translates.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

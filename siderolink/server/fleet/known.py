@@ -1,8 +1,8 @@
 """Known values as short keyed hashes, so that a call with none of them is refused without a query.
 
-In it are the stored join tokens that are not revoked, the keys and virtual addresses of rows and claims, and the unique tokens
-that are bound or assigned. Each takes eight bytes in a table that is at most three quarters full. The key is the process's own,
-so that nobody can search for a value that looks known.
+These are the stored join tokens that are not revoked, the keys and virtual addresses of rows and claims, and the bound or
+assigned unique tokens. Each takes eight bytes in a table that is at most three quarters full. The hash key is specific to the
+process, so that nobody can search for colliding values.
 """
 
 import os

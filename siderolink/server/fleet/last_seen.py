@@ -1,7 +1,7 @@
 """Lazily stored notes: where and when machines were last seen, and the highest timestamp of handshakes.
 
-They are written some seconds after a change and when the server stops, so that traffic costs the store next to nothing. After a
-start, timestamps begin above all that may have been used and not written.
+They are written a few seconds after a change and when the server stops, so that traffic costs the store almost nothing. After
+a start, timestamps begin above all that may have been used without being written.
 """
 
 import logging
