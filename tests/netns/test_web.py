@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,17 +246,37 @@ def test_a_request_that_another_site_forges_is_refused(fleet: Fleet) -> None:
         stop(other)
 
 
+@contextmanager
+def shown_fleet(fleet: Fleet) -> Iterator[None]:
+    """Where pictures are taken for the documentation, there is something to see on them."""
+    if not os.environ.get("SIDEROLINK_PICTURES"):
+        yield
+        return
+    fleet.command("machine", "rename", FIRST, "berlin-1")
+    fleet.command("machine", "note", FIRST, "behind the door")
+    fleet.command("machine", "label", FIRST, "site=berlin", "rack=1")
+    command = [*COMMAND, "simulate", URL, "--machines", "11", "--tunnel-share", "0.3", "--json"]
+    simulated = fleet.hosts[1].popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert simulated.stdout is not None
+        simulated.stdout.readline()
+        yield
+    finally:
+        stop(simulated)
+        fleet.command("machine", "rename", FIRST, "")
+
+
 def test_it_keeps_nobody_out(fleet: Fleet) -> None:
     """axe, in the dark on a narrow screen and in the light on a wide one; and the keyboard."""
-    with visitor(fleet.browser, BASE, color_scheme="dark", viewport={"width": 390, "height": 844}) as page:
+    with shown_fleet(fleet), visitor(fleet.browser, BASE, color_scheme="dark", viewport={"width": 390, "height": 844}) as page:
         page.goto("/sign-in")
         assert faults_of(page) == []
         sign_in(page, fleet.keys["admin"])
         page.keyboard.press("Tab")
         expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
         machine = json.loads(fleet.command("machine", "show", FIRST, "-o", "json"))["id"]
-        short = ("/", f"/machines/{machine}")
-        paths = (*short, "/machines", "/tokens", "/bans", "/limits", "/audit", "/servers")
+        short = ("/", f"/machines/{machine}", "/machines", "/limits")
+        paths = (*short, "/tokens", "/bans", "/audit", "/servers")
         for scheme, width in (("dark", 390), ("light", 1280)):
             page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
             page.set_viewport_size({"width": width, "height": 844})
