@@ -122,6 +122,34 @@ async def test_a_damaged_file_is_left_alone(tmp_path: Path) -> None:
     assert "is damaged" in await refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("machines.node_uuid", "x'ff00ff'"),
+        ("machines.public_key", "'text'"),
+        ("machines.created_at", "'text'"),
+        ("machines.seen_at", "x'00'"),
+        ("machines.revision", "9e999"),
+        ("machines.rate_rx", "'text'"),
+        ("machines.was_linked", "'text'"),
+        ("machines.unique_token_digest", "5"),
+        ("bans.reason", "x'ff'"),
+        ("bans.created_at", "'text'"),
+    ],
+)
+async def test_a_value_of_another_type_than_its_column_is_damage(tmp_path: Path, column: str, value: str) -> None:
+    """SQLite lets anybody write one, in any column."""
+    path = tmp_path / "state"
+    await fill(path)
+    async with SqlStore.open(path) as store:
+        await store.transact(lambda transaction: transaction.set_banned(Ban(value="uuid-9"), True))
+    table, _, name = column.partition(".")
+    with closing(sqlite3.connect(path)) as database, database:
+        assert database.execute(f"UPDATE {table} SET {name} = {value}").rowcount == 1
+        database.execute("PRAGMA journal_mode=DELETE")
+    assert f"is damaged; it was not changed: a row has no proper value in {column}" in await refusal(path)
+
+
 async def test_a_file_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "state"
     await fill(path)

@@ -13,20 +13,45 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from sqlalchemy import URL, Connection, event, inspect, text
+from sqlalchemy import (
+    URL,
+    Boolean,
+    Column,
+    Connection,
+    Float,
+    Integer,
+    LargeBinary,
+    Text,
+    event,
+    func,
+    inspect,
+    literal,
+    or_,
+    select,
+    text,
+)
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.types import TypeEngine
 
 from siderolink.common.errors import StoreError, StoreFullError
 from siderolink.common.text import one_line
 from siderolink.server.store.sql.schema import HEAD, upgrade
+from siderolink.server.store.sql.tables import metadata
 
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x53444C4B
 """The application id in our SQLite files (bytes 68 to 71 of the header)."""
 _MAGIC = b"SQLite format 3\0"
+_STORAGE: list[tuple[type[TypeEngine[Any]], list[str]]] = [
+    (Text, ["text"]),
+    (LargeBinary, ["blob"]),
+    (Float, ["real", "integer"]),
+    (Integer, ["integer"]),
+    (Boolean, ["integer"]),
+]
 _HEADER_BYTES = 100
 _FULL = "database or disk is full"
 CLOSE_SECONDS = 5.0
@@ -136,6 +161,25 @@ def _check(connection: Connection, path: Path) -> None:
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if tables else None
         if version != HEAD:
             upgrade(connection, version, f"the state file {path}")
+        odd = _odd_column(connection)
+        if odd is not None:
+            raise StoreError(f"the state file {path} is damaged; it was not changed: a row has no proper value in {odd}")
+
+
+def _odd_column(connection: Connection) -> str | None:
+    """A column with a value of another type than the column's, which SQLite lets anybody write; None where there is none."""
+    for table in metadata.sorted_tables:
+        is_odd = {str(column): func.typeof(column).not_in(_storage(column)) for column in table.columns}
+        if connection.execute(select(literal(1)).select_from(table).where(or_(*is_odd.values())).limit(1)).first() is not None:
+            row = connection.execute(select(*is_odd.values()).where(or_(*is_odd.values())).limit(1)).one()
+            return next(name for name, is_this in zip(is_odd, row, strict=True) if is_this)
+    return None
+
+
+def _storage(column: Column[Any]) -> list[str]:
+    """How SQLite may store the column's values."""
+    kinds = next(kinds for of, kinds in _STORAGE if isinstance(column.type, of))
+    return [*kinds, "null"] if column.nullable else kinds
 
 
 @contextmanager
