@@ -65,7 +65,7 @@ async def fill(office: Office, machines: int, tokens: int) -> None:
 
 
 async def measure(name: str, call: Callable[[], Awaitable[object]]) -> None:
-    """Both ends are in this process; the loop is held by the server's part and by the client's."""
+    """Both ends run in this process: server and client both block the loop."""
     held = [0.0]
 
     async def turn() -> None:

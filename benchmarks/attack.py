@@ -42,9 +42,9 @@ OVERLAY = "fdae:41e4:649b:9303::1"
 PORT = 4000
 JOIN_SECONDS, PING_MS, MEMORY_MB = 1.0, 20.0, 64.0
 KEPT_MB = 4.0
-"""How much the second attack may add to what the allocator has kept from the first."""
+"""How much memory the second attack may add to that kept by the allocator after the first."""
 SETTLE_SECONDS = 35.0
-"""Until what waits for an attacker that went away has met its time limit."""
+"""Long enough for everything that waits for a closed attacker to time out."""
 
 PROVISION = "/sidero.link.ProvisionService/Provision"
 STREAM = "/sidero.link.WireGuardOverGRPCService/CreateStream"
@@ -211,7 +211,7 @@ KINDS: dict[str, Callable[[Stranger], Awaitable[None]]] = {
 
 
 async def strangers(kinds: list[str], connections: int, seconds: float) -> None:
-    """Attack by each kind on so many connections at a time, a new one whenever one ends; prints how many there were."""
+    """Attack with each kind on `connections` connections at a time, replacing each that ends; prints their number."""
     until = time.monotonic() + seconds
     opened = dict.fromkeys(kinds, 0)
 
@@ -242,7 +242,7 @@ async def strangers(kinds: list[str], connections: int, seconds: float) -> None:
 
 
 async def joins(seconds: float) -> None:
-    """Provision on a new connection every quarter of a second; prints how long each took."""
+    """Call Provision on a new connection every 0.25 s; prints how long each call took."""
     key = PrivateKey.generate().public_key().encode()
     request = ProvisionRequest(node_uuid=str(uuid.uuid4()), node_public_key=key, join_token=TOKEN, node_unique_token="bench")
     took: list[float] = []
@@ -254,14 +254,14 @@ async def joins(seconds: float) -> None:
             async with asyncio.timeout(10), open_channel(SERVER, PORT) as channel:
                 await ProvisionServiceStub(channel).provision(request)
             took.append(time.monotonic() - started)
-        except Exception as error:  # whatever it is, the machine did not join
+        except Exception as error:  # after any error, the machine did not join
             failed.append(f"{type(error).__name__}: {error}")
         await asyncio.sleep(0.25)
     print(json.dumps({"took": took, "failed": failed}))
 
 
 def host_busy() -> float:
-    """Seconds that all processors together were not idle."""
+    """Busy seconds of all processors together."""
     fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
@@ -348,8 +348,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--connections", type=int, default=2, help="of each kind at a time")
-    parser.add_argument("--settle", type=float, default=SETTLE_SECONDS, help="seconds before memory is looked at again")
-    parser.add_argument("--only", default=",".join(KINDS), help="kinds of attack, by commas")
+    parser.add_argument("--settle", type=float, default=SETTLE_SECONDS, help="seconds before memory is measured again")
+    parser.add_argument("--only", default=",".join(KINDS), help="kinds of attack, separated by commas")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--joins", action="store_true", help=argparse.SUPPRESS)

@@ -39,17 +39,17 @@ NAMES = {"native": "siderolink, compiled core", "pure": "siderolink, pure Python
 PORT = 51820
 INNER = ipaddress.ip_address("fd00::1")
 SIZES = (64, 64, 64, 64, 96, 128, 256, 512)
-"""Bytes of an echo request with its IPv6 header: mostly what acknowledgements and keepalives of programs take."""
+"""Bytes of an echo request with its IPv6 header: a common size of programs' acknowledgements and keepalives."""
 WINDOW = 256
-"""Echo requests under way."""
+"""Echo requests in flight."""
 ROUND = 60
-"""Echo requests of each peer that are sealed in advance for one round."""
+"""Echo requests that each peer seals in advance for one round."""
 _IP_PKTINFO = 8
 _PKTINFO = struct.Struct("=i4s4s")
 
 
 class Place:
-    """Where a peer is; keeps what its engine sends."""
+    """A peer's path; keeps the datagrams that its engine sends."""
 
     headroom = 0
     batch_bytes = spare_bytes = 1 << 16
@@ -112,11 +112,11 @@ class Crowd:
         self._random = random.Random(7)
 
     def shake_hands(self) -> float:
-        """With all; returns the handshakes that were completed in a second."""
+        """Shake hands with all; returns the completed handshakes per second."""
         began = time.perf_counter()
         waiting = list(self.players)
         while waiting:
-            for player in waiting[:64]:  # no more than the server's buffer holds
+            for player in waiting[:64]:  # no more than fit the server's buffer
                 player.engine.handshake(player.server, boot_time())
                 self._flush(player)
             end = time.perf_counter() + 0.5
@@ -137,7 +137,7 @@ class Crowd:
             self._socket.sendmsg((datagram,), player.control, 0, self._target)
 
     def run(self, seconds: float, burst: int) -> tuple[int, float, float]:
-        """Echoes, the seconds that they took, and the part of the requests that was lost."""
+        """The number of echoes, their seconds, and the share of lost requests."""
         turns = [player for player in self.players for _ in range(ROUND // burst)]
         self._random.shuffle(turns)
         sequence = iter(range(len(turns) * burst))
@@ -165,7 +165,7 @@ class Crowd:
 
 @contextmanager
 def served(command: Sequence[str], count: int) -> Iterator[tuple[WireguardGo, Crowd, Namespace]]:
-    """A server by this command, and its peers."""
+    """A server started by this command, and its peers."""
     key = PrivateKey.generate()
     with ExitStack() as stack:
         net = stack.enter_context(direct())
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burst", type=int, default=1, help="packets of one peer in a row")
     parser.add_argument("--carriers", default=",".join(NAMES), help=f"which of {', '.join(NAMES)}")
-    parser.add_argument("--wireguard-go", metavar="PATH", help="the newest one, if it is not to be built")
+    parser.add_argument("--wireguard-go", metavar="PATH", help="the newest wireguard-go (default: it is built)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     figures: dict[str, dict[str, list[float]]] = {}
@@ -221,7 +221,7 @@ def main() -> None:
                 echoes, taken, lost = crowd.run(options.seconds, options.burst)
                 figures[name]["packets"].append(2 * echoes / taken)
                 figures[name]["lost"].append(lost)
-                # processor time of the server's process for a packet, either way; a clock of 10 ms
+                # processor time of the server's process per packet, in either direction; the clock's resolution is 10 ms
                 figures[name]["us"].append((processor(server.pid) - before) / max(1, echoes) * 5e5)
     if options.json:
         print(json.dumps(figures))

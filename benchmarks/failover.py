@@ -63,7 +63,7 @@ class Place:
     database: str
 
     def owners(self) -> dict[str, tuple[str | None, int]]:
-        """The address of the server that owns each machine, by UUID, and how often it was taken."""
+        """By UUID, the address of each machine's owner, and how often the link changed owners."""
         found = self.cluster.execute(_OWNERS, self.database)
         return {str(node_uuid): (None if owner is None else str(owner), int(str(epoch))) for node_uuid, owner, epoch in found}
 
@@ -119,7 +119,7 @@ def uuid_of(machine: Machine) -> str:
 
 
 def initiations(record: Record, since: int, server: str | None = None) -> Counter[tuple[str, int]]:
-    """How many the servers sent, by the machine's port."""
+    """How many initiations the servers sent, by the machine's port."""
     return Counter(
         (one.server, one.port)
         for one in record.seen[since:]
@@ -168,7 +168,7 @@ def kill_one(options: argparse.Namespace) -> None:
 
 
 def comes_back(net: Place, victim: Served, record: Record, before: dict[str, tuple[str | None, int]]) -> None:
-    """It begins no handshake with machines that others have, and takes what comes to it from then on."""
+    """It starts no handshake with machines of other servers, and accepts those that begin one."""
     mark, lines = record.mark(), len(victim.lines)
     victim.start()
     time.sleep(30)
@@ -191,16 +191,16 @@ WAYS = (("UDP", ""), ("the tunnel", "&grpc_tunnel=true"))
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one turn measured."""
+    """The results of one round."""
 
     joins: float
     """A second."""
     servers: float
-    """Milliseconds of processor time of all servers for a join."""
+    """Milliseconds of processor time of all servers per join."""
     database: float
     """Of Postgres."""
     memory: float
-    """Kilobytes of all servers for a machine."""
+    """Kilobytes of all servers per machine."""
     serving: float
     """Seconds from the start of all servers at once until each serves."""
     restart: float
@@ -214,7 +214,7 @@ def processor_of(servers: Sequence[Served]) -> float:
 
 
 def load(count: int, machines: int, *, kills: bool) -> Load:
-    """Machines join, connect, and come back after all servers were stopped and started at once."""
+    """Machines join, connect, and reconnect after all servers were stopped and started at once."""
     with place(count, "--drain-timeout", "0") as net, ExitStack() as stack:
         empty = sum(resident(server.pid) for server in net.servers)
         share = machines // 3
@@ -255,7 +255,7 @@ def load(count: int, machines: int, *, kills: bool) -> Load:
 
 
 def compare_loads(rounds: int, machines: int) -> None:
-    """One server and three, by turns; then the medians."""
+    """Measure one server and three in turn; then print the medians."""
     found: dict[int, list[Load]] = {1: [], 3: []}
     for turn in range(rounds):
         for count in (1, 3) if turn % 2 == 0 else (3, 1):

@@ -48,7 +48,7 @@ def ignore(*_: object) -> None:
 
 
 def batch_costs(packet: Packet, gso_size: int) -> dict[str, float]:
-    """A full super-packet in one go."""
+    """A full super-packet at once."""
     frame = memoryview(packet.frame(gso_size))
     splitter, sealer, opener = Splitter(1280), Sealer(), Opener()
     merger = Merger(uso=True)

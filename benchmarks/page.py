@@ -74,7 +74,7 @@ STREAM = """async (seconds) => {
 
 @dataclass(slots=True)
 class Turn:
-    """What one turn measured."""
+    """The results of one round."""
 
     page_cpu: float
     server_cpu: float
@@ -90,7 +90,7 @@ class Served:
     key: str
     """An API key."""
     address: str
-    """Of the machine that stays."""
+    """The overlay address of the permanent machine."""
 
 
 @dataclass(slots=True)
@@ -117,7 +117,7 @@ def page_process(server: int) -> int:
 
 @contextmanager
 def on_processors(half: slice) -> Iterator[None]:
-    """Run what is started meanwhile on one half of the processors; a single processor is shared by all."""
+    """Run processes started in the block on one half of the processors; all share a single processor."""
     every = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, every[half] or every)
     try:
@@ -134,7 +134,7 @@ def halves() -> tuple[slice, slice]:
 
 @contextmanager
 def fleet(net: Net, folder: Path, machines: int, churn: float) -> Iterator[Served]:
-    """A server with its page, one machine that stays, and others that come and go."""
+    """A server with its page, one permanent machine, and others that join and leave."""
     environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "run")}
     listen = ["--api-listen", f"{SERVER_V4}:4000", "--wireguard-endpoint", f"{SERVER_V4}:51820", "--web-listen", "8096"]
     kept = ["--state", str(folder / "state"), "--join-token", "foo", "--device", "userspace"]
@@ -154,7 +154,7 @@ def fleet(net: Net, folder: Path, machines: int, churn: float) -> Iterator[Serve
         many = ["--machines", str(machines), "--churn", str(churn), "--sources", SOURCES, "--at-once", "64", "--timeout", "600"]
         address = ""
         steady_one = ["--machines", "1", "--sources", ONE_SOURCE]
-        for some, half in ((steady_one, ours), (many, others)):  # the one that stays is pinged
+        for some, half in ((steady_one, ours), (many, others)):  # the permanent one is pinged
             with on_processors(half):
                 swarm = net.machine.popen([*COMMAND, "simulate", URL, "--json", *some], stdout=subprocess.PIPE)
             stack.callback(stop, swarm)
@@ -170,7 +170,7 @@ def fleet(net: Net, folder: Path, machines: int, churn: float) -> Iterator[Serve
 
 @contextmanager
 def browser_elsewhere(net: Net, folder: Path) -> Iterator[Browser]:
-    """A browser that takes no processor from the server."""
+    """A browser on other processors than the server's."""
     with ExitStack() as stack:
         with on_processors(halves()[1]):
             browser = stack.enter_context(browser_in(net.server, folder))
@@ -247,7 +247,7 @@ def show(results: Results) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machines", type=int, default=10_000)
-    parser.add_argument("--churn", type=float, default=50.0, help="machines that are replaced each second")
+    parser.add_argument("--churn", type=float, default=50.0, help="machines replaced per second")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--json", type=Path)

@@ -30,7 +30,7 @@ ADDRESSES = ("fd00::1", "fd00::2")
 
 
 class Interface:
-    """Gives what it is filled with, and counts what it takes."""
+    """Yields the frames put into it, and counts those written to it."""
 
     tso = uso = True
     frame = memoryview(b"")
@@ -62,7 +62,7 @@ class Interface:
 
 
 class Wire:
-    """A path that keeps what is sent, as it arrives."""
+    """A path that keeps the datagrams sent to it as a receiver gets them."""
 
     headroom = 0
     batch_bytes = spare_bytes = 1 << 18
@@ -74,7 +74,7 @@ class Wire:
         self.sent: list[Datagrams] = []
 
     def send(self, datagrams: Datagrams) -> None:
-        """The buffer is the sender's again, so copy it, in parts as a socket does; neighbours of one length join, as by GRO."""
+        """Copy the buffer, which the sender reuses, in parts like a socket; neighbours of one length are joined as by GRO."""
         step = max(1, _LARGEST // datagrams.stride)
         for first in range(0, datagrams.count, step):
             count = min(step, datagrams.count - first)

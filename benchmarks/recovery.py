@@ -40,11 +40,11 @@ URL = f"grpc://{API}?jointoken={TOKEN}"
 TUNNEL_URL = f"{URL}&grpc_tunnel=true"
 RULES = "table inet fault {{\n chain input {{ type filter hook input priority 0; {0}; }}\n}}\n"
 SETTLE = 12.0
-"""Seconds a link stands before anything happens to it; the kept connection means something after five."""
+"""Seconds that a link is up before a fault; a kept connection counts only after five."""
 
 
 class Machine(Protocol):
-    """What a swarm is made of."""
+    """The kind of machine in a swarm."""
 
     answers: Answers
 
@@ -60,7 +60,7 @@ class Figure:
     event: str
     machines: int
     seconds: tuple[float, ...]
-    """Of those that came back."""
+    """The reconnection times."""
     reach: float
 
     def row(self) -> str:
@@ -72,10 +72,10 @@ class Figure:
 
 
 class Swarm:
-    """Machines that run on one loop until the body ends."""
+    """Machines on one loop that run until the body ends."""
 
     def __init__(self, machines: Sequence[Machine], is_silent: Callable[[Machine], bool], *, every: float = 1.0) -> None:
-        """Each sends a packet `every` so many seconds, but for those that are silent."""
+        """Each sends a packet every `every` seconds, except silent ones."""
         self.machines = machines
         self._is_silent = is_silent
         self._pause = every / 50
@@ -124,7 +124,7 @@ def figure(event: str, machines: Sequence[Machine], since: float, reach: float) 
 
 
 def restart(server: Served, swarm: Swarm, within: float) -> float:
-    """Kill the server, start it again, wait for the machines; the moment at which it listened."""
+    """Kill and restart the server, and wait for the machines; returns when it listened."""
     server.kill()
     watch_all(swarm)
     server.start()
@@ -175,7 +175,7 @@ def restart_of_others(net: Net, folder: Path, options: argparse.Namespace) -> li
 
 
 def ping_from_server(net: Net, machines: Sequence[TalosMachine], stack: ExitStack) -> None:
-    """Idle machines send nothing by themselves, so the server asks after them every second."""
+    """Idle machines send nothing by themselves, so the server pings them every second."""
     for machine in machines:
         assert machine.provisioned is not None
         address = str(machine.provisioned.address.ip)
@@ -201,11 +201,11 @@ def rotated_key(net: Net, folder: Path, options: argparse.Namespace) -> list[Fig
     ]
 
 
-# One link, and what happens to it
+# One link and its faults
 
 
 class Joined:
-    """A link with an interface, and what it told."""
+    """A link with an interface, and its events."""
 
     def __init__(self, namespace: Namespace, portal: BlockingPortal, link: Link, events: list[LinkEvent]) -> None:
         self.namespace, self.portal, self.link, self.events = namespace, portal, link, events
@@ -240,7 +240,7 @@ def roaming(net: Net, folder: Path, options: argparse.Namespace) -> list[Figure]
 
 
 def cut(net: Net, folder: Path, options: argparse.Namespace) -> list[Figure]:
-    """The stream's connection is reset for a moment. It counts from the reset to the handshake by the new stream."""
+    """The stream's connection is reset for a moment. Counts from the reset to the handshake through the new stream."""
     with served(net.server, folder), joined(net, TUNNEL_URL) as machine:
         time.sleep(SETTLE)
         net.server.run(["ss", "-K", "sport", "=", ":4000"])
@@ -255,7 +255,7 @@ def cut(net: Net, folder: Path, options: argparse.Namespace) -> list[Figure]:
 
 
 def blackhole(net: Net, folder: Path, options: argparse.Namespace) -> list[Figure]:
-    """One connection is dropped silently; a new one would pass. Counts to the first packet that is answered, under traffic."""
+    """One connection is dropped silently; a new one would pass. Counts to the first answered packet, under traffic."""
     with served(net.server, folder), joined(net, TUNNEL_URL) as machine:
         time.sleep(SETTLE)
         [line] = [text for text in net.machine.run(["ss", "-Htn", "dst", f"{SERVER}:4000"]).splitlines() if "ESTAB" in text]
@@ -280,7 +280,7 @@ def network_down(net: Net, folder: Path, options: argparse.Namespace) -> list[Fi
 
 
 def dead_endpoint(net: Net, folder: Path, options: argparse.Namespace) -> list[Figure]:
-    """The first endpoint leads to nobody. Counts from the link's beginning to the first handshake."""
+    """Nothing listens at the first endpoint. Counts from the link's start to the first handshake."""
     net.server.add_address("eth0", "192.0.2.3/24")
     net.server.nft(RULES.format(f"ip daddr {SERVER} udp dport 51820 drop"))
     more = ("--wireguard-endpoint", "192.0.2.3:51820")

@@ -22,7 +22,7 @@ SHAPES = ((1, 64), (8, 8), (64, 1), (500, 1))
 
 @dataclass(slots=True)
 class Counted:
-    """What reading took."""
+    """The cost of reading."""
 
     datagrams: int = 0
     calls: int = 0

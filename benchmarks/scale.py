@@ -34,7 +34,7 @@ from tests.support.crowd import event_costs, open_crowd
 from tests.support.topology import SERVER_V4, Net
 
 _SETTLE_SECONDS = 8.0
-"""Within so long everything is written that a connection leaves to be written."""
+"""Long enough for the pending writes of a connection to be done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Figure:
     value: float
     unit: str
     against: str = ""
-    """What the same run gave for the other side of the comparison."""
+    """The other side's result in the same run."""
     reach: float | None = None
     at_most: bool = False
     """Whether the reach is an upper bound."""
@@ -65,7 +65,7 @@ class Options:
 
 
 def measure_joins(options: Options) -> Iterator[Figure]:
-    """Fresh connections, 32 at a time: the bare handler and ours in turn, by rate and by the server's processor time."""
+    """New connections, 32 at a time, to a bare handler and to Provision in turn: the rate and the server's processor time."""
     if options.joinload is None:
         print("joins: no load generator; see --joinload", file=sys.stderr)
         return

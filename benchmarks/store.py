@@ -96,7 +96,7 @@ def cpu() -> float:
 
 def syncs(cluster: Cluster) -> int:
     """How often Postgres waited for the disk."""
-    time.sleep(1.1)  # it counts with a delay
+    time.sleep(1.1)  # its counters are delayed
     return int(str(cluster.execute("SELECT wal_sync FROM pg_stat_wal")[0][0]))
 
 
@@ -104,7 +104,7 @@ def syncs(cluster: Cluster) -> int:
 
 
 async def join_all(store: Store, joins: int, at_once: int, tokens: Sequence[str] = ("given",)) -> tuple[float, float]:
-    """Joins a second by these join tokens, and this process's processor time for one in milliseconds."""
+    """Joins per second with these join tokens, and this process's milliseconds of processor time per join."""
     clock = Clock(time=store.time)
     rows = Rows(overlay_prefix(), MachineLimits(max_machines=10**9, max_pending=10**9), clock)
     admission = Admission(NobodyLives(), rows, clock, TokenRules(store.sealer, clock))
@@ -172,7 +172,7 @@ async def measure_tokens(options: argparse.Namespace, cluster: Cluster) -> None:
 
 
 async def timed(work: Callable[[int], Awaitable[object]]) -> str:
-    """Milliseconds, the median and the 99th of a hundred, one after the other."""
+    """The median and the 99th percentile of a hundred consecutive runs, in milliseconds."""
     taken: list[float] = []
     for number in range(_SAMPLES):
         began = time.perf_counter()
@@ -245,7 +245,7 @@ _IDLE_SECONDS = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A database with rows, a server that follows it, and another one, which is this process, that changes rows."""
+    """A database with rows, a server that follows it, and another server (this process) that changes rows."""
 
     rows: int
     where: str
@@ -275,7 +275,7 @@ async def _side(stack: contextlib.AsyncExitStack, cluster: Cluster, rows: int) -
 
 
 async def _change(side: Side, kind: str, count: int) -> None:
-    """That many changes of one kind, by the other server."""
+    """The other server makes `count` changes of one kind."""
     store = side.store
     if kind == "join":
         await join_all(store, count, 16)
@@ -303,7 +303,7 @@ async def _change(side: Side, kind: str, count: int) -> None:
 
 
 async def _costs(side: Side, cluster: Cluster, kind: str, count: int) -> tuple[float, float]:
-    """Milliseconds of processor time for each change: the server's that follows, and Postgres's, beyond what they use idle."""
+    """Milliseconds of processor time per change beyond idle: of the following server and of Postgres."""
 
     def used() -> tuple[float, float, float]:
         return side.server.cpu, cluster_processor(cluster), time.perf_counter()
@@ -356,7 +356,7 @@ def measure_fleet(options: argparse.Namespace, cluster: Cluster) -> None:
                 joined = swarm.phase()
                 swarm.phase()
                 memory = (server.settle() - empty) / options.machines
-                time.sleep(8.0)  # until all sightings are written
+                time.sleep(8.0)  # all sightings are written by then
                 server.stop()
                 began = time.perf_counter()
                 server = ServerProcess(net, state=where)
@@ -385,10 +385,10 @@ _CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = '
 
 
 def measure_hour(options: argparse.Namespace, cluster: Cluster) -> None:
-    """What Postgres counts while machines join, and while they are connected."""
+    """Postgres's counters while machines join, and while they are connected."""
 
     def counted(url: str) -> dict[str, float]:
-        time.sleep(2.0)  # it counts with a delay
+        time.sleep(2.0)  # its counters are delayed
         with psycopg.connect(url, autocommit=True) as connection:
             found = {name: float(connection.execute(query).fetchone()[0]) for name, query in _COUNTED.items()}  # type: ignore[index]
         return found | {"s of the server's processor time": server.cpu, "s of Postgres's": cluster_processor(cluster)}

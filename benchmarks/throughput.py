@@ -66,7 +66,7 @@ def iperf(carried: Carried, seconds: float, *more: str) -> dict[str, Any]:
             raise RuntimeError(f"{' '.join(command)} did not end\n{_state(carried)}") from error
         if not any(sign in found.get("error", "") for sign in ("busy", "reset by peer")):
             break
-        time.sleep(0.5)  # the server is still ending the flow before
+        time.sleep(0.5)  # the server is still closing the previous flow
     if "error" in found:
         raise RuntimeError(f"iperf3: {found['error']}")
     end: dict[str, Any] = found["end"]
@@ -74,7 +74,7 @@ def iperf(carried: Carried, seconds: float, *more: str) -> dict[str, Any]:
 
 
 def _state(carried: Carried) -> str:
-    """Whether the link still carries packets, and what both ends' TCP waits for."""
+    """Whether the link still carries packets, and the state of both ends' TCP."""
     pings = carried.machine.run(["ping", "-c", "3", "-i", "0.2", carried.address], check=False)
     ends = [f"{end.name}:\n{end.run(['ss', '-tinmo'], check=False)}" for end in (carried.machine, carried.server)]
     return "\n".join((pings, *ends))
@@ -91,7 +91,7 @@ def tcp(carried: Carried, seconds: float) -> Values:
             retransmits += end["sum_sent"].get("retransmits") or 0
             segments += end["sum_sent"]["bytes"] / 1208
             if streams == "1" and way == "up":
-                # the omitted first second is work, too
+                # the omitted first second costs work, too
                 share = seconds / (seconds + 1)
                 yield "processor time, TCP 1 flow", (carried.cpu() - before) * share * 1e3 / (received["bytes"] / 1e7)
     yield "TCP retransmits", retransmits / segments * 10_000
@@ -130,7 +130,7 @@ def listen(namespace: Namespace) -> None:
     while "listening" not in server.stdout.readline():
         if server.poll() is not None:
             raise RuntimeError("iperf3 did not start")
-    # it stands still once nobody reads what it says of each run
+    # it blocks if nobody reads its output
     threading.Thread(target=server.stdout.read, daemon=True).start()
 
 
@@ -155,7 +155,7 @@ def carriers(wanted: Sequence[str], newest: str | None) -> dict[str, Carrier]:
 
 
 def measure(made: dict[str, Carrier], what: Sequence[str], seconds: float, rounds: int) -> tuple[Report, int]:
-    """The report, and how many measures failed; each is told at once, and the others go on."""
+    """The report and the number of failed measures. A failure is printed at once, and the others continue."""
     failed = 0
     report = Report(MEASURES, [NAMES[key] for key in made])
     kinds: dict[str, Callable[[Carried, float], Values]] = {"tcp": tcp, "udp": udp, "ping": ping}
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(REPEATED), help="which of tcp, udp and ping")
     parser.add_argument("--carriers", default=",".join(NAMES), help=f"which of {', '.join(NAMES)}")
-    parser.add_argument("--wireguard-go", metavar="PATH", help="the newest one, if it is not to be built")
+    parser.add_argument("--wireguard-go", metavar="PATH", help="the newest wireguard-go (default: it is built)")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="where throughput.json and throughput.svg go")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args()

@@ -26,7 +26,7 @@ ROWS = 49
 
 
 class Raw:
-    """A message whose protobuf form is kept as it is."""
+    """A message of raw bytes."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -41,7 +41,7 @@ class Raw:
 
 @dataclass
 class Count:
-    """What the receiving end has seen."""
+    """What the receiving end has received."""
 
     messages: int = 0
 
@@ -81,7 +81,7 @@ async def plain_grpclib(seconds: float, size: int, count: Count) -> None:
 
 
 def tunnel(rows: int) -> Callable[[float, int, Count], Awaitable[None]]:
-    """Our path, sending batches of `rows`."""
+    """The package's path, which sends batches of `rows`."""
 
     async def run(seconds: float, size: int, count: Count) -> None:
         async def receive(stream: ByteStream) -> None:

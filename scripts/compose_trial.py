@@ -2,10 +2,10 @@
 
     sudo .venvs/3.11/bin/python scripts/compose_trial.py
 
-All is read from the compose file and the Dockerfile: commands, variables, addresses, published ports, secrets, configurations,
-rights, health checks and the time to stop. What the file leaves to an image is done as the image's own page documents it, with
-Debian's Postgres and HAProxy. Machines join from outside, by UDP and by the tunnel. Then one server is drained by a command and
-one is killed, and no new connection comes to either.
+It reads everything from the compose file and the Dockerfile: commands, variables, addresses, published ports, secrets,
+configurations, capabilities, health checks and the stop timeout. It replaces the images by Debian's Postgres and HAProxy, set
+up as the images' pages document. Machines join from outside, over UDP and through the tunnel. Then one server is drained by a
+command and one is killed, and neither gets new connections.
 """
 
 import json
@@ -38,10 +38,10 @@ from tests.support.netns import Namespace, link  # noqa: E402
 
 IMAGE = ROOT / "packaging" / "image"
 NETWORKS = ("192.0.2", "198.51.100")
-"""Of the two machines; the host has the first address in each, and is called by that of the first."""
+"""The networks of the two machines. The host has the first address in each; clients call its address in the first."""
 PUBLIC = f"{NETWORKS[0]}.1"
 SOURCES = "198.18.0.0/24"
-"""New connections come from all of these addresses."""
+"""The source addresses of new connections."""
 GATEWAY_BITS = 24
 
 
@@ -50,7 +50,7 @@ def say(text: str) -> None:
 
 
 def within(seconds: float, what: str, is_so: Callable[[], bool]) -> float:
-    """Seconds until it was so."""
+    """Wait until the condition is true; returns the seconds it took."""
     began = time.monotonic()
     while not is_so():
         if time.monotonic() - began > seconds:
@@ -87,14 +87,14 @@ def seconds(text: str) -> float:
 
 @dataclass
 class Container:
-    """One service: a network namespace, and a mount namespace in which its files are where the compose file puts them."""
+    """One service: a network namespace, and a mount namespace with its files at the compose file's paths."""
 
     name: str
     service: dict[str, Any]
     host: Namespace
     address: str
     mounts: str
-    """A shell script that makes its files."""
+    """A shell script that mounts its files."""
     environment: dict[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[str] | None" = None
 
@@ -111,7 +111,7 @@ class Container:
             )
 
     def _rights(self) -> str:
-        """As Docker gives them: root, with what `cap_add` says where all else is dropped."""
+        """Docker's capabilities: root's, or only those of `cap_add` if all are dropped."""
         if self.service.get("cap_drop") != ["ALL"]:
             return ""
         kept = ",".join(f"+{name.lower()}" for name in self.service["cap_add"])
@@ -140,7 +140,7 @@ class Container:
         return self.exec(command, check=False).returncode == 0
 
     def stop(self) -> float:
-        """SIGTERM, and the seconds until it ended, which have to be within `stop_grace_period`; the exit status has to be 0."""
+        """Send SIGTERM and return the seconds until it ended: within `stop_grace_period`, with exit status 0."""
         assert self.process is not None
         began = time.monotonic()
         self.process.terminate()
@@ -186,7 +186,7 @@ class Trial:
         self.servers = [one for one in self.containers.values() if one.service["image"] == "siderolink"]
         self.balancer, self.postgres = self.containers["balancer"], self.containers["postgres"]
 
-    # --- what compose makes
+    # --- the work of compose
 
     def _make_secrets(self) -> None:
         root = make_certificate("trial root")
@@ -232,14 +232,14 @@ class Trial:
         for config in service.get("configs", []):
             file, target = self.folder / f"{name}-{config['source']}", Path(config["target"])
             file.write_text(self.compose["configs"][config["source"]]["content"])
-            # the host's folder is not to be written to
+            # the host's folder must not be written to
             script.append(f"mount -t tmpfs tmpfs {target.parents[1]}; mkdir -p {target.parent}; cp {file} {target}")
         if service.get("read_only"):
             script.append("mount -o remount,bind,ro /")
         return "; ".join(script)
 
     def _publish(self) -> None:
-        """As Docker does it: the destination is rewritten, the source stays."""
+        """Like Docker: rewrite the destination, keep the source."""
         rules = []
         for one in self.containers.values():
             for port in one.service.get("ports", []):
@@ -265,7 +265,7 @@ class Trial:
         return self.folder / f"{name}.log"
 
     def start_postgres(self) -> None:
-        """As the image's page says: made by POSTGRES_*, with passwords from everywhere, listening on every address."""
+        """Like the image: created from POSTGRES_*, password authentication from everywhere, listening on every address."""
         given = self.postgres.service["environment"]
         data = self.folder / "database"
         data.mkdir()
@@ -311,7 +311,7 @@ class Trial:
         server.start([sys.executable, "-m", "siderolink", *server.service["command"]], self.log(server.name))
 
     def is_healthy(self, server: Container) -> bool:
-        """As the image's HEALTHCHECK asks."""
+        """The image's HEALTHCHECK."""
         return server.is_healthy([sys.executable, *self.health[1:]])
 
     def start_balancer(self) -> None:
@@ -325,10 +325,10 @@ class Trial:
         """As `docker exec NAME siderolink …`."""
         return server.exec([sys.executable, "-m", "siderolink", *arguments]).stdout
 
-    # --- what is seen
+    # --- observations
 
     def connections(self, count: int = 60) -> Counter[str]:
-        """Where the balancer sends new connections, each from another address, that shake hands by TLS and ask for HTTP/2."""
+        """Which servers get new connections from the balancer. Each comes from another address, with TLS and HTTP/2."""
         log = self.log("balancer")
         before = log.stat().st_size
         network = SOURCES.rpartition(".")[0]
@@ -357,7 +357,7 @@ for number in range(1, {count + 1}):
 
 
 def answered(trial: Trial, links: Sequence[Link]) -> None:
-    """The servers answer both machines."""
+    """Check that the servers answer both machines."""
     for number, (namespace, one) in enumerate(zip(trial.machines, links, strict=True)):
         command = ["ping", "-c1", "-W1", str(one.server_address)]
         took = within(60, "the server answers", lambda: " 0 received" not in namespace.run(command, check=False))  # noqa: B023

@@ -1,4 +1,4 @@
-"""What mkdocs does besides: files of the source tree that a page links to become part of the site."""
+"""mkdocs hooks: add the source files that pages link to to the site."""
 
 import posixpath
 import re

@@ -1,7 +1,7 @@
 """python -m scripts.draw_dashboard FILE.svg: panels of packaging/grafana-siderolink.json, drawn from a Prometheus's answers.
 
 A server, machines and a Prometheus run for some minutes in network namespaces, and things go wrong on purpose. Then each panel
-is drawn at its place from the answers to its queries. Grafana has no part in it. Needs root, prometheus, and `--group bench`.
+is drawn at its place from the answers to its queries. Grafana is not used. Needs root, prometheus, and `--group bench`.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from tests.support.serving import API, COMMAND, TOKEN, Served, served
 from tests.support.topology import SERVER_V4, Net, routed
 
 Answers = list[tuple[dict[str, str], list[dict[str, Any]]]]
-"""The targets of a panel, each with the series that its query gave."""
+"""The targets of a panel, each with the series of its query."""
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = ROOT / "packaging" / "grafana-siderolink.json"
 COLUMN, UNIT = 0.46, 0.27
-"""Inches that one column and one row of the dashboard's grid take."""
+"""Size of one column and one row of the dashboard's grid in inches."""
 STEP = 3
 RATE_INTERVAL = "24s"
 COLOURS = ("#0f8a7e", "#d98200", "#3b6fb6", "#b5433f", "#7a5aa6", "#6b8e23", "#c2588f", "#5a6772", "#2aa1c0", "#8a6d3b")
@@ -48,7 +48,7 @@ COLOURS = ("#0f8a7e", "#d98200", "#3b6fb6", "#b5433f", "#7a5aa6", "#6b8e23", "#c
 
 @contextmanager
 def fleet(seconds: float) -> Iterator[Watched]:
-    """A server that machines have joined and left, refused and lost for so long, and the Prometheus that watched it."""
+    """A server whose machines join, leave, fail and lose their links for `seconds`, and the Prometheus that scrapes it."""
     with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         net = stack.enter_context(routed(3))
@@ -73,7 +73,7 @@ def fleet(seconds: float) -> Iterator[Watched]:
 
 
 def live(net: Net, server: Served, folder: Path, stack: ExitStack, seconds: float) -> None:
-    """A day in a fleet's life, in minutes: many join, traffic flows, a token is revoked, a site is cut off and comes back."""
+    """A day of a fleet, in minutes: many join, traffic flows, a token is revoked, a site is cut off and reconnects."""
 
     def start(host: Namespace, *arguments: str) -> "subprocess.Popen[str]":
         environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / uuid.uuid4().hex)}
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def chosen(panels: Sequence[dict[str, Any]], rows: Sequence[str]) -> list[dict[str, Any]]:
-    """The panels of these rows, moved up to where the ones before leave room."""
+    """The panels of these rows, moved up to close gaps."""
     found: list[dict[str, Any]] = []
     kept, gap, row_at = False, 0, 0
     for panel in panels:
@@ -171,7 +171,7 @@ def draw(panels: Sequence[dict[str, Any]], answers: Sequence[Answers]) -> Figure
 def lines(axes: Axes, answer: Answers, unit: str) -> None:
     series = [(legend(target, found["metric"]), found["values"]) for target, all_found in answer for found in all_found]
     highest = {name: max(value(text) for _, text in values) for name, values in series}
-    # most reasons never come up; a legend has room for six
+    # most reasons never occur; a legend has room for six
     shown = [one for one in sorted(series, key=lambda one: -highest[one[0]]) if highest[one[0]] > 0][:6] or series[:3]
     for colour, (name, values) in zip(COLOURS, shown, strict=False):
         times = [date2num(datetime.fromtimestamp(at, UTC)) for at, _ in values]

@@ -1,6 +1,6 @@
 """Generate docs/serve.md and docs/commands.md from the code, and tables of figures from docs/throughput.json.
 
-With --check only tell whether they are fresh.
+With --check only report whether they are fresh.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def limits_table(key: str, model: type[BaseModel], kind: type, title: str) -> st
 
 
 def field_docs(kind: type) -> Iterator[tuple[str, str]]:
-    """The docstrings that stand under the fields of a dataclass; one field without shares the next one's."""
+    """The docstrings under the fields of a dataclass; a field without one shares the next field's."""
     (made,) = ast.parse(dedent(inspect.getsource(kind))).body
     assert isinstance(made, ast.ClassDef)
     for field, after in zip(made.body, made.body[1:], strict=False):
@@ -252,7 +252,7 @@ BEGIN, END = "<!-- from docs/throughput.json by `make docs` -->", "<!-- end of i
 
 
 def figures_table() -> str:
-    """Each carrier's ratio to the newest wireguard-go, in medians; of both ways where there are two."""
+    """Each carrier's median ratio to the newest wireguard-go, for both directions where there are two."""
     run = json.loads((DOCS / "throughput.json").read_text())
     measures, machine = run["measures"], run["machine"]
     found = [name for name in CARRIERS if any(name in measure for measure in measures.values())]

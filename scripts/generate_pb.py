@@ -1,4 +1,4 @@
-"""Generate siderolink/common/pb from siderolink/common/proto; with --check only tell whether it is fresh."""
+"""Generate siderolink/common/pb from siderolink/common/proto; with --check only report whether it is fresh."""
 
 import argparse
 import base64
@@ -27,7 +27,7 @@ def generate(target: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}"]
     command += [f"--python_betterproto2_out={target}", f"--python_betterproto2_opt={OPTIONS}", *sources]
-    # away from the tree, whose settings for ruff would shape the output
+    # outside the tree, so that its ruff settings do not apply
     done = subprocess.run(command, cwd=target, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"protoc failed:\n{done.stdout}{done.stderr}")
@@ -36,7 +36,7 @@ def generate(target: Path) -> None:
 
 
 def descriptors() -> dict[str, object]:
-    """What reflection tells of the API's own files: each with its bytes, what it imports, and the names it defines."""
+    """The API's own files for reflection: each with its bytes, its imports and the names that it defines."""
     from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
     with tempfile.NamedTemporaryFile() as file:
@@ -59,7 +59,7 @@ def descriptors() -> dict[str, object]:
 
 
 def _older(reflection: "FileDescriptorProto") -> "FileDescriptorProto":
-    """The same service by the package's earlier name, which is served, too."""
+    """The same service under the package's earlier name, which is also served."""
     from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
     older = FileDescriptorProto()

@@ -1,7 +1,7 @@
 """Run a command in a small virtual machine with a Debian kernel, on this machine's own files.
 
 The machine's root is this host's, read-only over 9p under a tmpfs overlay: the command finds the same interpreters, programs
-and paths as here, and what it writes is gone afterwards. The kernel's package is fetched by apt and unpacked, never installed.
+and paths, and its writes are discarded. The kernel's package is fetched with apt and unpacked, never installed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MODULES = (
     *("nf_tables", "nft_chain_nat", "nft_masq", "nft_nat", "nft_ct", "nft_reject_inet", "nf_conntrack", "nf_conntrack_netlink"),
     *("nft_limit", "nft_objref"),
 )
-"""Loaded at the start, each after what it depends on; the kernel finds no other."""
+"""Loaded at boot, each after its dependencies; no other modules are available."""
 STATUS = re.compile(r"^vm status (\d+)\s*$")
 
 
@@ -56,7 +56,7 @@ def real_package(name: str) -> tuple[str, str]:
 
 
 def fetch(name: str) -> Path:
-    """The unpacked package, from the cache where it is there."""
+    """The unpacked package, from the cache if it is there."""
     package, version = real_package(name)
     folder = CACHE / f"{package}_{version.replace(':', '_')}"
     if not folder.is_dir():
@@ -99,7 +99,7 @@ def read_module(path: Path) -> bytes:
 
 
 def load_order(files: dict[str, Path]) -> dict[str, bytes]:
-    """The modules' contents in the order in which they can be loaded; what the kernel has built in is left out."""
+    """The modules' contents in load order, without those built into the kernel."""
     ordered: dict[str, bytes] = {}
 
     def add(name: str) -> None:

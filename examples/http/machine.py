@@ -1,4 +1,4 @@
-"""A machine that joins, reports to its server by HTTP over the overlay, and leaves.
+"""A machine that joins, reports to its server over HTTP inside the overlay, and leaves.
 
 sudo python examples/http/machine.py 'grpc://192.0.2.1:4000?jointoken=secret'
 """

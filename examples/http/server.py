@@ -1,6 +1,6 @@
-"""A server that takes reports from its machines by HTTP, on its overlay address alone.
+"""A server that accepts its machines' reports over HTTP, only on its overlay address.
 
-WireGuard has proved who sends: a report's source address is the machine's, and nobody else's.
+WireGuard authenticates the sender: only the machine can send from its overlay address.
 
     sudo python examples/http/server.py --endpoint 192.0.2.1:51820 --token secret
 """

@@ -1,4 +1,4 @@
-"""A machine that reports what it does, logs from a source of its own, and serves its own API; all over the overlay.
+"""A machine that reports its state, sends its own log lines, and serves its own API, all over the overlay.
 
 sudo python examples/reports/machine.py 'grpc://192.0.2.1:4000?jointoken=secret'
 """

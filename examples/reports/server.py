@@ -1,4 +1,4 @@
-"""A server that takes machines' events and log lines, and asks each machine's own API what it runs; all over the overlay.
+"""A server that receives machines' events and log lines, and queries each machine's API for its version, all over the overlay.
 
 sudo python examples/reports/server.py --endpoint 192.0.2.1:51820 --token secret
 """
@@ -36,7 +36,7 @@ async def ask_version(machine: Machine) -> None:
                     answer = await MachineServiceStub(channel).version(Empty(), timeout=10)
         except (siderolink.SideroLinkError, GRPCError) as error:
             print(f"{machine.overlay_address} does not say yet what it runs: {error}", flush=True)
-            await asyncio.sleep(1)  # the link stands a moment before the machine's API listens on it
+            await asyncio.sleep(1)  # the link is up a moment before the machine's API listens
             continue
         for message in answer.messages:
             print(f"{machine.overlay_address} runs {message.version.tag if message.version else '?'}", flush=True)

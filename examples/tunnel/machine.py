@@ -1,4 +1,4 @@
-"""A machine behind a firewall that drops UDP: WireGuard travels inside a gRPC stream; a line comes back from the echo.
+"""A machine behind a firewall that drops UDP: WireGuard runs inside a gRPC stream. The server echoes a line.
 
 sudo python examples/tunnel/machine.py 'grpc://192.0.2.1:4000?jointoken=secret&grpc_tunnel=true'
 """

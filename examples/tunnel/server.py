@@ -1,4 +1,4 @@
-"""A server for machines behind firewalls that drop UDP: it needs no UDP port, and echoes a line on its overlay address.
+"""A server for machines behind firewalls that drop UDP. It needs no UDP port, and echoes a line on its overlay address.
 
 sudo python examples/tunnel/server.py --token secret
 """

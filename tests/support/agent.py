@@ -1,4 +1,4 @@
-"""A machine with an API, as an embedder would make one: a configuration that comes by the API starts the link."""
+"""A machine with an API, as an embedder would write it: a configuration applied through the API starts the link."""
 
 import uuid
 from collections.abc import AsyncIterator
@@ -23,7 +23,7 @@ from siderolink.common.tasks import background_tasks
 
 
 class Agent:
-    """Its `calls` are what the API brought."""
+    """`calls` records the calls of the API."""
 
     def __init__(self) -> None:
         self.uuid = str(uuid.uuid4())
@@ -74,7 +74,7 @@ class Agent:
 
 @asynccontextmanager
 async def agent(url: JoinURL | None = None) -> AsyncIterator[Agent]:
-    """A machine that runs; with `url`, one that is configured already."""
+    """A running machine; with `url`, it is already configured."""
     machine = Agent()
     async with serve_maintenance(machine.hooks(), node_uuid=machine.uuid) as machine.api, background_tasks() as tasks:
         machine.presence = LinkFollower(machine.api)

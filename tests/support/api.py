@@ -27,7 +27,7 @@ ECHO = "/test.Service/Echo"
 
 
 class Raw:
-    """A message whose protobuf form is kept as it is; the one that begins with 0xff cannot be read."""
+    """A message of raw bytes; those that begin with 0xff fail to parse."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -43,7 +43,7 @@ class Raw:
 
 
 class Service:
-    """One unary method, which answers with what `answer` makes of the request."""
+    """One unary method, which responds with `answer(request)`."""
 
     def __init__(self, answer: Callable[[bytes], bytes] = bytes) -> None:
         self.answer = answer
@@ -68,7 +68,7 @@ class Service:
 
 
 class Tokens(Service):
-    """The same where the request b"valid" is a valid token."""
+    """The same service, where the request b"valid" is a valid token."""
 
     async def call(self, stream: Stream[Raw, Raw]) -> None:
         request = await stream.recv_message()
@@ -80,7 +80,7 @@ class Tokens(Service):
 
 
 async def echo(stream: ByteStream) -> None:
-    """Send back what comes, as far as there is room."""
+    """Echo the received data, as far as flow control allows."""
     stream.accept()
     stream.receive(lambda pieces: void(stream.send(memoryview(b"".join(pieces)))))
     await stream.wait_ended()
@@ -104,7 +104,7 @@ async def serving(
 
 
 class Bystander:
-    """Another client, which sends a message over its stream whenever the last one has come back."""
+    """Another client, which sends the next message when the last one was echoed."""
 
     def __init__(self, stream: ByteStream) -> None:
         self.round_trips = 0
@@ -130,7 +130,7 @@ class Bystander:
 
 @asynccontextmanager
 async def bystander(server: GrpcServer) -> AsyncIterator[Bystander]:
-    """Traffic that flows while the body runs, and still does at its end."""
+    """Traffic that must flow while the body runs, and at its end."""
     async with open_channel("127.0.0.1", server.port) as channel, open_byte_stream(channel, ECHO) as stream:
         other = Bystander(stream)
         await other.goes_on()

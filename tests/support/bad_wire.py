@@ -1,4 +1,4 @@
-"""A UDP relay that is a bad wire: it loses, delays, and so reorders, and alters datagrams, by chance from a seed."""
+"""A UDP relay that simulates a bad wire: it loses, delays (and so reorders) and alters datagrams, at random from a seed."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ Take = Callable[[bytes, tuple[str, int]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """For each direction: chances from 0 to 1, and seconds."""
+    """For each direction: probabilities from 0 to 1, and seconds."""
 
     loss: float = 0.0
     corruption: float = 0.0
@@ -78,7 +78,7 @@ class _Side(asyncio.DatagramProtocol):
 
 @asynccontextmanager
 async def bad_wire(port: int, target: tuple[str, int], faults: Faults, *, seed: int = 1) -> AsyncIterator[BadWire]:
-    """Relay what comes to `port` to `target`, and back."""
+    """Relay datagrams between `port` and `target`, both ways."""
     wire = BadWire(target, faults, seed)
     await wire.open(port)
     try:

@@ -32,7 +32,7 @@ class Bare:
         self.wg("set", self.name, *args, stdin=stdin)
 
     def ask(self, request: str) -> str:
-        """What the UAPI socket answers to these bytes, until it or we have said all."""
+        """Send these bytes to the UAPI socket and return its whole response."""
         program = (
             f"import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('/var/run/wireguard/{self.name}.sock');"
             "s.sendall(sys.stdin.buffer.read()); s.shutdown(1); print(s.makefile().read(), end='')"
@@ -40,14 +40,14 @@ class Bare:
         return run_beside(self.process, [sys.executable, "-c", program], input=request)
 
     def rest(self) -> str:
-        """What it said to its end, which must come by itself."""
+        """The rest of its output; it must end by itself."""
         output, _ = self.process.communicate(timeout=60)
         return output
 
 
 @contextmanager
 def bare(namespace: Namespace, name: str = "wg0") -> Iterator[Bare]:
-    """One interface of that name, born in the namespace; it ends with the block."""
+    """One interface of that name, created in the namespace and removed with the block."""
     found = Bare(namespace, name)
     try:
         assert "ready" in found.first_line, found.first_line

@@ -66,7 +66,7 @@ MOMENTS = ("before", "during", "after")
 
 
 class BreakingPeer:
-    """Counts the connections that came, each of which is broken."""
+    """Breaks every connection, and counts them."""
 
     def __init__(self, way: str, moment: str, listening: Socket) -> None:
         self.connections = 0
@@ -122,7 +122,7 @@ class BreakingPeer:
         if self._moment == "during":
             await self._loop.sock_recv(sock, 7)
         if self._moment == "after":
-            # a channel that is only kept open sends no headers: its first write is all there is to wait for
+            # an idle channel sends no headers, so wait only for its first write
             await self._loop.sock_recv(sock, 65536)
             await asyncio.sleep(0.01)
 

@@ -12,13 +12,13 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 from tests.support.netns import Namespace
 
 PATIENCE = 60_000.0
-"""Milliseconds that a condition may take on a busy machine."""
+"""Milliseconds to wait for a condition on a busy host."""
 _FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 
 
 @contextmanager
 def browser_in(namespace: Namespace, folder: Path, *flags: str) -> Iterator[Browser]:
-    """Debian's chromium, which sees what the namespace sees."""
+    """Debian's chromium, running inside the namespace."""
     found = shutil.which("chromium")
     assert found is not None, "the tests of the page need Debian's chromium: make needs"
     program = folder / "chromium"
@@ -35,7 +35,7 @@ def browser_in(namespace: Namespace, folder: Path, *flags: str) -> Iterator[Brow
 
 @contextmanager
 def visitor(browser: Browser, base: str, **options: object) -> Iterator[Page]:
-    """A browser of its own profile, whose page fails the test when its script fails or it breaks its own policy."""
+    """A page in a new profile. The test fails if the page's script fails or violates its Content Security Policy."""
     context: BrowserContext = browser.new_context(base_url=base, **options)  # type: ignore[arg-type]
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
@@ -60,7 +60,7 @@ def sign_in(page: Page, key: str) -> None:
 
 
 def faults_of(page: Page) -> list[str]:
-    """What axe calls serious or critical on this page."""
+    """The violations that axe rates serious or critical."""
     found = Axe().run(page).response["violations"]
     return [
         f"{one['id']}: {one['help']}: {node['html'][:200]}"
@@ -71,6 +71,6 @@ def faults_of(page: Page) -> list[str]:
 
 
 def picture(page: Page, name: str) -> None:
-    """Save what is seen, where SIDEROLINK_PICTURES names a folder for the documentation."""
+    """Save a screenshot for the documentation, if SIDEROLINK_PICTURES names a folder."""
     if folder := os.environ.get("SIDEROLINK_PICTURES"):
         page.screenshot(path=Path(folder) / f"{name}.png")

@@ -1,4 +1,4 @@
-"""Certificates for tests: a root, and what it has signed."""
+"""Certificates for tests: a root and the certificates that it signs."""
 
 import datetime
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Certified:
         return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode() + self.certificate_pem
 
     def sign(self, name: str, *, hours: float = 1) -> Self:
-        """A server's certificate for a host name or an address, good for so long; it has expired where that is negative."""
+        """A server certificate for a host name or an address; with negative `hours` it has expired."""
         return type(self)(*_make(name, self, hours))
 
 

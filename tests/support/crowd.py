@@ -1,4 +1,4 @@
-"""A server's parts in this process, with any number of machines: what one event costs among few and among many."""
+"""A server's parts in this process with any number of machines, to measure the cost of one event."""
 
 import ipaddress
 import os
@@ -32,7 +32,7 @@ SERVER_ADDRESS = overlay_prefix()[1].packed
 
 @dataclass(eq=False)
 class Place:
-    """Where a machine is: keeps what is sent there."""
+    """A machine's path, which keeps the datagrams sent to it."""
 
     number: int
     sent: list[bytes] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Member:
         )
 
     def datagram(self) -> bytes:
-        """The one that the machine wants sent now."""
+        """The single datagram that the machine sends now."""
         ((_, datagram),) = self.engine.output.take_datagrams()
         return datagram
 
@@ -119,12 +119,12 @@ class Crowd:
         await self.machines.remove(machine.id)
 
     def hear(self, member: Member, datagram: bytes) -> bytes | None:
-        """The server receives one datagram; gives what it sent back."""
+        """Deliver one datagram to the server and return its response."""
         self.device.deliver(Datagrams.single(datagram), member.place)
         return member.place.sent.pop() if member.place.sent else None
 
     def shake_hands(self, member: Member) -> float:
-        """A whole handshake; gives the seconds that the server took to answer it and to take the confirmation."""
+        """Run a whole handshake; returns the server's seconds for the response and the confirmation."""
         now = self._pause_for(member)
         member.server.last_initiation_sent_at = float("-inf")
         member.engine.initiate(member.server, now)
@@ -143,7 +143,7 @@ class Crowd:
         return response, time.perf_counter() - start
 
     def _pause_for(self, member: Member) -> float:
-        """Wait until the server answers this machine again, and give the time then."""
+        """Wait until the server answers this machine again, and return the current time."""
         peer = self.device.engine.peers[bytes(member.key.public_key())]
         while (now := time.clock_gettime(time.CLOCK_BOOTTIME)) < peer.last_initiation_received_at + MIN_INITIATION_INTERVAL:
             time.sleep(0.001)
@@ -159,7 +159,7 @@ class Crowd:
 
 @asynccontextmanager
 async def open_crowd(count: int) -> AsyncIterator[Crowd]:
-    """A server with `count` machines that are connected."""
+    """A server with `count` connected machines."""
     listeners: list[Callable[[DeviceEvent], None]] = []
 
     def tell(event: DeviceEvent) -> None:

@@ -1,6 +1,6 @@
 """A TCP proxy as a program, for a namespace of its own: ``python cutting_proxy.py LISTEN_PORT TARGET_HOST TARGET_PORT``.
 
-SIGUSR1 cuts all its connections at once, as a proxy does that is restarted. It says how many, and goes on serving.
+SIGUSR1 cuts all its connections at once, like a restarted proxy. It prints how many, and keeps serving.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A way for grpcio into a network namespace: its threads connect where they were born, which may be another one."""
+"""Lets grpcio connect inside a network namespace: its own threads may have been started in another one."""
 
 import contextlib
 import socket
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def doorway(host: str, port: int) -> Iterator[str]:
-    """A target whose connections are made by threads of the caller's namespace."""
+    """A target whose connections are opened in the caller's namespace."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/door")
         listener.listen()
@@ -27,7 +27,7 @@ def _let_in(listener: socket.socket, host: str, port: int) -> None:
         while True:
             try:
                 near = stack.enter_context(listener.accept()[0])
-            except OSError:  # the door is shut
+            except OSError:  # the listener is closed
                 return
             try:
                 far = stack.enter_context(socket.create_connection((host, port), timeout=10))

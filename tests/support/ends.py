@@ -1,4 +1,4 @@
-"""Two ends of a data plane between interfaces and paths that are lists."""
+"""Two ends of a data plane, whose interfaces and paths are lists."""
 
 import socket
 import time
@@ -34,7 +34,7 @@ class Interface:
 
 
 class Descriptor(Interface):
-    """The same frames behind a descriptor, as those of a TUN interface are."""
+    """The same frames behind a file descriptor, like a TUN interface."""
 
     tso = True
 
@@ -50,7 +50,7 @@ class Descriptor(Interface):
         return self._near.fileno()
 
     def refill(self) -> bool:
-        """Give the socket what it takes; False if nothing is left to read."""
+        """Fill the socket with frames; False if none is left to read."""
         while self.frames:
             try:
                 self._far.send(self.frames[0])
@@ -87,7 +87,7 @@ class Descriptor(Interface):
 
 
 class Wire:
-    """A path that keeps what is sent."""
+    """A path that keeps the datagrams sent to it."""
 
     headroom = 0
     batch_bytes = 1 << 18
@@ -146,7 +146,7 @@ def frame(size: int = 100, destination: int = 2, **fields: int) -> bytes:
 
 
 def ends(seed: int, wire: Wire | None = None, by: Interface | None = None, to: Interface | None = None) -> tuple[End, End]:
-    """Two ends with a session, which allow all addresses to each other; the same seed gives the same keys."""
+    """Two ends with a session, each allowed all addresses; the same seed gives the same keys."""
     one, other = End(wire or Wire(), Random(seed), by), End(Wire(), Random(seed + 1), to)
     for here, there in ((one, other), (other, one)):
         peer = here.engine.add_peer(there.engine.public_key)

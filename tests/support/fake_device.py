@@ -1,6 +1,6 @@
-"""A WireGuard device without WireGuard: it keeps peers in a dictionary, and a test says what was heard from them, and when.
+"""A WireGuard device without WireGuard: it keeps peers in a dictionary, and a test sets when they were heard.
 
-For tests of what a server decides, in virtual time. What a device does with packets is tested on real devices.
+For tests of a server's decisions in virtual time. Packets are tested on real devices.
 """
 
 from collections import Counter
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class VirtualClock:
-    """Both clocks of a server, turned by hand from 0.0 (and 1,000,000.0 in Unix time)."""
+    """Both clocks of a server, advanced by hand from 0.0 (and 1,000,000.0 in Unix time)."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.on_sleep: Callable[[], None] = lambda: None
         """Called after each sleep."""
         self.turns = 1
-        """How many turns of the event loop a sleep lets other tasks have."""
+        """For how many turns of the event loop a sleep yields to other tasks."""
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
@@ -51,7 +51,7 @@ class VirtualClock:
 
 
 class FakePath:
-    """A path that keeps nothing."""
+    """A path that discards all datagrams."""
 
     headroom = 8
     batch_bytes = spare_bytes = 1 << 16
@@ -70,7 +70,7 @@ class FakePath:
 
 
 class FakeDevice:
-    """Implements Device as far as peers and paths go."""
+    """Implements the peers and paths of Device."""
 
     name = "fake0"
     kind: Literal["userspace"] = "userspace"
@@ -90,14 +90,14 @@ class FakeDevice:
         self._heard_at: dict[PublicKey, float] = {}
         self._received: Counter[PublicKey] = Counter()
         self.look_seconds = 0.0
-        """How long the host is busy with other things whenever somebody asks for a peer's status."""
+        """How many seconds a query of a peer's status takes."""
         self.answering: set[PublicKey] = set()
-        """Peers that answer a handshake or a ping at once."""
+        """Peers that respond to a handshake or a ping at once."""
         self.beyond_limits: dict[PublicKey, tuple[int, int]] = {}
         self._paths: dict[PublicKey, Path] = {}
 
     def hear(self, key: PublicKey, path: Path | None = None, *, handshake: bool = False, keys_age: float | None = None) -> None:
-        """An authenticated packet from the peer came just now."""
+        """Record an authenticated packet from the peer."""
         assert key in self.configs
         self._heard[key] = self._clock.clock.time()
         self._heard_at[key] = self._clock.clock.monotonic()
@@ -113,7 +113,7 @@ class FakeDevice:
         raise AssertionError("a server never does that by itself")
 
     async def set_open_ports(self, open_ports: OpenPorts) -> None:
-        raise AssertionError("whoever opens the device does that")
+        raise AssertionError("the opener of the device does that")
 
     async def set_peer(self, peer: PeerConfig) -> None:
         self.calls.append(("set", peer.public_key))
@@ -195,6 +195,6 @@ class FakeDevice:
 
 
 class FakeKernelDevice(FakeDevice):
-    """Begins no handshake on request: a new session costs the one there is, with the peer."""
+    """Starts no handshake on request: the kernel would have to remove the peer and its session."""
 
     handshake = None  # type: ignore[assignment]

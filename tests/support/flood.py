@@ -1,4 +1,4 @@
-"""A flood of well-made handshake initiations, from one source address or from many; run by test_flood in a namespace.
+"""A flood of valid handshake initiations from one source address or from many; test_flood runs it in a namespace.
 
 Usage: python -m tests.support.flood PUBLIC_KEY HOST PORT PER_SECOND SECONDS SOURCE…
 """
@@ -15,7 +15,7 @@ from tests.support.virtual import CIPHERS, VirtualPath
 
 
 def well_made_initiation(private_key: bytes, public_key: PublicKey) -> bytes:
-    """An initiation from this key, whose mac1 is right for the other."""
+    """An initiation from this key with a valid mac1 for the other."""
     engine = Engine(private_key, entropy=os.urandom, unix_time_ns=time.time_ns, ciphers=CIPHERS)
     peer = engine.add_peer(bytes(public_key))
     peer.path = VirtualPath("victim")
@@ -25,7 +25,7 @@ def well_made_initiation(private_key: bytes, public_key: PublicKey) -> bytes:
 
 
 def well_made_initiations(public_key: PublicKey, count: int) -> list[bytes]:
-    """Initiations whose mac1 is right, from keys that the other side does not know."""
+    """Initiations with a valid mac1 from keys that the other side does not know."""
     return [well_made_initiation(os.urandom(32), public_key) for _ in range(count)]
 
 

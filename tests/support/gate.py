@@ -1,4 +1,4 @@
-"""A way to a database that can be closed, or go silent, and be opened again; for one server of several."""
+"""A relay to a database for one of several servers; a test can cut, silence and reopen it."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ Target = Path | tuple[str, int]
 
 
 class Gate:
-    """Listens where Postgres's clients look for its socket in a folder, and passes connections on."""
+    """Listens on a Postgres socket path in a folder, and relays connections."""
 
     def __init__(self, folder: Path, target: Target, portal: BlockingPortal) -> None:
         self.folder = folder
@@ -28,15 +28,15 @@ class Gate:
         return f"postgresql://siderolink@/{database}?host={self.folder}&port=5432"
 
     def cut(self) -> None:
-        """All connections are reset, and new ones end at once."""
+        """Reset all connections, and close new ones at once."""
         self._portal.call(self._cut)
 
     def silence(self) -> None:
-        """Nothing passes any more, and nobody is told."""
+        """Stop relaying silently; connections stay open."""
         self._portal.call(self._passes.clear)
 
     def open(self) -> None:
-        """As before: what was held back goes on."""
+        """Relay again, with the data that was held back."""
         self._portal.call(self._open)
 
     def _open(self) -> None:
@@ -53,7 +53,7 @@ class Gate:
         self._passes.set()
         while self._writers:
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.01)  # closed transports are told so once more
+        await asyncio.sleep(0.01)  # closed transports get their last callback
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):

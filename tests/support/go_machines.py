@@ -1,4 +1,4 @@
-"""Machines whose WireGuard is wireguard-go: joined by the API, with an interface each, in one namespace."""
+"""Machines that use wireguard-go: joined through the API, each with an interface, in one namespace."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ _FIRST_PORT = 42_000
 
 
 class GoMachine:
-    """Pings its server by a raw socket that is bound to its interface."""
+    """Pings its server through a raw socket that is bound to its interface."""
 
     def __init__(self, interface: str, server: str) -> None:
         self.answers = Answers()
@@ -60,7 +60,7 @@ class GoMachine:
 
 @contextmanager
 def go_machines(namespace: Namespace, api: str, token: str, count: int) -> Iterator[Sequence[GoMachine]]:
-    """That many, each provisioned and configured; they shake hands when they ping."""
+    """`count` machines, each provisioned and configured; their first ping starts the handshake."""
     with ExitStack() as stack:
         portal = stack.enter_context(namespace.portal())
         found = []

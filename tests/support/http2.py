@@ -1,4 +1,4 @@
-"""An HTTP/2 peer that says exactly what a test tells it to, well-behaved or not."""
+"""An HTTP/2 peer that sends exactly the frames of a test, valid or not."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -33,13 +33,13 @@ class RawPeer:
     @classmethod
     @asynccontextmanager
     async def greeted(cls, port: int) -> AsyncIterator[Self]:
-        """Connected, with the preface and the settings said."""
+        """A connection that has sent the preface and the settings."""
         async with cls.connect(port) as peer:
             peer.write(PREFACE + SettingsFrame(0).serialize())
             yield peer
 
     def write(self, data: bytes) -> None:
-        """Send these bytes; a connection that was closed meanwhile swallows them."""
+        """Send these bytes; on a closed connection they are lost."""
         if not self.writer.is_closing():
             self.writer.write(data)
 
@@ -96,5 +96,5 @@ def data(stream_id: int, payload: bytes, *, end: bool = False) -> DataFrame:
 
 
 def message(payload: bytes, *, compressed: int = 0, length: int | None = None) -> bytes:
-    """One gRPC message, honest about its length unless told otherwise."""
+    """One gRPC message; its length is correct unless `length` is given."""
     return bytes((compressed,)) + (len(payload) if length is None else length).to_bytes(4) + payload

@@ -54,7 +54,7 @@ def running(where: Namespace, kind: DeviceKind = "kernel", **changes: object) ->
 
 @contextmanager
 def peered(net: Net, ours: Running) -> Iterator[tuple[WireguardGo, PrivateKey]]:
-    """The kernel's own WireGuard at the machine, dialling us."""
+    """The kernel's WireGuard at the machine, which dials the server."""
     key = PrivateKey.generate()
     with kernel_wireguard(net.machine, key, port=THEIR_PORT, addresses=(f"{THEIRS}/64",)) as other:
         ours.portal.call(ours.device.set_peer, PeerConfig(public_key=key.public_key(), allowed_ips=(ip_network(THEIRS),)))

@@ -1,4 +1,4 @@
-"""Our userspace device and the kernel's own WireGuard, at the two ends of a wire."""
+"""The userspace device and the kernel's WireGuard at the two ends of a wire."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from tests.support.topology import direct
 
 @contextmanager
 def pair_with_the_kernel(*, is_shown: bool = True) -> Iterator[Pair]:
-    """Devices are shown to `wg` by their names alone, which other namespaces' devices may have, too."""
+    """`wg` identifies devices by name alone, and devices of other namespaces may have the same name."""
     their_key = PrivateKey.generate()
     config = DeviceConfig(
         name="ours",

@@ -1,4 +1,4 @@
-"""The kernel's own WireGuard, configured with `ip` and `wg`: the strictest judge of our engine at the other end of a link."""
+"""The kernel's WireGuard, configured with `ip` and `wg`, as the peer of the engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class KernelWireguard(WireguardGo):
 def kernel_wireguard(
     namespace: Namespace, private_key: PrivateKey, *, port: int, addresses: tuple[str, ...] = (), name: str = "wg0"
 ) -> Iterator[KernelWireguard]:
-    """A WireGuard interface of the kernel's in the namespace, up and without peers; it ends with the block."""
+    """A kernel WireGuard interface in the namespace, up and without peers; it is removed with the block."""
     namespace.run(["ip", "link", "add", name, "mtu", "1280", "type", "wireguard"])
     try:
         found = KernelWireguard(namespace, name)

@@ -1,4 +1,4 @@
-"""Another implementation of gRPC as a client of a machine's API: grpcio, on raw bytes, without a check of the certificate."""
+"""A client of a machine's API on another gRPC implementation: grpcio, on raw bytes, without verifying the certificate."""
 
 import socket
 import ssl
@@ -25,7 +25,7 @@ TIMEOUT = 10.0
 
 @dataclass
 class MachineClient:
-    """Calls, each of which blocks; errors are grpc.RpcError."""
+    """Blocking calls; they raise grpc.RpcError."""
 
     channel: grpc.Channel
 
@@ -52,7 +52,7 @@ class MachineClient:
         return [resource for resource in found if resource is not None]
 
     def definition(self, alias: str) -> ResourceDefinitionSpec:
-        """Resolve an alias as clients do: by all definitions, of which exactly one has it."""
+        """Resolve an alias like existing clients: exactly one of all definitions has it."""
         specs = []
         for resource in self.list_all("ResourceDefinitions.meta.cosi.dev", "meta"):
             assert resource.spec is not None
@@ -61,14 +61,14 @@ class MachineClient:
         return found
 
     def get_all(self, alias: str) -> list[cosi.Resource]:
-        """What ``get ALIAS`` of the command-line client asks."""
+        """The queries of the command-line client's ``get ALIAS``."""
         definition = self.definition(alias)
         return self.list_all(definition.resource_type, definition.default_namespace)
 
 
 @contextmanager
 def machine_client(host: str, port: int) -> Iterator[MachineClient]:
-    """A client of the API at this address, which trusts the certificate that it finds there."""
+    """A client of the API at this address, which trusts the certificate presented there."""
     certificate = fetch_certificate(host, port)
     credentials = grpc.ssl_channel_credentials(certificate.encode())
     name = (("grpc.ssl_target_name_override", socket.gethostname()), ("grpc.enable_http_proxy", 0))

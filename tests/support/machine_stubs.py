@@ -80,7 +80,7 @@ class Stubs:
         return list(given) if described.server_streaming else given
 
     def stream(self, path: str, /, **fields: Any) -> Any:
-        """A stream that is read as it comes; to be cancelled."""
+        """A stream to iterate; the caller cancels it."""
         described = dict(methods())[path]
         request, answer = (message_factory.GetMessageClass(kind) for kind in (described.input_type, described.output_type))
         made = self.channel.unary_stream(
@@ -105,7 +105,7 @@ class Stubs:
 async def serving(
     monkeypatch: pytest.MonkeyPatch, role: CallerRole, hooks: MachineHooks | None = None
 ) -> AsyncIterator[MaintenanceApi]:
-    """An API on the loopback, all of whose callers have the role."""
+    """An API on the loopback that gives every caller this role."""
     monkeypatch.setattr(Admittance, "role", lambda *_: role)
     async with serve_maintenance(hooks, node_uuid="a1b2c3d4-0000-4000-8000-000000000001", port=0) as api:
         yield api

@@ -1,4 +1,4 @@
-"""The server's parts on a fake device, in virtual time: everything but the sockets."""
+"""The server's parts on a fake device in virtual time, without sockets."""
 
 import os
 import uuid
@@ -45,7 +45,7 @@ class FakeMachine:
     unique_token: str | None = None
     tunnel: bool = False
     source: str = "198.51.100.7"
-    """The address that its calls come from."""
+    """The source address of its calls."""
 
     def request(self, **changes: object) -> ProvisionRequest:
         request = ProvisionRequest(
@@ -79,7 +79,7 @@ class Manager:
         trust_fingerprints: bool = False,
         server_id: str | None = None,
     ) -> None:
-        """`server_id` makes it one of several servers of its store."""
+        """With `server_id` it is one of several servers of its store."""
         limits = limits or MachineLimits()
         self.time = time or VirtualClock()
         self.device = FakeDevice(self.time)
@@ -131,7 +131,7 @@ class Manager:
         return await self.service.provision(machine.request(**changes), source=f"{machine.source}:1")
 
     async def refuses(self, machine: FakeMachine, **changes: object) -> tuple[Status, str]:
-        """Status and text of the refusal; fails if the join is admitted."""
+        """The status and text of the refusal; fails if the join is admitted."""
         with pytest.raises(GRPCError) as caught:
             await self.join(machine, **changes)
         return caught.value.status, caught.value.message or ""
@@ -142,7 +142,7 @@ class Manager:
         return row
 
     async def handshake(self, machine: FakeMachine) -> None:
-        """The machine's handshake completes, and what follows from it is done."""
+        """Complete the machine's handshake, and wait for its consequences."""
         self.device.hear(machine.key, handshake=True)
         await self.monitor.check()
 
@@ -151,18 +151,18 @@ class Manager:
         await self.monitor.check()
 
     def link(self, answer: ProvisionResponse) -> MachineLink:
-        """The link that a tunnel stream with this answer's address finds."""
+        """The link for a tunnel stream with this answer's address."""
         link = self.links.by_virtual_address(parse_peer_addr_port(answer.grpc_peer_addr_port)[0])
         assert link is not None
         return link
 
     async def events(self) -> list[ServerEvent]:
-        """What happened since the last call."""
+        """The events since the last call."""
         return await drain(self.hub, self._events)
 
 
 async def drain(hub: EventHub, events: EventStream) -> list[ServerEvent]:
-    """All events that wait: those before a mark put behind them."""
+    """All pending events: those before a marker that is added last."""
     mark = EventsLost(count=0)
     hub.publish(mark)
     found = []

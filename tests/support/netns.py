@@ -7,7 +7,7 @@
         with machine.portal() as portal:                     # an event loop of its own inside
             portal.call(async_function)
 
-Whatever a namespace's threads open lives in that namespace. UAPI sockets do not: see `Namespace.popen`.
+Sockets and interfaces that a namespace's threads open live in it. UAPI sockets do not: see `Namespace.popen`.
 """
 
 import itertools
@@ -43,7 +43,7 @@ class Namespace:
         netns.create(self.name)
         try:
             self.set_link("lo", up=True)
-            # an address that is removed does not take along the others of its subnet
+            # removing an address must not remove the others of its subnet
             self.sysctl("net.ipv4.conf.all.promote_secondaries", 1)
         except BaseException:
             netns.remove(self.name)
@@ -66,7 +66,7 @@ class Namespace:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """The calling thread, and threads which it starts meanwhile, are inside. Never await in here: see `portal`."""
+        """Moves the calling thread, and threads that it starts, into the namespace. Never await in here: see `portal`."""
         with ExitStack() as stack:
             before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, before)
@@ -110,10 +110,10 @@ class Namespace:
         return process
 
     def run(self, args: Sequence[str], *, check: bool = True, timeout: float = 60, **options: Any) -> str:
-        """Run a program inside to its end and give what it wrote; an error holds that, too."""
+        """Run a program inside to its end and return its output; an error includes it."""
         return _run(["ip", "netns", "exec", self.name, *args], check, timeout, **options)
 
-    # what the namespace holds
+    # its interfaces, addresses and rules
 
     def set_link(self, interface: str, *, up: bool | None = None, **attributes: Any) -> None:
         """Set an interface up or down, and any other attribute (``mtu=1400``)."""
@@ -128,7 +128,7 @@ class Namespace:
         self._change_address("del", interface, address)
 
     def add_route(self, destination: str, gateway: str) -> None:
-        """A route by a gateway; ``default`` is a destination, too."""
+        """Add a route through a gateway; ``default`` is a valid destination."""
         family = {"family": 10 if ":" in gateway else 2} if destination == "default" else {}
         self._route(lambda ipr: ipr.route("replace", dst=destination, gateway=gateway, **family))
 
@@ -158,7 +158,7 @@ class Namespace:
         self.run(["nft", "-f", "-"], input=rules)
 
     def drop_udp(self) -> None:
-        """Drop all UDP that enters or leaves, loopback excepted; what a strict firewall does."""
+        """Drop all UDP in both directions except on the loopback, like a strict firewall."""
         self.nft("""
             table inet no_udp {
                 chain input { type filter hook input priority 0; iif != "lo" meta l4proto udp drop; }
@@ -176,7 +176,7 @@ class Namespace:
         self.sysctl("net.ipv6.conf.all.forwarding", 1)
 
     def masquerade(self, interface: str) -> None:
-        """Hide what leaves by the interface behind this namespace's address there, with fresh ports: a NAT router."""
+        """Translate the source of packets that leave through the interface to its address and a random port, like a router."""
         self.nft(f"""
             table inet nat_{interface} {{
                 chain postrouting {{ type nat hook postrouting priority srcnat; oifname "{interface}" masquerade random; }}
@@ -184,7 +184,7 @@ class Namespace:
         """)
 
     def forget_connections(self) -> None:
-        """Make the NAT of `masquerade` forget every mapping, as a restart would: each flow gets another port."""
+        """Delete every mapping of the NAT of `masquerade`, like a restart: each flow gets another port."""
 
         def flush() -> None:
             with NFCTSocket() as conntrack:
@@ -216,7 +216,7 @@ def link(
     names: tuple[str, str] = ("eth0", "eth0"),
     addresses: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> None:
-    """Join two namespaces by a veth pair that is up and carries these addresses; it goes with either namespace."""
+    """Connect two namespaces by a veth pair that is up and has these addresses; it is removed with either namespace."""
 
     def add() -> None:
         with IPRoute() as ipr:
@@ -237,7 +237,7 @@ def run_beside(
 
 
 def stop(process: subprocess.Popen[str], timeout: float = 5) -> int:
-    """End a program: politely, then by force. Gives its exit status."""
+    """Stop a program with SIGTERM, then with SIGKILL. Returns its exit status."""
     if process.poll() is None:
         process.terminate()
         try:

@@ -1,4 +1,4 @@
-"""The administration of a server without a device, served on a local socket and by TCP with API keys."""
+"""A server's admin API without a device, served on a local socket and over TCP with API keys."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager

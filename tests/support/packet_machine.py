@@ -1,4 +1,4 @@
-"""Machines of the product's own client, without interfaces: hundreds run in one process. Each pings its server."""
+"""Machines that use the package's client without interfaces; hundreds run in one process. Each pings its server."""
 
 import os
 import struct
@@ -41,7 +41,7 @@ def is_echo_reply(packet: bytes) -> bool:
 
 
 class Answers:
-    """When replies came."""
+    """The times of replies."""
 
     def __init__(self) -> None:
         self.last_at = float("-inf")
@@ -49,7 +49,7 @@ class Answers:
         self.first_at: float | None = None
 
     def watch(self) -> None:
-        """From now on note when the first reply came."""
+        """Record the time of the next reply."""
         self._watched_since, self.first_at = time.monotonic(), None
 
     def came(self) -> None:
@@ -59,7 +59,7 @@ class Answers:
 
 
 class PacketMachine:
-    """One link; also the host that it runs on."""
+    """One link, and the host that it runs on."""
 
     def __init__(self, url: JoinURL) -> None:
         self.answers = Answers()
@@ -78,7 +78,7 @@ class PacketMachine:
                 self._device = None
 
     async def check_overlay(self, overlay: IPv6Network, interface: str) -> None:
-        """Nothing here is in any overlay."""
+        """There is no conflict: nothing here uses an overlay address."""
 
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
         await anyio.sleep_forever()
@@ -102,7 +102,7 @@ class PacketMachine:
         await self.runner.run()
 
     def ping(self) -> None:
-        """Send one echo request, if there is a device to send it by."""
+        """Send one echo request, if there is a device."""
         answer = self.runner.answer
         if self._device is not None and answer is not None:
             self._sequence += 1

@@ -1,4 +1,4 @@
-"""Slow, obvious packet code, one packet at a time: what the vectorised data plane is compared with."""
+"""Simple, slow packet code, one packet at a time: the reference for the vectorised data plane."""
 
 import struct
 from dataclasses import dataclass, replace
@@ -114,7 +114,7 @@ class Packet:
         return struct.pack("=BBHHHH", 1, gso_type, header, gso_size, self.transport, offset) + self.encode(partial=True)
 
     def segments(self, gso_size: int) -> list["Packet"]:
-        """What the network sees of the super-packet, one packet at a time."""
+        """The packets of the super-packet, as sent on the network."""
         chunks = [self.payload[at : at + gso_size] for at in range(0, len(self.payload), gso_size)]
         segments = []
         for index, chunk in enumerate(chunks):
@@ -145,7 +145,7 @@ def collected(collector: SuperPacketSplitter | SmallPacketGatherer, frame: bytes
 
 
 def decode(data: bytes) -> Packet:
-    """Read a packet with options but without extension headers; the checksums are not looked at."""
+    """Parse a packet with options but without extension headers; checksums are ignored."""
     version = data[0] >> 4
     if version == 6:
         transport, protocol, ip_options = 40, data[6], b""
@@ -193,7 +193,7 @@ def decode(data: bytes) -> Packet:
 
 
 def segment_frame(frame: bytes) -> list[bytes]:
-    """What the kernel makes of a frame written to a TUN interface: its packets, with finished checksums."""
+    """The packets that the kernel makes of a frame written to a TUN interface, with complete checksums."""
     flags, gso_type, header, gso_size, start, offset = struct.unpack("=BBHHHH", frame[:10])
     packet = frame[10:]
     if not gso_type:
@@ -220,13 +220,13 @@ def seal(aead: ChaCha20Poly1305, plaintext: bytes, receiver: int, counter: int) 
 
 
 def batch(datagrams: list[bytes], headroom: int = 0) -> Datagrams:
-    """Equally long datagrams, of which the last may be shorter, as one batch."""
+    """One batch of equally long datagrams; the last may be shorter."""
     data = b"".join(bytes(headroom) + datagram for datagram in datagrams)
     return Datagrams(memoryview(data), len(datagrams), headroom + len(datagrams[0]), headroom)
 
 
 def runs_of_one_size(packets: list[bytes]) -> list[list[bytes]]:
-    """Group neighbours as a receiver gets them: equally long, the last of a group may be shorter."""
+    """Group neighbours of equal length like a receiver; the last of a group may be shorter."""
     groups: list[list[bytes]] = []
     for packet in packets:
         if groups and len(groups[-1][-1]) == len(groups[-1][0]) >= len(packet):

@@ -24,11 +24,11 @@ from siderolink.server.store.sealing import KEY_BYTES, GivenKey
 _NUMBERS = count(1)
 _USER = "nobody"
 STATE_KEY = GivenKey(bytes(range(KEY_BYTES)))
-"""What seals the secrets in the tests' databases."""
+"""The key that seals the secrets in the tests' databases."""
 
 
 def program(name: str) -> str:
-    """Its path. Where it is missing the test is skipped; in CI, where nothing may be missing, it fails."""
+    """A program's path. Without the program the test is skipped; in CI it fails."""
     path = postgres_program(name) or shutil.which(name, path="/usr/sbin")
     if path is None:
         reason = f"needs {name}: scripts/install-needs test"
@@ -57,7 +57,7 @@ class Cluster:
     def __init__(
         self, *, is_durable: bool = False, clock_ahead: int = 0, copy_of: "Cluster | None" = None, **settings: str
     ) -> None:
-        """`clock_ahead`: seconds by which its clock differs from this host's. `copy_of`: it follows that one as a replica."""
+        """`clock_ahead`: seconds its clock is ahead of the host's. `copy_of`: the primary that it replicates."""
         self.folder = Path(tempfile.mkdtemp(prefix="siderolink-postgres-"))
         self.port = free_port()
         self._settings = {
@@ -173,7 +173,7 @@ class Cluster:
 
 @cache
 def cluster() -> Cluster:
-    """The one that most tests of a run share."""
+    """The cluster that most tests of a run share."""
     found = Cluster()
     atexit.register(found.close)
     return found
@@ -181,7 +181,7 @@ def cluster() -> Cluster:
 
 @contextmanager
 def pgbouncer(folder: Path, database: str) -> Iterator[str]:
-    """Debian's, which gives each transaction another session; its URL."""
+    """Run Debian's PgBouncer in transaction mode: each transaction may get another session. Yields its URL."""
     port, upstream = free_port(), cluster()
     (folder / "ini").write_text(
         f"[databases]\n* = host={upstream.folder} port={upstream.port} user=siderolink\n"

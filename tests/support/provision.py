@@ -1,4 +1,4 @@
-"""A server's API that answers Provision as a test says, over real sockets on the loopback."""
+"""A server's API whose Provision answer a test sets, over real sockets on the loopback."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,7 +20,7 @@ def new_key() -> PublicKey:
 
 
 def response(key: PublicKey, *endpoints: str, address: str = f"{ADDRESS}/64", virtual: str = "") -> ProvisionResponse:
-    """An answer as it stands on the wire; the endpoints in the wire's order."""
+    """An answer in wire form; the endpoints keep their order."""
     return ProvisionResponse(
         server_endpoint=list(endpoints),
         server_public_key=str(key),
@@ -49,7 +49,7 @@ class FakeProvision(ProvisionServiceBase):
         return self.answer
 
     async def wait_asked(self, condition: Callable[[int], bool]) -> None:
-        """Until `condition` holds for the number of calls."""
+        """Wait until `condition` is true of the number of calls."""
         while not condition(len(self.requests)):
             self._asked = anyio.Event()
             await self._asked.wait()

@@ -1,4 +1,4 @@
-"""A small proxy on 127.0.0.1: CONNECT, or SOCKS 5, with a password or without; every name it is asked for is this host."""
+"""A small proxy on 127.0.0.1: CONNECT or SOCKS 5, with or without a password. It resolves every name to this host."""
 
 import asyncio
 import base64
@@ -12,7 +12,7 @@ Writer = asyncio.StreamWriter
 
 
 class TestProxy:
-    """Remembers what it was asked for."""
+    """Records the requested targets."""
 
     __test__ = False
 
@@ -21,7 +21,7 @@ class TestProxy:
         self.port = 0
         self.tasks: set[asyncio.Task[object]] = set()
         self.greeting = b""
-        """What is sent in the same breath as the answer, before the server has said anything."""
+        """Sent in the same segment as the answer, before the server has sent anything."""
         self._kind = kind
         self._credentials = credentials
 
@@ -34,7 +34,7 @@ class TestProxy:
             if target is not None:
                 await _relay(reader, writer, target)
         except (OSError, EOFError, asyncio.CancelledError):
-            pass  # the caller, or the test, is done
+            pass  # the caller or the test has ended
         finally:
             writer.close()
             with suppress(OSError):
@@ -106,7 +106,7 @@ async def running_proxy(
     host: str = "127.0.0.1",
     port: int = 0,
 ) -> AsyncIterator[TestProxy]:
-    """A proxy that runs while the body does."""
+    """Run a proxy while the body runs."""
     proxy = TestProxy(kind, credentials)
     server = await asyncio.start_server(proxy.serve, host, port, ssl=tls)
     proxy.port = server.sockets[0].getsockname()[1]

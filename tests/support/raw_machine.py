@@ -1,4 +1,4 @@
-"""Machines that do what they like: the wire's calls without the product's client, so that a test can break its rules."""
+"""Machines that make the protocol's calls without the package's client, so that a test can violate the protocol."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -21,7 +21,7 @@ EVERYTHING = (IPv6Network("::/0"),)
 
 @dataclass(kw_only=True)
 class RawMachine:
-    """A machine's names and its server's API."""
+    """A machine's identity and its server's API."""
 
     api: HostPort
     node_uuid: str
@@ -101,7 +101,7 @@ class RawLink:
         return IPv6Interface(self.answer.node_address_prefix).ip
 
     async def carry(self, stream: ByteStream) -> None:
-        """Carry the tunnel by this stream until it ends, and raise what the server ended it with."""
+        """Carry the tunnel over this stream until it ends, and raise the server's status."""
         path = TunnelPath(stream, self.answer.grpc_peer_addr_port)
         self.device.offer_path(self.server_key, path)
         await carry(stream, path, self.device.deliver)

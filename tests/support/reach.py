@@ -1,4 +1,4 @@
-"""Whether connections and datagrams get through, told by what a closed port answers: it refuses what is let in."""
+"""Checks whether connections and datagrams pass a firewall: a closed port refuses those that do."""
 
 import socket
 from collections.abc import Callable
@@ -12,17 +12,17 @@ _SECONDS = 0.7
 
 
 def lets_in(namespace: Namespace, *attempts: Callable[[], str]) -> bool:
-    """Whether attempts from a namespace all come as far as a closed port, which refuses them: soon, or later on a busy host."""
+    """Whether all attempts from a namespace reach a closed port, which refuses them; waits longer on a busy host."""
     return any(set(together(namespace, *attempts)) == {REFUSED} for _ in range(10))
 
 
 def keeps_out(namespace: Namespace, *attempts: Callable[[], str]) -> bool:
-    """Whether nothing at all answers to attempts from a namespace."""
+    """Whether no attempt from a namespace gets an answer."""
     return set(together(namespace, *attempts)) == {NOTHING}
 
 
 def together(namespace: Namespace, *attempts: Callable[[], str]) -> list[str]:
-    """What becomes of several attempts from a namespace at once: those that nothing answers take their time."""
+    """The results of several attempts from a namespace at once, because unanswered ones take long."""
 
     def attempt() -> list[str]:
         with ThreadPoolExecutor(len(attempts)) as executor:

@@ -1,4 +1,4 @@
-"""Another user's way to a local socket: a process of that user, which relays every connection byte by byte."""
+"""Lets a test call a local socket as another user: a process of that user relays every connection."""
 
 import os
 import subprocess
@@ -36,12 +36,12 @@ while True:
 """
 NOBODY = 65534
 _PYTHON = next(path for path in ("/usr/bin/python3", sys.executable) if os.path.exists(path))
-"""One that every user may run."""
+"""An interpreter that every user may run."""
 
 
 @asynccontextmanager
 async def relayed(target: Path, folder: Path, *, uid: int = NOBODY, groups: Sequence[int] = ()) -> AsyncIterator[Path]:
-    """A socket whose connections reach `target` as those of another user."""
+    """A socket whose connections reach `target` with another user's credentials."""
     os.mkdir(folder)
     os.chmod(folder, 0o777)
     path = folder / "relay.sock"

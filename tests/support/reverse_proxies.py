@@ -1,4 +1,4 @@
-"""Debian's nginx and Caddy, in a network namespace, from a configuration of their own words."""
+"""Debian's nginx and Caddy in a network namespace, each with its own configuration syntax."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def nginx(namespace: Namespace, folder: Path, servers: str) -> Iterator[None]:
 
 @contextmanager
 def caddy(namespace: Namespace, folder: Path, sites: str) -> Iterator[None]:
-    """It listens once a connection to its port 443 is taken."""
+    """Yields when it listens on port 443."""
     (folder / "Caddyfile").write_text(_CADDY_HEAD + sites)
     process = namespace.popen(
         ["caddy", "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"],

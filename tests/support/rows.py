@@ -1,4 +1,4 @@
-"""Both implementations of the work on rows, for tests that hold for each: matrices, and the compiled core where it is."""
+"""Both implementations of the row functions, for tests of each: matrices, and the compiled core if it is installed."""
 
 import os
 
@@ -8,7 +8,7 @@ from siderolink.common.wireguard.packets import CompiledRows, MatrixRows, RowFun
 from siderolink.common.wireguard.packets.compiled import Functions, load
 
 IS_NEEDED = os.environ.get("SIDEROLINK_NATIVE") == "1"
-"""Where the compiled core has to be there, as in CI, its tests fail without it."""
+"""Set in CI: tests of the compiled core then fail without it."""
 
 IMPLEMENTATIONS = ["matrices", "compiled"]
 

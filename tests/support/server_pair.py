@@ -26,7 +26,7 @@ _CONNECT_SECONDS = 10.0
 
 @asynccontextmanager
 async def balancer(servers: list[str], *, is_fair: bool = False) -> AsyncIterator[int]:
-    """Hands each connection to the first server that takes it, a fair one in turns; on the machine's own loopback."""
+    """Relays each connection to the first server that accepts it, or with `is_fair` in turn; on the machine's loopback."""
     turns = itertools.count()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -73,10 +73,10 @@ class Pair:
     cluster: Cluster
     database: str
     preferred: list[str] = field(default_factory=lambda: [A, B])
-    """The servers as the balancers try them."""
+    """The servers in the balancers' order."""
 
     def owner_of(self, node_uuid: str) -> str | None:
-        """The address of the server that has the machine's link, as the database says."""
+        """The address of the server that owns the machine's link, from the database."""
         found = self.cluster.execute(
             "SELECT servers.endpoints FROM sessions JOIN servers ON servers.id = sessions.server_id"
             f" JOIN machines ON machines.id = sessions.machine_id WHERE machines.node_uuid = '{node_uuid}'",
@@ -85,11 +85,11 @@ class Pair:
         return str(found[0][0]).partition(":")[0] if found else None
 
     def is_owned_by(self, server: Served, node_uuid: str) -> bool:
-        """Whether the database says so of the machine's link."""
+        """Whether the database names this server as the owner of the machine's link."""
         return self.owner_of(node_uuid) == server.address
 
     def join(self, machine: Namespace, options: str = "", *, is_fair: bool = False) -> tuple[Link, str]:
-        """A machine of ours, which finds the servers' APIs by a balancer that prefers a, or takes them in turns."""
+        """A machine with this package's client; its balancer prefers server a, or takes the servers in turn."""
         node_uuid = str(uuid.uuid4())
         portal = self.stack.enter_context(machine.portal())
         port = self.stack.enter_context(portal.wrap_async_context_manager(balancer(self.preferred, is_fair=is_fair)))
@@ -101,7 +101,7 @@ class Pair:
 def server_pair(
     folder: Path, cluster: Cluster, database: str, urls: tuple[str, str], *, environment: dict[str, str] | None = None
 ) -> Iterator[Pair]:
-    """Each server reaches the database by a URL of its own; `environment` is server a's."""
+    """Each server has its own database URL; `environment` is for server a."""
     with ExitStack() as stack:
         router, a, b, *machines = [stack.enter_context(Namespace(label)) for label in ("router", "a", "b", "m0", "m1", "m2")]
         router.forward()
@@ -119,7 +119,7 @@ def server_pair(
 
 @contextmanager
 def existing_machine(namespace: Namespace, server: str) -> Iterator[tuple[RawMachine, RawLink]]:
-    """One that knows a single endpoint and calls nobody again."""
+    """A machine that knows a single endpoint and never calls Provision again."""
     machine = RawMachine(api=HostPort(server, 4000), node_uuid=str(uuid.uuid4()), join_token=TOKEN)
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""`siderolink serve` as an operator runs it, in a namespace, to be stopped, killed and started again."""
+"""`siderolink serve` as an operator runs it, in a namespace; tests stop, kill and restart it."""
 
 import os
 import queue
@@ -19,7 +19,7 @@ API = f"{SERVER}:4000"
 
 
 class Served:
-    """One `serve` with a state file of its own."""
+    """One `serve` with its own state file."""
 
     def __init__(self, namespace: Namespace, folder: Path, *options: str, address: str = SERVER, **environment: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -27,7 +27,7 @@ class Served:
         self.address = address
         self.state = folder / "state" / "siderolink.state"
         self.state_key = folder / "database.key"
-        """Of a state in Postgres."""
+        """The key file that seals a state in Postgres."""
         self.lines: list[str] = []
         self._environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "run")} | environment
         self._options = options
@@ -43,7 +43,7 @@ class Served:
         return self._process.pid
 
     def start(self, *, until: str = "remembering") -> None:
-        """Start and wait for a line."""
+        """Start, and wait for a line with `until`."""
         arguments = ["serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", f"{self.address}:51820"]
         arguments += ["--join-token-file", str(self._folder / "token"), *self._options]
         if "--store" not in self._options:
@@ -55,10 +55,10 @@ class Served:
         )
         self._queue = queue.Queue()
         threading.Thread(target=_read, args=(self._process, self._queue), daemon=True).start()
-        self.wait_for(until, 90)  # an interpreter that starts beside twenty busy processes
+        self.wait_for(until, 90)  # starting is slow beside twenty busy processes
 
     def wait_for(self, text: str, timeout: float = 60) -> str:
-        """The next line that holds the text."""
+        """The next line that contains the text."""
         while True:
             try:
                 line = self._queue.get(timeout=timeout)
@@ -70,13 +70,13 @@ class Served:
                 return line
 
     def said(self) -> str:
-        """All that it has said so far."""
+        """The whole output so far."""
         while not self._queue.empty():
             self.lines.append(self._queue.get() or "(end)\n")
         return "".join(self.lines)
 
     def kill(self) -> None:
-        """SIGKILL, which nothing can prepare for."""
+        """Send SIGKILL."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
@@ -86,7 +86,7 @@ class Served:
         self._process.send_signal(number)
 
     def stop(self, timeout: float = 60) -> int:
-        """SIGTERM, and the exit status."""
+        """Send SIGTERM and return the exit status."""
         assert self._process is not None
         self._process.terminate()
         return self._process.wait(timeout)
@@ -96,11 +96,11 @@ class Served:
             stop(self._process)
 
     def popen(self, arguments: Sequence[str]) -> "subprocess.Popen[str]":
-        """A command that stays, on the same host."""
+        """Start a long-running command on the same host."""
         return self.namespace.popen([*COMMAND, *arguments], env=self._environment, stdout=subprocess.PIPE)
 
     def command(self, arguments: Sequence[str], *, check: bool = True) -> str:
-        """Another command on the same host."""
+        """Run another command on the same host."""
         return self.namespace.run([*COMMAND, *arguments], env=self._environment, check=check)
 
 
@@ -116,7 +116,7 @@ def _read(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") ->
 
 @contextmanager
 def served(namespace: Namespace, folder: Path, *options: str, address: str = SERVER, **environment: str) -> Iterator[Served]:
-    """A `serve` that runs when the body begins, whatever became of it at the end."""
+    """A `serve` that runs when the body begins; the body may stop it."""
     server = Served(namespace, folder, *options, address=address, **environment)
     try:
         server.start()

@@ -38,7 +38,7 @@ class Fleet:
     managers: dict[str, Manager]
     time: VirtualClock
     asked: list[tuple[str, str]]
-    """Who was asked about which machine."""
+    """The queries: which server, about which machine."""
     is_connected: bool = True
 
     def __getitem__(self, name: str) -> Manager:
@@ -50,7 +50,7 @@ class Fleet:
         return await self[owner_server_id].fleet.liveness.heard_at(machine_id) if self.is_connected else None
 
     async def pass_time(self, seconds: float, *living: str) -> None:
-        """Time passes with heartbeats of these servers, or of all."""
+        """Advance the time with heartbeats of these servers, by default of all."""
         while seconds > 0:
             step = min(seconds, 1.0 if seconds <= 10 else 3.0)
             self.time.advance(step)
@@ -61,7 +61,7 @@ class Fleet:
             await self[name].monitor.check()
 
     async def is_owned_by(self, machine: FakeMachine, name: str) -> None:
-        """Every server has heard that this one owns the machine's link, and has set its peer accordingly."""
+        """Wait until every server knows that this one owns the machine's link, and has set its peer accordingly."""
         row = await self[name].row(machine)
         await settled(lambda: all(owners(one).owner_of(row.id) == name for one in self.managers.values()))
         await settled(lambda: all(self.is_passive(other, machine) == (other != name) for other in self.managers))
@@ -82,7 +82,7 @@ def owners(manager: Manager) -> Owners:
 
 @asynccontextmanager
 async def fleet_of(*names: str, store: MemoryStore | None = None, kind: str = "memory") -> AsyncIterator[Fleet]:
-    """Of the kind "postgres", each has connections of its own to one database."""
+    """With `kind` "postgres", each has its own connections to one database."""
     store, time = store or MemoryStore(), VirtualClock()
     async with AsyncExitStack() as stack:
         stores = [store] * len(names)
@@ -102,7 +102,7 @@ async def fleet_of(*names: str, store: MemoryStore | None = None, kind: str = "m
 
 
 async def linked(fleet: Fleet, name: str, machine: FakeMachine | None = None) -> FakeMachine:
-    """A machine that joined and shook hands at one server, which all know."""
+    """A machine that joined at one server and has a session there; all servers know it."""
     machine = machine or FakeMachine()
     await fleet[name].join(machine)
     await settled(lambda: all(machine.key in one.device.configs for one in fleet.managers.values()))

@@ -1,4 +1,4 @@
-"""Administrations of servers that share a store, connected by real mutual TLS; tests say which of them live."""
+"""Admin APIs of servers that share a store, connected by real mutual TLS; tests set which servers are alive."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,7 +23,7 @@ SHARED_KEY = PrivateKey(bytes([7]) * 32)
 
 
 class RestingClock(VirtualClock):
-    """Turned by hand alone."""
+    """Advanced only by hand."""
 
     async def sleep(self, seconds: float) -> None:
         await anyio.sleep(seconds)
@@ -31,17 +31,17 @@ class RestingClock(VirtualClock):
 
 @dataclass
 class Registry:
-    """What the siblings have in common."""
+    """The shared state of the siblings."""
 
     store: MemoryStore = field(default_factory=MemoryStore)
     time: VirtualClock = field(default_factory=RestingClock)
     rows: dict[str, FleetServer] = field(default_factory=dict)
-    """Of the living servers, by their ids."""
+    """The live servers, by id."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One server's sight of the others."""
+    """One server's view of the others."""
 
     id: str
     registry: Registry
@@ -60,7 +60,7 @@ class Sibling:
     registry: Registry
 
     async def join(self, machine: FakeMachine) -> str:
-        """A machine joins here, is heard, and this server owns its link; its id."""
+        """A machine joins here and this server owns its link; returns its id."""
         await self.office.manager.join(machine)
         await self.office.manager.handshake(machine)
         row = await self.office.manager.row(machine)
@@ -72,7 +72,7 @@ class Sibling:
         await self.registry.store.transact(lambda transaction: transaction.ownership.take(owned))
 
     async def knows(self, machine_id: str) -> MachineLink:
-        """Wait for the row that another server made."""
+        """Wait for a row that another server wrote."""
         with anyio.fail_after(5):
             while (link := self.office.manager.links.get(machine_id)) is None:
                 await anyio.lowlevel.checkpoint()
@@ -93,7 +93,7 @@ class Sibling:
 async def open_sibling(
     folder: Path, name: str, registry: Registry, *, reports: Reports | None = None, shared_key: PrivateKey = SHARED_KEY
 ) -> AsyncIterator[Sibling]:
-    """Everything but device and heartbeat is real."""
+    """Everything except the device and the heartbeat is real."""
     clock = Clock()
     peers = Peers(View(name, registry), shared_key, registry.store, clock)
     (folder / name).mkdir(exist_ok=True)

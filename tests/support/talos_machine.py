@@ -1,9 +1,9 @@
-"""A machine that behaves as existing ones do, to the letter, where it matters for coming back (without interface).
+"""A machine that reconnects exactly like existing ones (without an interface).
 
-- Every 30 s it looks whether its last handshake is 275 s old or there was none; then it takes the next endpoint, and where the
-  list is used up it calls Provision again.
-- A tunnel's stream that was cut is opened again no sooner than 10 s later, and only when a datagram is to be sent. That
-  datagram is lost, and nothing that comes is taken until a second one was sent.
+- Every 30 s it checks its last handshake. If that is 275 s old or there was none, it uses the next endpoint; after the last
+  endpoint it calls Provision again.
+- It reopens a cut tunnel stream after 10 s at the earliest, and only to send a datagram. That datagram is lost, and the
+  machine accepts no datagrams until it has sent a second one.
 """
 
 import os
@@ -34,7 +34,7 @@ _QUEUE = 100
 
 
 class Relay:
-    """The tunnel between WireGuard and the stream, which WireGuard takes for a path that is always open."""
+    """The tunnel between WireGuard and the stream. WireGuard sees a path that is always open."""
 
     headroom = 8
     batch_bytes = spare_bytes = 1 << 16
@@ -52,7 +52,7 @@ class Relay:
 
     def send(self, datagrams: Datagrams) -> None:
         if self._stream is None:
-            self._wanted.set()  # it opens the stream, and is lost
+            self._wanted.set()  # the datagram opens the stream, and is lost
             return
         self._stream.send(datagrams)
         if not self._may_receive:
@@ -98,12 +98,12 @@ class Relay:
 
 
 class TalosMachine:
-    """One machine; its key lives as long as it."""
+    """One machine, with one key."""
 
     def __init__(self, url: JoinURL, *, sends: bool) -> None:
         self.answers = Answers()
         self.sends = sends
-        """Whether it sends by itself, or is idle but for keepalives."""
+        """Whether it sends traffic, or only keepalives."""
         self.provisioned: Provisioned | None = None
         self._url = url
         self._machine = NodeInfo(uuid=str(uuid.uuid4()), unique_token=os.urandom(16).hex(), version="v1.13.0")
@@ -177,7 +177,7 @@ class TalosMachine:
                 return
 
     def _on_packet(self, packet: bytes) -> None:
-        # An idle machine is back when the server's packets arrive.
+        # an idle machine is connected again when the server's packets arrive
         if is_echo_reply(packet) or not self.sends:
             self.answers.came()
 

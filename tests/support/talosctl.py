@@ -1,4 +1,4 @@
-"""The command-line client of existing machines, to the letter: its calls, its metadata, and what it makes of the answers.
+"""An exact copy of the existing machines' command-line client: its calls, its metadata, and its handling of answers.
 
 Written from its public sources as facts (which method with which fields, which answer is an error), on grpcio and on Google's
 protobuf with a schema of its own. Each command returns what it would print; `CommandError` is what it would end with.
@@ -60,7 +60,7 @@ WIRE = messages(
 _SEMVER = re.compile(r"v?(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 _MODES = ("reboot", "auto", "no-reboot", "staged", "try")
 _CLIENT = (1, 14, 0)
-"""The client's own version: it warns of an older machine."""
+"""The client's version; the client warns if the machine's is older."""
 _CREATED, _UPDATED, _DESTROYED, _BOOTSTRAPPED = range(4)
 
 
@@ -76,7 +76,7 @@ class Talosctl:
     port: int = 50000
 
     def version_soon(self) -> str:
-        """The same as `version`, once the machine listens: that may be a moment after its link stands."""
+        """Retries `version` until the machine listens, which may be a moment after its link is up."""
         for _ in range(100):
             try:
                 return self.version()
