@@ -128,7 +128,7 @@ class EventSender:
             self._queue.acknowledge(self._queue.first + 1)
 
     async def _deliver(self, sink: HostPort) -> None:
-        """Deliver what waits and what comes, until a call fails."""
+        """Deliver pending and new events until a call fails."""
         async with open_channel(sink.host, sink.port, direct=is_overlay_address(sink.host)) as channel:
             stub = EventSinkServiceStub(channel)
             while True:

@@ -158,7 +158,7 @@ async def remove_leftover_rules(interface: str, namespace: str | None) -> None:
     try:
         await rules.set(isolate=False, open_ports=None)
     except DeviceUnavailableError:
-        pass  # not allowed, or another process's table: then there are no rules of ours either
+        pass  # not permitted, or another process's table: this device has no rules in either case
     finally:
         await rules.close(keep=True)
 

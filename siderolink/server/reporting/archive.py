@@ -444,7 +444,7 @@ def _load_machine(parent: int, folder: str) -> _MachineFiles | None:
                 files.segments.append(Segment(Kept(match[1]), begun_at, last_at, status.st_size, is_sound=False))
         return files
     except (OSError, ValueError, RecursionError):
-        return None  # not a folder of ours, left unchanged
+        return None  # not an archive's folder; left unchanged
     finally:
         os.close(inner)
 

@@ -59,7 +59,7 @@ class DeviceReport:
 
 
 def split_request(request: bytes) -> list[str]:
-    """The lines of a request, at least one. Raises UapiError for what is no text of ours."""
+    """The lines of a request, at least one. Raises UapiError for invalid text."""
     try:
         lines = request.decode("ascii").split("\n")
     except UnicodeDecodeError:
