@@ -253,10 +253,8 @@ class Side:
     server: ServerProcess
 
 
-async def _side(stack: contextlib.AsyncExitStack, cluster: Cluster, rows: int) -> Side:
-    where = stack.enter_context(place("postgres", cluster))
+async def _side(stack: contextlib.AsyncExitStack, where: str, rows: int) -> Side:
     store = await stack.enter_async_context(opened(where))
-    await asyncio.to_thread(fill, where, rows, _WRITER)
     membership = Membership(store, Clock(time=store.time), server_id=_WRITER, endpoints=["198.51.100.1:51820"])
     await stack.enter_async_context(membership.joined())
     beating = await stack.enter_async_context(background_tasks())
@@ -329,7 +327,11 @@ async def _costs(side: Side, cluster: Cluster, kind: str, count: int) -> tuple[f
 async def measure_events(options: argparse.Namespace, cluster: Cluster) -> None:
     found: dict[str, dict[int, list[tuple[float, float]]]] = {}
     async with contextlib.AsyncExitStack() as stack:
-        sides = [await _side(stack, cluster, rows) for rows in (options.rows // 100, options.rows)]
+        places = {rows: stack.enter_context(place("postgres", cluster)) for rows in (options.rows // 100, options.rows)}
+        for rows, where in places.items():
+            async with opened(where):
+                fill(where, rows, _WRITER)
+        sides = [await _side(stack, where, rows) for rows, where in places.items()]
         for turn in range(options.rounds):
             for kind in ("join", "label", "owner", "leave"):
                 for side in sides if turn % 2 == 0 else reversed(sides):
