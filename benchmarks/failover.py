@@ -46,6 +46,7 @@ from tests.support.who_sends import Record, recorded
 ADDRESSES = ("192.0.2.1", "198.51.100.1", "203.0.113.1")
 SETTLE_SECONDS = 20.0
 INITIATION = 1
+JOINS_AT_ONCE = 64
 _OWNERS = """
     SELECT machines.node_uuid, split_part(servers.endpoints, ':', 1), sessions.epoch
     FROM machines JOIN sessions ON machines.id = sessions.machine_id LEFT JOIN servers ON servers.id = sessions.server_id
@@ -222,7 +223,10 @@ def load(count: int, machines: int, *, kills: bool) -> Load:
         nets = Net(net.servers[0].namespace, (net.machine,))
         blocks = [f"198.18.{number * 64}.0/18" for number in range(3)]
         used, theirs = processor_of(net.servers), cluster_processor(net.cluster)
-        swarms = [SwarmProcess(nets, share, sources=block, url=url) for block, url in zip(blocks, urls, strict=True)]
+        swarms = [
+            SwarmProcess(nets, share, sources=block, url=url, at_once=JOINS_AT_ONCE // 3)
+            for block, url in zip(blocks, urls, strict=True)
+        ]
         for swarm in swarms:
             stack.callback(swarm.stop)
         made = 3 * share

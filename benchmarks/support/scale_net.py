@@ -99,9 +99,17 @@ class SwarmProcess(Process):
     """`siderolink simulate`: each phase is a line of JSON."""
 
     def __init__(
-        self, net: Net, machines: int, *, tunnel: bool = False, sources: str = SOURCES, reconnects: int = 8, url: str = URL
+        self,
+        net: Net,
+        machines: int,
+        *,
+        tunnel: bool = False,
+        sources: str = SOURCES,
+        reconnects: int = 8,
+        url: str = URL,
+        at_once: int = 64,
     ) -> None:
-        options = {"machines": machines, "tunnel-share": int(tunnel), "sources": sources, "at-once": 64, "timeout": 120}
+        options = {"machines": machines, "tunnel-share": int(tunnel), "sources": sources, "at-once": at_once, "timeout": 120}
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         command = [sys.executable, "-m", "siderolink", "simulate", url, "--json", f"--reconnects={reconnects}"]
         super().__init__(net.machine, command + arguments)
