@@ -130,6 +130,14 @@ test-talos-client: setup needs ## the machines' own client package (Go, from the
 	@cd tests/talos_client && go build -o $(abspath $(VENV))/talos-client .
 	@$(SUDO) env TALOS_CLIENT=$(abspath $(VENV))/talos-client PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest tests/talos_client $(ARGS)
 
+.PHONY: test-talosctl
+# not part of `make test`: the build takes many minutes
+test-talosctl: setup needs ## the machines' real command-line client, talosctl (Go, from the module proxy), through `siderolink forward`
+	@cd tests/talos_client && go build -o $(abspath $(VENV))/talos-client .
+	@cd tests/talosctl && timeout 2400 nice -n 19 go build -o $(abspath $(VENV))/talosctl github.com/siderolabs/talos/cmd/talosctl
+	@$(SUDO) env TALOS_CLIENT=$(abspath $(VENV))/talos-client TALOSCTL=$(abspath $(VENV))/talosctl PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" \
+		$(PYTHON) -m pytest tests/talosctl $(ARGS)
+
 h2-range: setup ## tests of the gRPC layer with the lowest and the newest h2 that grpclib allows
 	@scripts/h2-range $(UV) $(VENV)
 

@@ -94,6 +94,14 @@ func (server) Read(_ *machine.ReadRequest, stream machine.MachineService_ReadSer
 	return nil
 }
 
+func (server) Dmesg(_ *machine.DmesgRequest, stream machine.MachineService_DmesgServer) error {
+	return stream.Send(&common.Data{Bytes: []byte("kern: info: [2026-01-01T00:00:00Z]: eth0: link up\n")})
+}
+
+func (server) Logs(request *machine.LogsRequest, stream machine.MachineService_LogsServer) error {
+	return stream.Send(&common.Data{Bytes: []byte("a line of " + request.GetId() + "\n")})
+}
+
 func serve(address, ca, certificate, key string) {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM([]byte(read(ca)))
