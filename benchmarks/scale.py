@@ -122,6 +122,7 @@ def measure_udp(options: Options) -> Iterator[Figure]:
         joined, connected = swarm.phase(), swarm.phase()
         yield Figure(name="joins by simulated machines on the same cores", value=joined["rate"], unit="/s")
         yield Figure(name="first connection of all", value=connected["seconds"], unit="s")
+        time.sleep(_SETTLE_SECONDS)  # the history of the joins is written first
         before = server.cpu
         swarm.reconnect()
         yield Figure(
