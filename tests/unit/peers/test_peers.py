@@ -290,7 +290,7 @@ async def test_a_forward_whose_first_bytes_are_nonsense_is_refused_where_it_come
     assert not [record for record in caplog.records if record.exc_info]
 
 
-@pytest.mark.parametrize("told", [b"\x08\x05", b"\xff", b"\x1a\x02\xff\xff", b"\x20\x05"])
+@pytest.mark.parametrize("told", [b"\x18\x05", b"\x08\x05", b"\xff", b"\x1a\x02\xff\xff", b"\x20\x05"])
 async def test_a_caller_that_cannot_be_read_is_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture, told: bytes) -> None:
     async with two(tmp_path) as (a, b):
         machines = pb.MachineServiceStub(a.peers.channels.to(b.registry.rows["b"]))
