@@ -11,6 +11,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from siderolink.common.backoff import Backoff
+from siderolink.common.errors import SideroLinkError
 
 log = logging.getLogger("siderolink")
 
@@ -41,17 +42,20 @@ async def background_tasks() -> AsyncIterator[TaskGroup]:
 async def keep_running(what: str, work: Callable[[], Awaitable[object]]) -> None:
     """Run `work` until it returns or this task is cancelled; restart it after a growing delay when it raises.
 
-    For parts whose failure must not affect the whole. The log names `what` and has the traceback.
+    For parts whose failure must not affect the whole. The log names `what`, and has the traceback of an unforeseen error.
     """
     backoff = Backoff(first=1.0, cap=60.0)
     while True:
         try:
             await work()
             return
+        except SideroLinkError as error:
+            delay = backoff.next()
+            log.error("%s failed; restarting it in %.0f s: %s", what, delay, error)
         except Exception:
             delay = backoff.next()
             log.exception("%s failed; restarting it in %.0f s", what, delay)
-            await anyio.sleep(delay)
+        await anyio.sleep(delay)
 
 
 async def to_its_end(work: Coroutine[Any, Any, T]) -> T:

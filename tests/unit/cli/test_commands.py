@@ -22,7 +22,7 @@ from siderolink.cli.serving import Serving
 from siderolink.cli.status import describe_reports, run_status, show_all, to_json
 from siderolink.client import ConnectionState
 from siderolink.client.link import events
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.common.grpc import GRPCError, Status, open_channel
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.control import ControlStub, Event, EventsRequest, Peer, Reports, StatusResponse
@@ -295,12 +295,15 @@ async def test_a_part_that_fails_is_logged_and_started_again(
 
     async def work() -> None:
         runs.append(1)
-        if len(runs) < 3:
+        if len(runs) == 1:
+            raise StoreError("the state contains an invalid principal record")
+        if len(runs) == 2:
             raise KeyError("what nobody foresaw")
 
     await keep_running("a part", work)
     assert len(runs) == 3
-    assert [record.exc_info is not None for record in caplog.records if record.levelname == "ERROR"] == [True, True]
+    assert [record.exc_info is not None for record in caplog.records if record.levelname == "ERROR"] == [False, True]
+    assert caplog.messages[0].endswith(": the state contains an invalid principal record")
     assert "a part failed; restarting it in " in caplog.messages[-1]
 
 
