@@ -10,10 +10,11 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import SideroLinkError, StoreError
 from siderolink.common.hostport import HostPort
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, in_parts
 from siderolink.common.wireguard.device import Device
 from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.clock import Clock
@@ -36,6 +37,7 @@ LEASE_SECONDS = 10.0
 HEARD_SECONDS = 30.0
 """After that it sends only to machines heard within this time."""
 _LOOK_SECONDS = 2.0
+_IN_ONE_GO = 1000
 _RETRY_SECONDS = 1.0
 DIALS = 3
 """How often a dead server's machines are dialled, those that have not answered."""
@@ -213,11 +215,13 @@ class Lease:
 
     async def _unheard(self) -> list[str]:
         found = []
-        for status in await self._device.peers():
-            link = self._directory.by_key(status.public_key)
-            if link is None or link.claim is not None:
-                continue
-            silence = status.silence(self._clock.host_time())
-            if silence is None or silence > HEARD_SECONDS:
-                found.append(link.machine.id)
+        for part in in_parts(await self._device.peers(), _IN_ONE_GO):
+            for status in part:
+                link = self._directory.by_key(status.public_key)
+                if link is None or link.claim is not None:
+                    continue
+                silence = status.silence(self._clock.host_time())
+                if silence is None or silence > HEARD_SECONDS:
+                    found.append(link.machine.id)
+            await checkpoint()
         return found

@@ -7,13 +7,14 @@ cannot read heartbeats itself, and after an outage of the database everyone has 
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from hashlib import blake2b
 
 import anyio
 
 from siderolink.common.errors import SideroLinkError
+from siderolink.common.tasks import background_tasks
 from siderolink.server.clock import Clock
 from siderolink.server.store import FleetServer, Store, Transaction
 
@@ -70,7 +71,8 @@ class Membership:
         """Servers whose death was reported."""
         self._read_at = clock.time()
         """When heartbeats were last read, on the store's clock."""
-        self._beat_at = clock.monotonic()
+        self._beat_at = self._began_at = clock.monotonic()
+        """When the last heartbeat was written, and when that began."""
         self.outage_ended_at = clock.time()
         """On the store's clock. A server that has just started does not know the time before."""
         self._has_begun = False
@@ -236,9 +238,29 @@ class Membership:
                 await self._wake.wait()
 
     async def beat(self) -> None:
-        """Write this server's row, and read the others'. Raises StoreError."""
+        """Write this server's row, and read the others'; after a doubt, be sure again first. Raises StoreError."""
+        await self._write()
+        while self._was_doubtful:
+            self._was_doubtful = False
+            try:
+                async with background_tasks() as tasks:
+                    tasks.start_soon(self._keep_writing)
+                    await self.on_return()
+            except BaseException:
+                self._was_doubtful = True
+                raise
+        self.on_beat(SURE_SECONDS - (self._clock.monotonic() - self._began_at) if self._others else None)
+
+    async def _keep_writing(self) -> None:
+        """With many machines, it takes longer to hear what others took than until a server without heartbeats is dead."""
+        while True:
+            await anyio.sleep(HEARTBEAT_SECONDS)
+            with suppress(SideroLinkError):
+                await self._write()
+
+    async def _write(self) -> None:
         self._watch_clock()
-        began_at = self._clock.monotonic()
+        self._began_at = self._clock.monotonic()
         row = self._row = replace(self._row, heartbeat_at=self._clock.time(), clock_offset=self.clock_offset)
         is_first = not self._has_begun
         was_away = self.offline_for > OUTAGE_SECONDS
@@ -265,10 +287,6 @@ class Membership:
         self._others = others
         self._tell_deaths(gone)
         self._tell_drains()
-        if self._was_doubtful:
-            await self.on_return()
-            self._was_doubtful = False
-        self.on_beat(SURE_SECONDS - (self._clock.monotonic() - began_at) if others else None)
 
     def _watch_clock(self) -> None:
         if self.has_wrong_clock is not self._had_wrong_clock:

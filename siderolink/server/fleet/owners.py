@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.tasks import background_tasks
@@ -35,6 +36,7 @@ ANSWERS_ON_SECONDS = 1.0
 """For so long a server that drains answers a machine that has gone to another one."""
 _LEAST_PAUSE = 0.1
 _AT_ONCE = 128
+_PEERS_IN_ONE_GO = 32
 
 
 class Moments:
@@ -204,7 +206,9 @@ class Owners:
         link = self._directory.get(ownership.machine_id)
         if link is not None and ownership.machine_id not in self._wanted:
             now = self._clock.monotonic()
-            self._lost_at = {one: at for one, at in self._lost_at.items() if now - at < UNDER_WAY_SECONDS}
+            self._lost_at.pop(ownership.machine_id, None)
+            while self._lost_at and now - self._lost_at[first := next(iter(self._lost_at))] >= UNDER_WAY_SECONDS:
+                del self._lost_at[first]
             self._lost_at[ownership.machine_id] = now
             if self.membership.is_draining:
                 self.moments.begin(ownership.machine_id, ANSWERS_ON_SECONDS)
@@ -291,7 +295,11 @@ class Owners:
             self._is_away = True
 
     async def _set_peers(self) -> None:
+        done = 0
         while self._unsettled:
+            done += 1
+            if done % _PEERS_IN_ONE_GO == 0:
+                await checkpoint()
             machine_id = next(iter(self._unsettled))
             del self._unsettled[machine_id]
             link = self._directory.get(machine_id)

@@ -172,6 +172,32 @@ async def test_a_server_that_was_away_is_sure_of_its_machines_only_when_it_knows
         assert told == ["knows", 3.0, 3.0]
 
 
+async def test_heartbeats_go_on_while_a_server_hears_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With very many machines that takes longer than the others wait; a gap meanwhile is a doubt of its own."""
+    monkeypatch.setattr("siderolink.server.fleet.membership.HEARTBEAT_SECONDS", 0.001)
+    async with fleet_of("a", "b") as fleet:
+        a, told, refreshed = membership(fleet["a"]), list[float | None](), list[float]()
+
+        async def written_at() -> float:
+            rows = await fleet["a"].store.transact(lambda transaction: transaction.ownership.servers())
+            return next(row.heartbeat_at for row in rows if row.id == "a")
+
+        async def refresh() -> None:
+            if not refreshed:
+                fleet.time.advance(DEAD_AFTER + 1)
+            refreshed.append(fleet.time.clock.time())
+            with anyio.fail_after(5):
+                while await written_at() < refreshed[-1]:
+                    await anyio.sleep(0.001)
+
+        a.on_return, a.on_beat = refresh, told.append
+        fleet.time.advance(DEAD_AFTER + 1)
+        await a.beat()
+        assert len(refreshed) == 2
+        assert told == [3.0]
+        assert a.offline_for == 0
+
+
 async def test_a_server_that_is_alone_is_always_sure() -> None:
     async with fleet_of("a") as fleet:
         told: list[float | None] = []
