@@ -39,10 +39,12 @@ HEARD_SECONDS = 30.0
 _LOOK_SECONDS = 2.0
 _IN_ONE_GO = 1000
 _RETRY_SECONDS = 1.0
-DIALS = 3
-"""How often a dead server's machines are dialled, those that have not answered."""
-DIAL_SECONDS = 2.0
-"""Between these: WireGuard itself tries again only after 5 s, and not while a server is in doubt."""
+DIAL_PAUSES = (2.0, 2.0, 10.0, 20.0, 40.0)
+"""Seconds between dials of a dead server's machines that have not answered.
+
+The first are short: WireGuard itself tries again only after 5 s, and not while a server is in doubt. The others are for
+machines that do not answer at first, because their hosts are busy or their network is down.
+"""
 INVITE_AFTER = 5.0
 """Seconds after which the machines that stay at a server that drains are dialled: those that know the word have left then."""
 INVITE_SECONDS = 1.5
@@ -95,9 +97,11 @@ class Failover:
 
         Servers that see each other's heartbeats late may disagree for a moment about who dials a machine, and dials are lost.
         """
-        for turn in range(DIALS):
-            if turn:
-                await self._clock.sleep(DIAL_SECONDS)
+        await self._retry(self.take_over, server_id)
+        for pause in DIAL_PAUSES:
+            await self._clock.sleep(pause)
+            if self._owners.membership.is_alive(server_id):
+                return
             await self._retry(self.take_over, server_id)
 
     async def relieve(self, server_id: str) -> None:

@@ -16,8 +16,7 @@ from siderolink.server import MemoryStore
 from siderolink.server.fleet.dialling import dial_remembered
 from siderolink.server.fleet.directory import MachineLink
 from siderolink.server.fleet.failover import (
-    DIAL_SECONDS,
-    DIALS,
+    DIAL_PAUSES,
     INVITATIONS,
     INVITE_AFTER,
     INVITE_AGAIN_SECONDS,
@@ -292,9 +291,27 @@ async def test_a_dead_servers_machines_that_do_not_answer_are_dialled_again_by_t
         for name in "bc":
             before = fleet.time.now
             await failover_of(fleet, name).succeed("a")
-            assert fleet.time.now - before >= (DIALS - 1) * DIAL_SECONDS
+            assert fleet.time.now - before >= sum(DIAL_PAUSES)
         counted = [sorted(dials(name, machine) for name in "bc") for machine in machines]
-        assert counted == [[0, 1], *[[0, DIALS]] * (len(machines) - 1)]
+        assert counted == [[0, 1], *[[0, 1 + len(DIAL_PAUSES)]] * (len(machines) - 1)]
+
+
+async def test_the_machines_of_a_server_that_lives_again_are_not_dialled_any_more() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        await fleet.pass_time(DEAD_AFTER + 1, "b")
+        beats: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            beats.append(seconds)
+            await membership(fleet["a"]).beat()
+            await membership(fleet["b"]).beat()
+
+        b = fleet["b"]
+        clock = replace(fleet.time.clock, sleep=sleep)
+        await Failover(owners(b), b.links, b.fleet.sessions, b.reconciler, b.store, clock).succeed("a")
+        assert b.device.calls.count(("handshake", machine.key)) == 1
+        assert beats == [DIAL_PAUSES[0]]
 
 
 async def test_a_second_death_does_not_bring_the_next_dial_of_the_first_ones_machines_forward() -> None:
@@ -306,7 +323,7 @@ async def test_a_second_death_does_not_bring_the_next_dial_of_the_first_ones_mac
             turns.append(server_id)
 
     async def sleep(seconds: float) -> None:
-        assert seconds == DIAL_SECONDS
+        assert seconds == DIAL_PAUSES[0]
         sleeps.append(anyio.Event())
         await sleeps[-1].wait()
 
