@@ -82,7 +82,7 @@ def test_killed_and_drained(tmp_path: Path) -> None:
             assert fleet.owners() == {node_uuid: B, existing: B}
 
         with fleet.held():
-            assert drain(pair, B).startswith("nobody is left")
+            assert drain(pair, B).startswith("no machine is left")
             assert fleet.owners() == {node_uuid: A, existing: A}
 
 
@@ -99,7 +99,7 @@ def test_a_promoted_replica_that_lacks_the_last_takings(tmp_path: Path) -> None:
             owners = "SELECT machine_id, server_id, epoch FROM sessions ORDER BY 1"
             until(lambda: replica.execute(owners) == before)
             replica.stop()
-            assert drain(pair, A).startswith("nobody is left")
+            assert drain(pair, A).startswith("no machine is left")
             pair.a.command(["drain", "--undo"])
             fleet.passes_at({B})
             with fleet.held():
