@@ -274,7 +274,7 @@ def test_rules_that_the_kernel_refuses_leave_the_old_ones() -> None:
         table = net.machine.call(Table, "siderolink")
         drop = Chain("input", [Rule([], "drop")])
         portal.call(table.replace, [drop])
-        with pytest.raises(SideroLinkError, match="refused: No such file or directory"):
+        with pytest.raises(SideroLinkError, match="refused the firewall rules: No such file or directory"):
             portal.call(table.replace, [Chain("input", [Rule([], "accept"), Rule([], jump="nowhere")])])
         assert keeps_out(net.server, partial(dial, MACHINE_V4, 80, None))
         portal.call(table.close)
