@@ -1,6 +1,7 @@
 """A small HTTP/1.1 server for read-only pages: metrics and health. One request per connection.
 
-The cost of a client is bounded: concurrent connections, bytes of a request, and seconds to send it and to read the answer.
+The cost of a client is bounded: concurrent connections, bytes of a request, and seconds to send it and to read the answer. When
+all connections are in use, a new one replaces the one that has waited longest for its client: idle clients keep no one out.
 """
 
 import asyncio
@@ -42,14 +43,25 @@ class PageServer:
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = pages
         self._open: set[asyncio.Task[None]] = set()
+        self._idle: dict[asyncio.Task[None], None] = {}
+        """Those that wait for their client to send a request or to read the answer, the longest wait first."""
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= MAX_CONNECTIONS:
-            writer.transport.abort()
-            return
+            oldest = next(iter(self._idle), None)
+            if oldest is None:
+                writer.transport.abort()
+                return
+            del self._idle[oldest]
+            oldest.cancel()
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
         self._open.add(task)
-        task.add_done_callback(self._open.discard)
+        self._idle[task] = None
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._open.discard(task)
+        self._idle.pop(task, None)
 
     async def end(self) -> None:
         for task in self._open:
@@ -57,11 +69,15 @@ class PageServer:
         await asyncio.gather(*self._open, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 request = await _read_head(reader)
+            self._idle.pop(task, None)
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 method, answer = await self._answer(request)
+                self._idle[task] = None
                 writer.write(_encode(answer, with_body=method != "HEAD"))
                 await writer.drain()
                 writer.close()

@@ -1,6 +1,7 @@
 """Metrics without a server: the pages' bounds, the shape of the text, and totals that survive what they count."""
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -69,17 +70,42 @@ async def test_pages_answer_and_refuse() -> None:
         assert b"secret" not in failed
 
 
-async def test_idle_clients_cost_a_bounded_number_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_clients_cost_a_bounded_number_of_connections_and_keep_no_one_out() -> None:
     async with serve_pages(LOOPBACK, {"/hello": hello}) as port:
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(http.MAX_CONNECTIONS)]
         await asyncio.sleep(0)
+        assert (await ask(port, b"GET /hello HTTP/1.1\r\n\r\n")).endswith(b"\r\n\r\nhello")
+        with contextlib.suppress(ConnectionError):  # the first has made room
+            assert await idle[0][0].read() == b""
+        last_reader, last = idle[-1]
+        last.write(b"GET /hello HTTP/1.1\r\n\r\n")
+        assert (await last_reader.read()).endswith(b"hello")
+        for _, writer in idle:
+            writer.close()
+
+
+async def test_no_connection_is_taken_while_all_are_being_answered() -> None:
+    begun, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+    async def slow() -> PageAnswer:
+        begun.release()
+        await go_on.wait()
+        return await hello()
+
+    async with serve_pages(LOOPBACK, {"/slow": slow}) as port:
+        asked = [asyncio.create_task(ask(port, b"GET /slow HTTP/1.1\r\n\r\n")) for _ in range(http.MAX_CONNECTIONS)]
+        for _ in asked:
+            await begun.acquire()
         try:
-            answer = await ask(port, b"GET /hello HTTP/1.1\r\n\r\n")
+            answer = await ask(port, b"GET /slow HTTP/1.1\r\n\r\n")
         except ConnectionError:
             answer = b""
         assert answer == b""
-        for _, writer in idle:
-            writer.close()
+        go_on.set()
+        assert all(answer.endswith(b"hello") for answer in await asyncio.gather(*asked))
+
+
+async def test_idle_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "REQUEST_TIMEOUT", 0.05)
     async with serve_pages(LOOPBACK, {"/hello": hello}) as port:
         assert await ask(port, b"GET /hello HTTP/1.1\r\n") == b""
