@@ -372,7 +372,7 @@ def delete(call: Call, name: Name) -> None:
     async def work(connection: Connection) -> Token:
         return await connection.stub(TokenServiceStub).delete_token(TokenRequest(name=name))
 
-    show(f"{one_line(call.run(work).name)} is deleted")
+    show(f"{one_line(call.run(work).name)} was deleted")
 
 
 @command(app, "default", prints=True)

@@ -107,7 +107,7 @@ class Demo:
         joined = await machine.host.ask("join", url=url, uuid=str(uuid.uuid4()), device=self._device)
         machine.address = joined["address"]
         if joined["transport"] != machine.link:
-            raise DemoError(f"the link uses {joined['transport']}, not by {machine.link}")
+            raise DemoError(f"the link uses {joined['transport']}, not {machine.link}")
         return f"{joined['interface']} {joined['address']} to {joined['server_address']} by {joined['transport']}", joined
 
     async def _ping(self) -> tuple[str, Fields]:
