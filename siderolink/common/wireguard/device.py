@@ -77,7 +77,7 @@ class PeerConfig:
     """Seconds between keepalives, 0 to 65,535; 0 disables them."""
     is_passive: bool = False
     """Another device with the same key serves the peer: send it nothing, forget its endpoint, and keep its sessions only for
-    for what it still sends here. Packets to it are answered as unreachable. A new session that it begins makes it active."""
+    what it still sends here. Packets to it are answered as unreachable. A new session that it begins makes it active."""
     rate_in: int | None = None
     """Limit in bytes of inner packets per second from the peer; excess packets are dropped and counted. None disables it."""
     rate_out: int | None = None
