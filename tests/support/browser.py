@@ -24,6 +24,7 @@ def browser_in(namespace: Namespace, folder: Path, *flags: str) -> Iterator[Brow
     program = folder / "chromium"
     program.write_text(f'#!/bin/sh\nexec ip netns exec {namespace.name} {found} "$@"\n')
     program.chmod(0o755)
+    namespace.await_addresses()
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=[*_FLAGS, *flags], timeout=PATIENCE)
