@@ -7,7 +7,7 @@ For fleets of several servers: what a change that another server made costs, amo
     python benchmarks/store.py rows [--rows 1000000]                                the store alone
     sudo python benchmarks/store.py fleet [--machines 10000]                        a server and machines in namespaces
     sudo python benchmarks/store.py hour [--machines 300] [--minutes 6]             what Postgres itself counts
-    sudo python benchmarks/store.py events [--rows 100000] [--events 400]         a server that follows, among all rows and 1 %
+    sudo python benchmarks/store.py events [--rows 100000] [--events 2000]        a server that follows, among all rows and 1 %
 
 Postgres is Debian's, started for the run with its own settings: every commit is on the disk before it is answered, in both.
 """
@@ -433,7 +433,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int)
-    parser.add_argument("--events", type=int, default=400)
+    parser.add_argument("--events", type=int, default=2000)
     parser.add_argument("--machines", type=int)
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)

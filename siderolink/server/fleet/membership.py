@@ -276,7 +276,7 @@ class Membership:
             await transaction.ownership.put_server(row)
             return others
 
-        others = await self._store.transact(work)
+        others = await self._store.transact_urgently(work)
         self._has_begun = True
         now, at = self._clock.time(), self._clock.monotonic()
         if was_away:
@@ -303,6 +303,6 @@ class Membership:
         """Remove this server's row, within a second, also when this task was cancelled."""
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
             try:
-                await self._store.transact(lambda transaction: transaction.ownership.delete_server(self.id))
+                await self._store.transact_urgently(lambda transaction: transaction.ownership.delete_server(self.id))
             except SideroLinkError as error:
                 log.warning("this server's row could not be removed; the others will take it for dead: %s", error)

@@ -122,6 +122,9 @@ class Store(Protocol):
         effects outside the transaction.
         """
 
+    async def transact_urgently(self, work: Work[T]) -> T:
+        """Like `transact`, but without waiting behind others: for heartbeats, which others judge this server by."""
+
     def machines(self) -> AsyncIterator[Machine]:
         """Every row, unordered. A row that changes during the iteration appears in either state."""
 

@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -71,9 +71,17 @@ class MeasuredStore:
         return self._store.time()
 
     async def transact(self, work: Work[T]) -> T:
+        return await self._measure(self._store.transact(work))
+
+    async def transact_urgently(self, work: Work[T]) -> T:
+        # an embedder's store may be without it
+        transact: Callable[[Work[T]], Awaitable[T]] = getattr(self._store, "transact_urgently", self._store.transact)
+        return await self._measure(transact(work))
+
+    async def _measure(self, transaction: Awaitable[T]) -> T:
         began_at = time.perf_counter()
         try:
-            return await self._store.transact(work)
+            return await transaction
         except StoreError as error:
             self._failures += 1
             if isinstance(error, StoreFullError):

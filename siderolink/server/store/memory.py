@@ -310,6 +310,9 @@ class MemoryStore:
                 self._feeds.publish(transaction.changes)
         return result
 
+    async def transact_urgently(self, work: Work[T]) -> T:
+        return await self.transact(work)
+
     async def machines(self) -> AsyncIterator[Machine]:
         for machine in list(self._table.rows.values()):
             yield machine

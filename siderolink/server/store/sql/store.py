@@ -77,6 +77,9 @@ class SqlStore(Reads):
         result: T = await self._batches.submit(work)
         return result
 
+    async def transact_urgently(self, work: Work[T]) -> T:
+        return await self.transact(work)  # nobody waits for more than the batches before it
+
     async def _on_connection(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
         """Run in a transaction of its own, between two batches."""
         results: list[T] = []

@@ -171,11 +171,16 @@ def _translate(error: Exception) -> Exception:
 
 
 class Database:
-    """Connections to one database, each in autocommit mode."""
+    """Connections to one database, each in autocommit mode.
+
+    Who waits for one gets it in the order of arrival: the pool itself gives it to whoever asks first once it is free, and under
+    load some would wait for ever. One connection is kept for what is urgent.
+    """
 
     def __init__(self, url: URL, *, connections: int = CONNECTIONS) -> None:
         self.name = describe(url)
         self._url = url
+        self._ordinary = anyio.Semaphore(max(1, connections - 1), fast_acquire=True)
         self._arguments: dict[str, Any] = {
             "prepare_threshold": None,
             "connect_timeout": CONNECT_SECONDS,
@@ -197,23 +202,38 @@ class Database:
         )
 
     @asynccontextmanager
-    async def connect(self, seconds: float = ANSWER_SECONDS) -> AsyncIterator[AsyncConnection]:
+    async def connect(self, seconds: float = ANSWER_SECONDS, *, urgent: bool = False) -> AsyncIterator[AsyncConnection]:
         """A connection for single statements. Raises like `translated`.
 
         The body must end within `seconds`; the wait for a connection has its own limit.
         """
         with translated():
-            connection = await self._living()
+            if not urgent:
+                await self._await_turn()
             try:
-                with anyio.fail_after(seconds):
-                    yield connection
+                connection = await self._living()
+                try:
+                    with anyio.fail_after(seconds):
+                        yield connection
+                finally:
+                    await _release(connection)
             finally:
-                await _release(connection)
+                if not urgent:
+                    self._ordinary.release()
+
+    async def _await_turn(self) -> None:
+        try:
+            self._ordinary.acquire_nowait()
+        except anyio.WouldBlock:
+            with anyio.move_on_after(WAIT_SECONDS):
+                await self._ordinary.acquire()
+                return
+            raise StoreUnavailableError("the database is busy or does not answer") from None
 
     @asynccontextmanager
-    async def driver(self, seconds: float = ANSWER_SECONDS) -> AsyncIterator[Driver]:
+    async def driver(self, seconds: float = ANSWER_SECONDS, *, urgent: bool = False) -> AsyncIterator[Driver]:
         """Like `connect`, for statements run directly on the driver. A transaction still open at the end is rolled back."""
-        async with self.connect(seconds) as connection:
+        async with self.connect(seconds, urgent=urgent) as connection:
             driver, info = _driver_of(connection), connection.sync_connection.info  # type: ignore[union-attr]
             if _INSPECTED not in info:
                 await _inspect_session(driver)

@@ -85,9 +85,15 @@ class PostgresStore(Reads):
         return self._feed.time()
 
     async def transact(self, work: Work[T]) -> T:
+        return await self._run(work, urgent=False)
+
+    async def transact_urgently(self, work: Work[T]) -> T:
+        return await self._run(work, urgent=True)
+
+    async def _run(self, work: Work[T], *, urgent: bool) -> T:
         if not self._is_open:
             raise StoreError("the store is closed")
-        result, has_changed = await run_work(self._database, work)
+        result, has_changed = await run_work(self._database, work, urgent=urgent)
         if has_changed:
             self._feed.note_change()
         return result

@@ -151,7 +151,7 @@ async def _run(driver: Driver, steps: Iterable[Step]) -> None:
         raise failure
 
 
-async def run_work(database: Database, work: Work[T]) -> tuple[T, bool]:
+async def run_work(database: Database, work: Work[T], *, urgent: bool = False) -> tuple[T, bool]:
     """The work's result after its commit, and whether it made changes for the feed.
 
     Raises what the work raises, or StoreError.
@@ -161,7 +161,7 @@ async def run_work(database: Database, work: Work[T]) -> tuple[T, bool]:
     for number in range(ATTEMPTS):
         attempt = _Attempt(is_checked=is_checked, locks=locks)
         try:
-            async with database.driver() as driver:
+            async with database.driver(urgent=urgent) as driver:
                 # a caller that is cancelled must not leave the connection in the middle of something
                 return await to_its_end(attempt.run(driver, work)), attempt.has_changed
         except ContendedError as error:

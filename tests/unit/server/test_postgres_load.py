@@ -1,0 +1,71 @@
+"""A store on Postgres with more transactions at once than it has connections."""
+
+from collections.abc import AsyncIterator
+
+import anyio
+import pytest
+
+from siderolink.server.store import ServerRecord, Transaction
+from siderolink.server.store.measured import MeasuredStore
+from siderolink.server.store.sql.postgres import PostgresStore
+from tests.support.postgres import STATE_KEY, cluster
+
+pytestmark = pytest.mark.anyio
+
+WORKERS, CONNECTIONS = 16, 3
+
+
+class Load:
+    """Workers that begin their next transaction the moment their last one has ended, until they are stopped."""
+
+    def __init__(self, store: PostgresStore) -> None:
+        self.store = store
+        self.done = 0
+
+    async def read(self, transaction: Transaction) -> ServerRecord | None:
+        return await transaction.server()
+
+    async def work(self) -> None:
+        while True:
+            await self.store.transact(self.read)
+            self.done += 1
+
+    async def await_done(self, count: int) -> None:
+        with anyio.fail_after(60):
+            while self.done < count:
+                await anyio.sleep(0.001)
+
+
+@pytest.fixture
+async def load() -> AsyncIterator[Load]:
+    with cluster().database() as database:
+        async with PostgresStore.open(cluster().url(database), key=STATE_KEY, connections=CONNECTIONS) as store:
+            found = Load(store)
+            async with anyio.create_task_group() as tasks:
+                for _ in range(WORKERS):
+                    tasks.start_soon(found.work)
+                await found.await_done(WORKERS)
+                yield found
+                tasks.cancel_scope.cancel()
+
+
+async def test_a_transaction_waits_for_those_before_it_only(load: Load) -> None:
+    """Otherwise workers that come again at once have all connections, and others wait for as long as the load lasts."""
+    for _ in range(20):
+        before = load.done
+        with anyio.fail_after(60):
+            await load.store.transact(load.read)
+        assert load.done - before <= WORKERS + CONNECTIONS
+
+
+async def test_a_heartbeat_waits_for_no_transaction(load: Load) -> None:
+    """Otherwise the other servers take one under load for dead."""
+    for store in (load.store, MeasuredStore(load.store)):
+        waited = 0
+        for _ in range(50):
+            before = load.done
+            with anyio.fail_after(60):
+                await store.transact_urgently(load.read)
+            waited += load.done - before
+        # a connection of its own: about as many as the others complete meanwhile on theirs, never the whole queue
+        assert waited < 50 * (WORKERS - CONNECTIONS)
