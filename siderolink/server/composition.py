@@ -202,6 +202,7 @@ class Composition:
         if fleet.membership is None:
             raise ConfigurationError("the option peers needs a store in Postgres: other stores cannot be shared")
         peers = Peers(fleet.membership, shared_key, self._store, Clock(time=self._store.time))
+        peers.on_stopped = fleet.membership.suspect
         fleet.liveness.word = peers.queries
         return peers
 
@@ -223,8 +224,8 @@ class Composition:
             tasks.start_soon(keep_running, "writing heartbeats", fleet.membership.run)
             tasks.start_soon(keep_running, "taking links", fleet.owners.run)
             tasks.start_soon(keep_running, "asking machines to move", self._draining.watch)
-            fleet.membership.on_dead.append(lambda server_id: self._health.tell_watchers())
-            tasks.start_soon(keep_running, "telling machines of dead servers", self._health.run)
+            fleet.membership.on_failure = self._health.tell_watchers
+            tasks.start_soon(keep_running, "telling machines to check their links", self._health.run)
         if fleet.lease is not None:
             tasks.start_soon(fleet.lease.run)
         listen = partial(goodbyes.run, self._address, device.name, options.namespace)

@@ -66,6 +66,7 @@ def test_killed_and_drained(tmp_path: Path) -> None:
         fleet.passes_at({A})
         connections = pair.machines[0].run(["ss", "-Htn", "state", "established", "dport", "=", ":4000"])
         assert (A in connections, B in connections) == (False, True)
+        until(lambda: f"{A}:4001" in pair.b.namespace.run(["ss", "-Htn", "state", "established"]))
 
         fleet.others_first(A)
         with fleet.held():
@@ -75,6 +76,7 @@ def test_killed_and_drained(tmp_path: Path) -> None:
             took = time.monotonic() - killed_at
             log.info("back after %.1f s", took)
             assert pings(pair.b.namespace, fleet.machines[existing], OTHERS_SECONDS)
+            assert "closed its connection and refuses another one" in pair.b.said()
             assert took < OURS_SECONDS + 4 * fleet.lateness.worst, pair.b.said()
             assert fleet.owners() == {node_uuid: B, existing: B}
             pair.a.start()

@@ -10,7 +10,7 @@ from ipaddress import IPv6Address, IPv6Network
 
 import anyio
 
-from siderolink.client.link.probes import HandshakeTrial
+from siderolink.client.link.probes import SECOND_ECHO_AFTER, HandshakeTrial
 from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.signals import Put
@@ -68,6 +68,7 @@ class PacketMachine:
         self.runner = LinkRunner(options, lambda event: None, self)
         self._device: PacketDevice | None = None
         self._sequence = 0
+        self._answered = anyio.Event()
 
     @asynccontextmanager
     async def open_device(self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator[Device]:
@@ -86,7 +87,13 @@ class PacketMachine:
     def way_out(self, remote: str) -> OutgoingRoute | None:
         return OutgoingRoute(b"here", 1)
 
-    async def is_answered(self, interface: str, server: IPv6Address, interval: float = 0.0) -> bool:
+    async def is_answered(self, interface: str, server: IPv6Address, wait: float = 0.0) -> bool:
+        for seconds in (SECOND_ECHO_AFTER, wait):
+            self._answered = anyio.Event()
+            self.ping()
+            with anyio.move_on_after(seconds):
+                await self._answered.wait()
+                return True
         return False
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
@@ -111,3 +118,4 @@ class PacketMachine:
     def _on_packet(self, packet: bytes) -> None:
         if is_echo_reply(packet):
             self.answers.came()
+            self._answered.set()

@@ -111,7 +111,11 @@ def server_pair(
             one.add_route("default", gateway)
         options = ("--device", "userspace", "--state-key-file", str(folder / "key"))
         servers = [
-            stack.enter_context(served(one, folder / label, "--store", url, *options, address=address, **more))
+            stack.enter_context(
+                served(
+                    one, folder / label, "--store", url, "--peer-listen", f"{address}:4001", *options, address=address, **more
+                )
+            )
             for one, label, address, url, more in ((a, "a", A, urls[0], environment or {}), (b, "b", B, urls[1], {}))
         ]
         yield Pair(servers[0], servers[1], router, machines, stack, cluster, database)

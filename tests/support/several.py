@@ -52,7 +52,7 @@ class Fleet:
     async def pass_time(self, seconds: float, *living: str) -> None:
         """Advance the time with heartbeats of these servers, by default of all."""
         while seconds > 0:
-            step = min(seconds, 1.0 if seconds <= 10 else 3.0)
+            step = min(seconds, 1.0 if seconds <= 10 else 2.0)
             self.time.advance(step)
             seconds -= step
             for name in living or self.managers:

@@ -1,5 +1,7 @@
-"""Doubts about a link that echo requests decide, where handshakes would find it dead much later."""
+"""Echo requests that show whether a link still works, where handshakes would find it dead much later."""
 
+import time
+from collections.abc import Callable
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,34 +16,53 @@ if TYPE_CHECKING:
 
 UNANSWERED_AFTER = 3.0
 """Seconds without an answer to data after which echoes are sent. WireGuard itself takes 15 s for its own conclusion."""
+SILENT_AFTER = 10.0
+"""Seconds without a packet after which echoes are sent while no connection to the API tells that a server died. Keepalives
+come every 25 s only.
+"""
 LOOK_SECONDS = 1.0
+"""Minimum seconds between a check and the next look at the device."""
 ECHO_SECONDS = 0.25
-"""The wait for the answer to each of two echo requests. A longer round trip costs a handshake, which clears the suspicion."""
+"""The wait for an answer after the second echo request. A longer round trip costs a handshake, which clears the suspicion."""
 _SERVER_DIED = "another server of its store died, and echoes over the link go unanswered"
 _UNANSWERED = "data and echoes go unanswered"
+_SILENT = "nothing was heard for a while, and echoes go unanswered"
 
 
 class SendsEchoes(Protocol):
     """The part of a `Host` that is needed here."""
 
-    async def is_answered(self, interface: str, server: IPv6Address, interval: float = ...) -> bool: ...
+    async def is_answered(self, interface: str, server: IPv6Address, wait: float = ...) -> bool: ...
 
 
 class EchoCheck:
     """Sends echo requests over one link when there is a reason, and tells when none is answered."""
 
     def __init__(
-        self, host: SendsEchoes, device: Device, server_key: "PublicKey", server: IPv6Address, put: Put, *, may_move: bool
+        self,
+        host: SendsEchoes,
+        device: Device,
+        server_key: "PublicKey",
+        server: IPv6Address,
+        put: Put,
+        *,
+        may_move: bool,
+        has_api: Callable[[], bool],
     ) -> None:
-        """`may_move`: there are other servers, so that a dead one is to be noticed soon."""
+        """`may_move`: there are other servers, so that a dead one is to be noticed soon.
+
+        `has_api` returns whether a connection to the API stands, which tells of deaths.
+        """
         self._host = host
         self._device = device
         self._server_key = server_key
         self._server = server
         self._put = put
         self._may_move = may_move
+        self._has_api = has_api
         self._asked = anyio.Event()
         self._failed_at = -float("inf")
+        self._was_answered = False
         # A server that answers no echoes, or a bad wire: each suspicion costs a handshake and a call.
         self._pauses = Backoff(first=20.0, cap=600.0, floor=15.0)
 
@@ -56,26 +77,51 @@ class EchoCheck:
         return await self._host.is_answered(self._device.name, self._server)
 
     async def run(self) -> None:
-        """Check when asked, and when data goes unanswered for a while, until cancelled."""
-        wait = LOOK_SECONDS
+        """Check when asked, and when the server has been silent for too long, until cancelled."""
+        wait = 0.0
         while True:
             reason = await self._next_reason(wait)
-            wait = LOOK_SECONDS
-            if reason is None:
-                continue
             if await self._host.is_answered(self._device.name, self._server, ECHO_SECONDS):
+                self._was_answered = True
                 self._pauses.reset()
+                wait = LOOK_SECONDS
                 continue
+            wait = self._pauses.next()
+            if reason == _SILENT and not self._was_answered:
+                continue  # this server may answer no echoes at all
             self._failed_at = anyio.current_time()
             self._put(EchoesUnanswered(reason))
-            wait = self._pauses.next()
 
-    async def _next_reason(self, wait: float) -> str | None:
-        with anyio.move_on_after(wait if self._may_move else float("inf")):
-            await self._asked.wait()
-            self._asked = anyio.Event()
-            return _SERVER_DIED
+    async def _next_reason(self, wait: float) -> str:
+        """Wait for a reason to check; do not look at the device before `wait` seconds have passed."""
+        while True:
+            with anyio.move_on_after(wait):
+                await self._asked.wait()
+                self._asked = anyio.Event()
+                return _SERVER_DIED
+            reason, wait = await self._look()
+            if reason is not None:
+                return reason
+
+    async def _look(self) -> tuple[str | None, float]:
+        """Why to check now, if there is a reason; else in how many seconds there may be one.
+
+        Looks at the device only when it can show one. Reading the kernel's costs a system call, and it does not show whether
+        data is answered.
+        """
+        shows_answers, is_told = isinstance(self._device, CanShakeHands), self._has_api()
+        if not self._may_move:
+            return None, float("inf")
+        if is_told and not shows_answers:
+            return None, SILENT_AFTER
         status = await self._device.peer(self._server_key)
-        if status is None or status.last_handshake is None or status.unanswered_for is None:
-            return None
-        return _UNANSWERED if status.unanswered_for >= UNANSWERED_AFTER else None
+        if status is None or status.last_handshake is None:
+            return None, UNANSWERED_AFTER
+        unanswered_for = status.unanswered_for or 0.0
+        silent_for = 0.0 if is_told else status.silence(time.time()) or 0.0
+        if unanswered_for >= UNANSWERED_AFTER:
+            return _UNANSWERED, 0.0
+        if silent_for >= SILENT_AFTER:
+            return _SILENT, 0.0
+        soonest = SILENT_AFTER - silent_for
+        return None, min(soonest, UNANSWERED_AFTER - unanswered_for) if shows_answers else soonest

@@ -43,7 +43,7 @@ class Host(Protocol):
     def way_out(self, remote: str) -> OutgoingRoute | None:
         """How packets to `remote` leave; None if there is no route."""
 
-    async def is_answered(self, interface: str, server: IPv6Address, interval: float = ROUND_SECONDS) -> bool:
+    async def is_answered(self, interface: str, server: IPv6Address, wait: float = ROUND_SECONDS) -> bool:
         """See `probes`."""
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
@@ -126,8 +126,8 @@ class ThisHost:
     def way_out(self, remote: str) -> OutgoingRoute | None:
         return route_to(remote)
 
-    async def is_answered(self, interface: str, server: IPv6Address, interval: float = ROUND_SECONDS) -> bool:
-        return await is_answered(interface, server, self._namespace, interval)
+    async def is_answered(self, interface: str, server: IPv6Address, wait: float = ROUND_SECONDS) -> bool:
+        return await is_answered(interface, server, self._namespace, wait)
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return await large_packets_pass(interface, server, self._namespace)

@@ -64,6 +64,8 @@ class LinkContext:
     progress: Progress
     provisioner: Provisioner
     emit: Callable[[events.LinkEvent], None]
+    has_api: Callable[[], bool]
+    """Whether a connection to the API stands."""
     says_goodbye: Callable[[], bool]
     """Whether to say goodbye to the server when the link is cancelled now."""
     attempt_timeout: float
@@ -106,6 +108,7 @@ class RouteMonitor:
             answer.server_address,
             context.signals.put,
             may_move=len(answer.endpoints) > 1 and answer.virtual_address is None,
+            has_api=context.has_api,
         )
 
     async def run(self, provision_again: Callable[[], Awaitable[Provisioned]] | None) -> Provisioned | None:

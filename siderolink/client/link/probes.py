@@ -38,22 +38,24 @@ ROUNDS = 10
 """If 20 % of all datagrams are lost each way, all ten large ones are lost once in 30,000 attempts."""
 ROUND_SECONDS = 0.5
 """Between echo requests, which is how long the answer to each may take."""
+SECOND_ECHO_AFTER = 0.1
+"""Seconds between the two echo requests that decide whether a link carries anything."""
 _SMALL, _LARGE = 16, DEFAULT_MTU - 48
 """Payload bytes: the large one makes an IPv6 packet of 1,280 bytes."""
 _ICMPV6, _ECHO_REQUEST, _ECHO_REPLY = 58, 128, 129
 _MARK = 8
 
 
-async def is_answered(interface: str, server: IPv6Address, namespace: str | None, interval: float = ROUND_SECONDS) -> bool:
-    """Whether one of two small echo requests is answered, `interval` seconds apart. `namespace` is where the interface is."""
+async def is_answered(interface: str, server: IPv6Address, namespace: str | None, wait: float = ROUND_SECONDS) -> bool:
+    """Whether one of two small echo requests is answered within `wait` seconds of the second. `namespace`: the interface's."""
     try:
         probe = _Probe(interface, namespace)
     except OSError:  # this process may not open raw sockets
         return False
     with closing(probe):
-        for sequence in range(2):
+        for sequence, seconds in enumerate((SECOND_ECHO_AFTER, wait)):
             probe.send(server, sequence, _SMALL)
-            with anyio.move_on_after(interval):
+            with anyio.move_on_after(seconds):
                 await probe.any.wait()
                 return True
     return False
@@ -278,12 +280,18 @@ async def _until_api_ends(
     return anyio.current_time() - began_at[0] if began_at else 0.0
 
 
-async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: RetryTrigger) -> None:
+async def watch_api(
+    url: JoinURL,
+    tls: ssl.SSLContext | None,
+    put: Put,
+    retry: RetryTrigger,
+    on_state: Callable[[bool], None] = lambda is_connected: None,
+) -> None:
     """Keep a health call to the server's API open until cancelled. The call ends within moments of the server.
 
     A server without that call is watched by an idle connection. A proxy that cuts idle connections would cost a dial and
     handshakes each time, for ever: three cuts at the same age, each followed by a successful dial, are taken for its habit, and
-    no connection is kept any more.
+    no connection is kept any more. `on_state` is told when a connection stands, and when it does not.
     """
     # Handshakes find a server that remembers us, so a starting server is spared the call.
     backoff = Backoff(first=4.0, cap=30.0, factor=1.5)
@@ -292,11 +300,15 @@ async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: R
     cuts = RegularCuts()
 
     def api_answers() -> None:
+        on_state(True)
         if is_lost:
             put(ApiBack())
 
     while True:
-        stood_for = await _until_api_ends(url, context, api_answers, lambda: put(ServerDied()))
+        try:
+            stood_for = await _until_api_ends(url, context, api_answers, lambda: put(ServerDied()))
+        finally:
+            on_state(False)
         if not stood_for:
             cuts = RegularCuts()
         elif (age := cuts.note(stood_for)) is not None:

@@ -112,6 +112,7 @@ class LinkRunner:
         self._signals: Signals | None = None
         self._settings_scope: anyio.CancelScope | None = None
         self._api_scope: anyio.CancelScope | None = None
+        self._has_api = False
         self.progress = Progress(emit)
         self.answer: Provisioned | None = None
         self.device: Device | None = None
@@ -306,9 +307,12 @@ class LinkRunner:
                     self.device = self._signals = None
 
     async def _watch_api(self, signals: Signals) -> None:
+        def note(is_connected: bool) -> None:
+            self._has_api = is_connected
+
         while True:
             with anyio.CancelScope() as self._api_scope:
-                await watch_api(self.options.url, self.options.tls, signals.put, self._retry)
+                await watch_api(self.options.url, self.options.tls, signals.put, self._retry, note)
 
     async def _use(self, device: Device, answer: Provisioned, signals: Signals) -> Provisioned:
         await device.set_peer(_peer(answer, keepalive=0))
@@ -321,6 +325,7 @@ class LinkRunner:
             progress=self.progress,
             provisioner=self._provisioner,
             emit=self._emit,
+            has_api=lambda: self._has_api,
             says_goodbye=lambda: self.is_up if self._says_goodbye is None else self._says_goodbye,
             attempt_timeout=self.options.attempt_timeout,
             down_after=self.options.down_after,

@@ -75,7 +75,7 @@ class Failover:
         self._told: dict[str, Act] = {}
         """What to do about which server; not begun yet."""
         self._wake = anyio.Event()
-        owners.membership.on_dead.append(partial(self._note, self.succeed))
+        owners.membership.on_dead = partial(self._note, self.succeed)
         owners.membership.on_drained = partial(self._note, self.relieve)
 
     def _note(self, act: "Act", server_id: str) -> None:

@@ -1,6 +1,6 @@
 """The servers that share one store: this one's row with its heartbeat, and which of the others are alive.
 
-Each server writes its heartbeat every second, by the store's clock, and reads those of all. Nobody is dead to a server that
+Each server writes its heartbeat twice a second, by the store's clock, and reads those of all. Nobody is dead to a server that
 cannot read heartbeats itself, and after an outage of the database everyone has the usual time to write again.
 """
 
@@ -20,15 +20,17 @@ from siderolink.server.store import FleetServer, Store, Transaction
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 1.0
-DEAD_AFTER = 3.5
-"""Seconds after its last heartbeat when a server is dead to the others."""
-SURE_SECONDS = 3.0
+HEARTBEAT_SECONDS = 0.5
+DEAD_AFTER = 3.0
+"""Seconds after its last heartbeat when a server is dead to the others. A heartbeat may thus be late by 2.5 s."""
+SURE_SECONDS = 2.5
 """How long after its heartbeat a server is alive to the others, and keeps its machines."""
 FORGOTTEN_AFTER = 600.0
 """Seconds after which a dead server's row is removed."""
-OUTAGE_SECONDS = 3 * HEARTBEAT_SECONDS
-"""After this time without its own heartbeat, a server assumes that the database was unavailable."""
+OUTAGE_SECONDS = DEAD_AFTER - HEARTBEAT_SECONDS
+"""After this time without its own heartbeat, a server assumes that the database was unavailable. After a shorter time without
+the database, the last heartbeats of the others are not older than `DEAD_AFTER` yet.
+"""
 MAX_CLOCK_OFFSET = 0.5
 """Maximum difference between a host's clock and the store's, in seconds."""
 _CLOSE_SECONDS = 1.0
@@ -79,8 +81,10 @@ class Membership:
         self._wake = anyio.Event()
         self._draining: set[str] = set()
         """Others whose drains were told."""
-        self.on_dead: list[Callable[[str], None]] = []
+        self.on_dead: Callable[[str], None] = lambda server_id: None
         """Called once with the id of each server that is dead or was removed."""
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called when a server is dead, was removed or may have failed: machines with links to it should check them."""
         self.on_drained: Callable[[str], None] = lambda server_id: None
         """Told the id of each other server that begins to drain."""
         self.on_return: Callable[[], Awaitable[None]] = _nothing
@@ -185,18 +189,21 @@ class Membership:
             known = self._others.get(server.id)
             newest = server.heartbeat_at if known is None else max(known.heartbeat_at, server.heartbeat_at)
             self._others[server.id] = replace(server, heartbeat_at=newest)
-        self._tell_deaths({server.id} if is_gone else set())
-        self._tell_drains()
+        self._tell_changes({server.id} if is_gone else set())
 
-    def _tell_deaths(self, gone: set[str]) -> None:
+    def suspect(self, server_id: str) -> None:
+        """Its process seems to have ended. It is dead only without heartbeats, but machines may check their links now."""
+        if server_id in self._others and server_id not in self._dead:
+            log.warning("the server %s closed its connection and refuses another one: machines check their links", server_id)
+            self.on_failure()
+
+    def _tell_changes(self, gone: set[str]) -> None:
         dead = gone | {server_id for server_id in self._others if not self.is_alive(server_id)}
         told, self._dead = self._dead, dead | (self._dead - self._others.keys())
         for server_id in dead - told:
             log.warning("the server %s is %s", server_id, "gone" if server_id in gone else "dead: it has no heartbeat")
-            for tell in self.on_dead:
-                tell(server_id)
-
-    def _tell_drains(self) -> None:
+            self.on_dead(server_id)
+            self.on_failure()
         told, self._draining = self._draining, {server_id for server_id in self._others if self.is_leaving(server_id)}
         for server_id in self._draining - told:
             self.on_drained(server_id)
@@ -285,8 +292,7 @@ class Membership:
         self._beat_at, self._read_at = at, now
         gone = self._others.keys() - others.keys()
         self._others = others
-        self._tell_deaths(gone)
-        self._tell_drains()
+        self._tell_changes(gone)
 
     def _watch_clock(self) -> None:
         if self.has_wrong_clock is not self._had_wrong_clock:

@@ -25,8 +25,10 @@ PEER_LIMITS: Final = Limits(
     max_connections_per_address=64,
     max_unproven_connections=64,
     connect_timeout=2.0,
+    connection_idle_timeout=86_400.0,
 )
-"""For both ends. The connection's window is much larger than a stream's, so that a slow caller does not block the others."""
+"""For both ends. The connection's window is much larger than a stream's, so that a slow caller does not block the others.
+Connections stay open without calls, because their end shows the end of a server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class PeerChannels:
             log.debug("closed the connection to the server %s: it is no longer alive, or was restarted", name.server_id)
             await self._open.pop(name).shut_down()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close all connections."""
         with anyio.CancelScope(shield=True):
             while self._open:

@@ -1,7 +1,7 @@
 """This server among those that share its store: queries in both directions, and relayed admin API calls."""
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -21,6 +21,7 @@ from siderolink.server.peers.identity import PeerIdentity
 from siderolink.server.peers.queries import PeerQueries
 from siderolink.server.peers.relay import Routing, at_the_named_server, at_the_owner, relayed_by
 from siderolink.server.peers.service import PeerService
+from siderolink.server.peers.watch import ConnectionWatch
 from siderolink.server.store import FleetServer, Store, Transaction
 
 SWEEP_SECONDS: Final = 1.0
@@ -90,6 +91,8 @@ class Peers:
         self.identity = PeerIdentity.make(shared_key, members.id)
         self.channels = PeerChannels(self.identity, self.others)
         self.queries = PeerQueries(self.channels, self.others, clock)
+        self.on_stopped: Callable[[str], None] = lambda server_id: None
+        """Called with the id of a server whose process seems to have ended; see `ConnectionWatch`."""
 
     def others(self) -> list[FleetServer]:
         """The other live servers that have an address to call."""
@@ -124,13 +127,13 @@ class Peers:
         tls = self.identity.server_tls
         async with (
             serve(services, host=listen.host, port=listen.port, tls=tls, limits=PEER_LIMITS, has_tokens=True) as server,
+            aclosing(self.channels),
             background_tasks() as tasks,
         ):
             tasks.start_soon(keep_running, "looking after the other servers", sweep)
-            try:
-                yield server.port
-            finally:
-                await self.channels.close()
+            watch = ConnectionWatch(self.channels, self.others, lambda one: self.on_stopped(one), self._clock)
+            tasks.start_soon(keep_running, "watching the connections to the other servers", watch.run)
+            yield server.port
 
 
 def relayed(services: Iterable[Servable], peers: Callable[[], Peers | None]) -> list[Servable]:

@@ -84,7 +84,7 @@ class Bench:
     def way_out(self, remote: str) -> OutgoingRoute | None:
         return self.out
 
-    async def is_answered(self, interface: str, server: IPv6Address, interval: float = 0.0) -> bool:
+    async def is_answered(self, interface: str, server: IPv6Address, wait: float = 0.0) -> bool:
         self.echo_checks += 1
         return self.is_server_answering
 

@@ -4,7 +4,7 @@ import pytest
 
 from siderolink.common.wireguard.noise import Drop, HandshakeTimedOut, PeerUnresponsive, SessionEstablished, messages
 from siderolink.common.wireguard.noise.messages import REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES
-from tests.support.virtual import Node, Wire, inner_packet, pair
+from tests.support.virtual import Node, VirtualPath, Wire, inner_packet, pair
 
 THIRD = 1 / 3
 
@@ -216,3 +216,7 @@ def test_a_handshake_on_demand_waits_for_no_timer_and_costs_no_session() -> None
         a.engine.handshake(peer, now)
         assert len(a.engine.output.take_datagrams()) == sent
     assert peer.current is session
+    peer.path = VirtualPath("c")
+    for sent in (1, 0):  # another path is no repetition
+        a.engine.handshake(peer, 2.01)
+        assert len(a.engine.output.take_datagrams()) == sent

@@ -11,7 +11,15 @@ import anyio
 import pytest
 
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.grpc import GRPCError, Status, open_byte_stream, open_channel, pinned_channel, translate_errors
+from siderolink.common.grpc import (
+    GrpcChannel,
+    GRPCError,
+    Status,
+    open_byte_stream,
+    open_channel,
+    pinned_channel,
+    translate_errors,
+)
 from siderolink.common.grpc.messages import framed
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.admin import v1 as pb
@@ -21,6 +29,7 @@ from siderolink.server.admin.services.forward import FORWARD
 from siderolink.server.peers.access import CALLER
 from siderolink.server.peers.channels import PEER_LIMITS
 from siderolink.server.peers.identity import PeerIdentity
+from siderolink.server.peers.watch import LOOK_SECONDS
 from siderolink.server.reporting.archive import Archive
 from siderolink.server.reporting.ingest import ReportIngest
 from siderolink.server.reporting.reports import Reports
@@ -298,3 +307,33 @@ async def test_a_caller_that_cannot_be_read_is_nobody(tmp_path: Path, caplog: py
             await machines.list_machines(pb.ListMachinesRequest(), metadata={CALLER: b64encode(told).decode()})
         assert refused.value.status is Status.UNAUTHENTICATED
     assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_server_whose_process_ended_is_noticed_by_its_connection_and_a_closed_connection_alone_is_none(
+    tmp_path: Path,
+) -> None:
+    registry, stopped = Registry(), list[str]()
+    async with open_sibling(tmp_path, "b", registry) as b:
+        b.peers.on_stopped = stopped.append
+        async with open_sibling(tmp_path, "a", registry) as a:
+            # The rows remain when a ends, as those of a killed process do.
+            registry.rows["killed"] = replace(registry.rows["a"], id="killed")
+            channel = b.peers.channels.to(registry.rows["killed"], for_queries=True)
+            await connected(channel)
+            await anyio.sleep(LOOK_SECONDS)
+            await channel.shut_down()
+            await connected(channel)
+            await anyio.sleep(LOOK_SECONDS)
+            assert (a.id, stopped) == ("a", [])
+        with anyio.fail_after(20):
+            while not stopped:
+                await anyio.sleep(0.01)
+        await anyio.sleep(2 * LOOK_SECONDS)
+        assert stopped == ["killed"]  # and a has removed its row
+
+
+async def connected(channel: GrpcChannel) -> None:
+    """Wait until the channel has a connection that nobody here asked for."""
+    with anyio.fail_after(20):
+        while not channel.is_connected:
+            await anyio.sleep(0.01)

@@ -24,7 +24,7 @@ from siderolink.server.fleet.failover import (
     Failover,
     Lease,
 )
-from siderolink.server.fleet.membership import DEAD_AFTER, Membership
+from siderolink.server.fleet.membership import DEAD_AFTER, SURE_SECONDS, Membership
 from siderolink.server.fleet.owners import UNDER_WAY_SECONDS, Owners
 from tests.support.fake_device import FakeKernelDevice, FakePath, VirtualClock
 from tests.support.manager import FakeMachine, Manager, following
@@ -157,7 +157,7 @@ async def test_a_server_that_was_away_is_sure_of_its_machines_only_when_it_knows
 
         late.apply, a.on_return, a.on_beat = apply, refresh, told.append
         await fleet.pass_time(2)
-        assert (told, passive) == ([3.0, 3.0], [])
+        assert (told, passive) == ([SURE_SECONDS] * 2, [])
         await fleet.pass_time(DEAD_AFTER + 1, "b")
         fleet["b"].device.hear(machine.key, UdpPath("198.51.100.7:2"), handshake=True)
         await owners(fleet["b"]).settle()
@@ -168,7 +168,7 @@ async def test_a_server_that_was_away_is_sure_of_its_machines_only_when_it_knows
         assert (told, passive) == ([], [machine.key])
         await a.beat()
         await a.beat()
-        assert told == ["knows", 3.0, 3.0]
+        assert told == ["knows", SURE_SECONDS, SURE_SECONDS]
 
 
 async def test_heartbeats_go_on_while_a_server_hears_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ async def test_heartbeats_go_on_while_a_server_hears_what_others_took(monkeypatc
         fleet.time.advance(DEAD_AFTER + 1)
         await a.beat()
         assert len(refreshed) == 2
-        assert told == [3.0]
+        assert told == [SURE_SECONDS]
         assert a.offline_for == 0
 
 

@@ -28,7 +28,7 @@ async def test_servers_see_each_other_come_and_go() -> None:
     async with fleet_of("a", "b") as fleet:
         a, b = membership(fleet["a"]), membership(fleet["b"])
         dead: list[str] = []
-        a.on_dead.append(dead.append)
+        a.on_dead = dead.append
         assert [[one.id for one in of.living()] for of in (a, b)] == [["a", "b"], ["b", "a"]]
         await fleet.pass_time(DEAD_AFTER, "a")
         assert a.is_alive("b")
@@ -48,7 +48,7 @@ async def test_a_death_is_told_at_once_and_not_only_at_the_next_heartbeat(phase:
     async with fleet_of("a", "b") as fleet:
         a, b = membership(fleet["a"]), membership(fleet["b"])
         dead: list[str] = []
-        a.on_dead.append(dead.append)
+        a.on_dead = dead.append
         assert a.pause == HEARTBEAT_SECONDS
         await b.beat()
         killed_at = fleet.time.clock.time()
@@ -60,7 +60,7 @@ async def test_a_death_is_told_at_once_and_not_only_at_the_next_heartbeat(phase:
             if not dead:
                 fleet.time.advance(a.pause)
         assert DEAD_AFTER < fleet.time.clock.time() - killed_at < DEAD_AFTER + 0.1
-        assert beats <= DEAD_AFTER + 2
+        assert beats <= DEAD_AFTER / HEARTBEAT_SECONDS + 2
         assert a.pause == HEARTBEAT_SECONDS  # the dead do not hurry it
 
 
@@ -68,7 +68,7 @@ async def test_nobody_is_dead_to_a_server_that_was_away_itself() -> None:
     async with fleet_of("a", "b") as fleet:
         a = membership(fleet["a"])
         dead: list[str] = []
-        a.on_dead.append(dead.append)
+        a.on_dead = dead.append
         fleet.time.advance(3600)
         assert a.is_alive("b")
         await a.beat()  # an outage of the database has ended: the others come next

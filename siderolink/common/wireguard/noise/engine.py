@@ -28,7 +28,7 @@ from .traffic import Traffic
 
 DEFAULT_MTU = 1420
 _REPEAT_INTERVAL = 0.1
-"""Seconds after an initiation during which further requests for a handshake refer to the same one."""
+"""Seconds after an initiation during which further requests for a handshake by the same path refer to it."""
 
 
 class Engine:
@@ -188,7 +188,9 @@ class Engine:
 
     def handshake(self, peer: Peer, now: float) -> None:
         """Start a handshake even within 5 s of the last one; the owner limits the rate. Sessions stay valid."""
-        if now - peer.last_initiation_sent_at > _REPEAT_INTERVAL:
+        path, sent = peer.path, peer.initiation
+        is_elsewhere = path is not None and sent is not None and path.source != sent.destination
+        if is_elsewhere or now - peer.last_initiation_sent_at > _REPEAT_INTERVAL:
             self._exchange.initiate(peer, now, at_once=True)
             self._deadlines.update(peer)
 

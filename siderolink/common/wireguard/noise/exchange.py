@@ -169,6 +169,7 @@ class Exchange:
         message, sent = create_initiation(
             self.identity, peer.public_key, shared, self.indices.fresh(), self._entropy(32), stamp
         )
+        sent.destination = path.source
         self.indices.open(peer, sent)
         self._send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
 

@@ -37,6 +37,8 @@ class SentInitiation:
     ephemeral: X25519PrivateKey
     chain: bytes
     hash: bytes
+    destination: bytes = b""
+    """The `source` of the path that it was sent to."""
 
 
 @dataclass(slots=True, repr=False)
