@@ -127,7 +127,7 @@ async def control_socket(
 
 
 @dataclass(slots=True)
-class Asked:
+class ControlAnswers:
     """The answers of this host's control sockets."""
 
     answers: list[StatusResponse] = field(default_factory=list)
@@ -137,9 +137,9 @@ class Asked:
     """One line per socket without a process; such sockets are removed."""
 
 
-async def ask_all() -> Asked:
+async def query_all() -> ControlAnswers:
     """Query all control sockets of this host. Raises ConfigurationError if the sockets cannot be listed."""
-    result = Asked()
+    result = ControlAnswers()
     for path in (path for folder in _all_directories() for path in _sockets(folder)):
         try:
             result.answers.append(await _request(path))

@@ -1,6 +1,6 @@
-"""Memory that the C library keeps though it is free, given back to the system after a flood.
+"""Returns free memory that the C library holds to the system after a flood.
 
-For a process that is a server's own: a library leaves its host's allocator alone.
+Only the `serve` command uses it: a library does not touch the allocator of its host process.
 """
 
 import ctypes
@@ -13,43 +13,43 @@ from typing import Final
 import anyio
 import anyio.to_thread
 
-LOOK_SECONDS: Final = 10.0
+POLL_SECONDS: Final = 10.0
 GROWTH: Final = 3 * 1024 * 1024
-"""Bytes by which a process may grow before memory is given back once it has calmed down."""
+"""Growth in bytes above which memory is returned, once the process has stopped growing."""
 CALM: Final = 1024 * 1024
-"""Bytes by which a calm process grows between two looks, at most."""
+"""Growth in bytes between two polls up to which a process counts as having stopped growing."""
 _PAGE: Final = resource.getpagesize()
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in use; 0 where the system does not tell."""
+    """Resident memory of this process; 0 if the system does not report it."""
     with suppress(OSError, ValueError, IndexError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
     return 0
 
 
 def give_memory_back() -> None:
-    """Have the C library return what is free to the system. Does nothing where it cannot (musl)."""
+    """Have the C library return free memory to the system. Does nothing with a library that cannot (musl)."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class FreeMemory:
-    """Gives memory back after a flood: a process that has grown, and grows no longer."""
+    """Returns memory after a flood, that is, when the process has grown and then stopped growing."""
 
     def __init__(self, resident: Callable[[], int] = resident_bytes, give_back: Callable[[], None] = give_memory_back) -> None:
         self._resident = resident
         self._give_back = give_back
         self._floor = self._last = resident()
 
-    async def keep_giving_back(self) -> None:
-        """Look from time to time, until cancelled."""
+    async def run(self) -> None:
+        """Poll until cancelled."""
         while True:
-            await anyio.sleep(LOOK_SECONDS)
-            await self.look()
+            await anyio.sleep(POLL_SECONDS)
+            await self.trim()
 
-    async def look(self) -> None:
-        """Give memory back, if it is time for it: in a thread, since it takes milliseconds."""
+    async def trim(self) -> None:
+        """Return memory if it is due, in a thread, because it takes milliseconds."""
         before, self._last = self._last, self._resident()
         self._floor = min(self._floor, self._last)
         if self._last - self._floor > GROWTH and self._last - before <= CALM:

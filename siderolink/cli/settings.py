@@ -92,7 +92,7 @@ class FollowedSettings:
         self._applied = MachineSettings()
         self._meta = MachineSettings()
         self._refusal: str | None = None
-        self._told: tuple[str, ...] = ()
+        self._reported: tuple[str, ...] = ()
         self._is_watched = False
         self._changed = anyio.Event()
         self.link: LinkOfSettings | None = None
@@ -195,7 +195,7 @@ class FollowedSettings:
     def _read_files_again(self) -> None:
         """Called first when the watch begins, which is not logged again."""
         self._read_again()
-        if self._is_watched or self.current.problems != self._told:
+        if self._is_watched or self.current.problems != self._reported:
             self.log_problems()
         self._is_watched = True
 
@@ -203,7 +203,7 @@ class FollowedSettings:
         """Log ignored settings, one line each."""
         for problem in self.current.problems:
             say("setting ignored", problem)
-        self._told = self.current.problems
+        self._reported = self.current.problems
 
     def _read_again(self) -> None:
         try:

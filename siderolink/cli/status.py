@@ -10,7 +10,7 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
-from siderolink.cli.control import ask_all
+from siderolink.cli.control import query_all
 from siderolink.cli.output import describe_age, describe_size, show, tell
 from siderolink.cli.running import loop_options
 from siderolink.common.pb.siderolink.control import Peer, Reports, StatusResponse
@@ -19,7 +19,7 @@ from siderolink.common.text import one_line
 
 def run_status(*, as_json: bool) -> int:
     """Print the status of every running `serve` and `join`; returns 1 if one does not answer. Raises SideroLinkError."""
-    result = anyio.run(ask_all, backend_options=loop_options())
+    result = anyio.run(query_all, backend_options=loop_options())
     for line in (*result.notes, *result.failures):
         tell(f"siderolink: {one_line(line)}")
     if as_json:

@@ -30,7 +30,7 @@ from siderolink.cli.admin.connection import TargetOptions, connect, find_target
 from siderolink.cli.admin.contexts import contexts_path, read_contexts
 from siderolink.cli.admin.formats import fields_of
 from siderolink.cli.admin.records import read_history
-from siderolink.cli.control import ask_all
+from siderolink.cli.control import query_all
 from siderolink.cli.doctor.run import check_all
 from siderolink.cli.options import state_folder
 from siderolink.cli.output import show
@@ -169,7 +169,7 @@ def history() -> str:
 
     async def work() -> dict[str, object]:
         found: dict[str, object] = {}
-        for answer in (await ask_all()).answers:
+        for answer in (await query_all()).answers:
             if answer.role == "server":
                 found[answer.interface] = await _history_of(answer.interface)
         return found
@@ -200,7 +200,7 @@ def versions() -> str:
 
 
 def status() -> str:
-    result = anyio.run(ask_all, backend_options=loop_options())
+    result = anyio.run(query_all, backend_options=loop_options())
     found = {"answers": [to_json(answer) for answer in result.answers], "notes": result.notes, "failures": result.failures}
     return json.dumps(found, indent=2)
 

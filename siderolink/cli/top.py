@@ -16,7 +16,7 @@ from rich.text import Text
 from siderolink.cli.admin.connection import TargetOptions, connect, find_target
 from siderolink.cli.admin.formats import timestamp
 from siderolink.cli.admin.records import read_history
-from siderolink.cli.control import Asked, ask_all
+from siderolink.cli.control import ControlAnswers, query_all
 from siderolink.cli.output import describe_age, describe_size
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.top_keys import Keyboard, Order, ViewState
@@ -124,7 +124,7 @@ def choose(rows: Iterable[Row], *, order: Order, containing: str, count: int) ->
     return sorted(found, key=keys[order])[:count]
 
 
-def render(result: Asked, rows: Sequence[Row], shown: Sequence[Row], now: float, selected: str = "") -> Group:
+def render(result: ControlAnswers, rows: Sequence[Row], shown: Sequence[Row], now: float, selected: str = "") -> Group:
     """Render the rows; `now` is Unix time."""
     lines = [Text(one_line(line)) for line in (*result.notes, *result.failures)]
     for answer in result.answers:
@@ -172,7 +172,7 @@ class _Screen:
         self._console = console
         self.view = view
         self._rates = Rates()
-        self._result = Asked()
+        self._result = ControlAnswers()
         self._rows: list[Row] = []
         self._entries: Sequence[HistoryEntry] = ()
         self._problem = ""
@@ -191,7 +191,7 @@ class _Screen:
 
     async def poll(self) -> None:
         """Query the status again."""
-        self._result = await ask_all()
+        self._result = await query_all()
         self._rows = self._rates.rows(self._result.answers, time.monotonic())
         if self.view.is_timeline:
             await self._ask_history()

@@ -203,7 +203,7 @@ class Composition:
             raise ConfigurationError("the option peers needs a store in Postgres: other stores cannot be shared")
         peers = Peers(fleet.membership, shared_key, self._store, Clock(time=self._store.time))
         peers.on_stopped = fleet.membership.suspect
-        fleet.liveness.word = peers.queries
+        fleet.liveness.owner_queries = peers.queries
         return peers
 
     def _is_leaving(self) -> bool:

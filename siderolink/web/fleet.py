@@ -23,7 +23,7 @@ from siderolink.web.api import ApiError, Caller, ServerAwayError, explained
 log = logging.getLogger(__name__)
 
 PAGE_SIZE: Final = 100
-_AGAIN: Final = 2.0
+_RETRY_SECONDS: Final = 2.0
 _WAIT_SECONDS: Final = 10.0
 """How long a page waits for the first complete list."""
 _AT_ONCE: Final = 1000
@@ -111,7 +111,7 @@ class Fleet:
                 self._begin_again()
             self._wake = anyio.Event()
             if not has_signed_out:
-                with anyio.move_on_after(_AGAIN):
+                with anyio.move_on_after(_RETRY_SECONDS):
                     await self._wake.wait()
 
     def wake(self) -> None:

@@ -57,16 +57,16 @@ class SentRows:
 
     def __init__(self) -> None:
         self._order: list[str] = []
-        self._told: dict[str, str] = {}
+        self._sent: dict[str, str] = {}
         """By row id, least recently sent first."""
 
     def changes(self, rows: Mapping[str, str]) -> dict[str, Any] | None:
         """What to send now: the order, and as many changed rows as fit into ROW_BYTES. None if nothing changed."""
         order = list(rows)
-        for row_id in [row_id for row_id in self._told if row_id not in rows]:
-            del self._told[row_id]
-        new = [row_id for row_id in order if row_id not in self._told]
-        changed = new + [row_id for row_id, html in self._told.items() if rows[row_id] != html]
+        for row_id in [row_id for row_id in self._sent if row_id not in rows]:
+            del self._sent[row_id]
+        new = [row_id for row_id in order if row_id not in self._sent]
+        changed = new + [row_id for row_id, html in self._sent.items() if rows[row_id] != html]
         sent: dict[str, str] = {}
         left = ROW_BYTES
         for row_id in changed:
@@ -74,8 +74,8 @@ class SentRows:
             if left < 0 and sent:
                 break
             sent[row_id] = rows[row_id]
-            self._told.pop(row_id, None)
-            self._told[row_id] = rows[row_id]
+            self._sent.pop(row_id, None)
+            self._sent[row_id] = rows[row_id]
         if not sent and order == self._order:
             return None
         self._order = order

@@ -31,7 +31,7 @@ KEPT: Final = 720
 """An hour."""
 _MACHINES: Final = 256
 _MACHINE_SAMPLES: Final = 400
-_AGAIN: Final = 5.0
+_RETRY_SECONDS: Final = 5.0
 _ANSWER_SECONDS: Final = 30.0
 
 
@@ -150,12 +150,12 @@ class Sampler:
             while True:
                 if (caller := self.caller()) is not None:
                     try:
-                        await self.look(caller)
+                        await self.take_sample(caller)
                     except ApiError as error:
                         log.debug("cannot read the server's figures: %s", error)
                 await anyio.sleep(EVERY)
 
-    async def look(self, caller: Caller) -> None:
+    async def take_sample(self, caller: Caller) -> None:
         """Take one sample. Raises ApiError."""
         with explained():
             status = await caller.stub(ServerServiceStub).get_status(GetStatusRequest())
@@ -170,7 +170,7 @@ class Sampler:
                         await self._follow_joins(caller)
                 except ApiError as error:
                     log.debug("cannot follow joins: %s", error)
-            await anyio.sleep(_AGAIN)
+            await anyio.sleep(_RETRY_SECONDS)
 
     async def _follow_joins(self, caller: Caller) -> None:
         async with caller.following(EventServiceStub) as stub:
@@ -180,6 +180,6 @@ class Sampler:
 
     async def _end_with(self, caller: Caller, tasks: TaskGroup) -> None:
         while True:
-            await anyio.sleep(_AGAIN)
+            await anyio.sleep(_RETRY_SECONDS)
             if not self.may_go_on(caller):
                 tasks.cancel_scope.cancel()

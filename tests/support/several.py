@@ -45,7 +45,7 @@ class Fleet:
         return self.managers[name]
 
     async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
-        """See `OwnersWord`."""
+        """See `OwnerQueries`."""
         self.asked.append((owner_server_id, machine_id))
         return await self[owner_server_id].fleet.liveness.heard_at(machine_id) if self.is_connected else None
 
@@ -95,7 +95,7 @@ async def fleet_of(*names: str, store: MemoryStore | None = None, kind: str = "m
         managers = (Manager(store=one, time=time, server_id=name) for name, one in zip(names, stores, strict=True))
         fleet = Fleet(dict(zip(names, managers, strict=True)), time, [])
         for manager in fleet.managers.values():
-            manager.fleet.liveness.word = fleet
+            manager.fleet.liveness.owner_queries = fleet
             await stack.enter_async_context(following(manager))
         await fleet.pass_time(2)
         yield fleet

@@ -3,7 +3,7 @@
 import pytest
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.grpc.proxies import Proxy, proxy_for
+from siderolink.common.grpc.outgoing_proxies import Proxy, proxy_for
 
 A, B, C = "http://a:1", "http://b:2", "socks5://c:3"
 

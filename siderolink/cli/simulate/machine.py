@@ -22,7 +22,7 @@ from siderolink.common.wireguard.path import Datagrams
 
 KEEPALIVE_SECONDS = 25
 _ECHO_REQUEST, _ECHO_REPLY = 128, 129
-_AGAIN_SECONDS = 1.0
+_RETRY_SECONDS = 1.0
 _CIPHERS = MatrixCiphers()
 """Shared by all machines: each batch is processed before the next begins."""
 
@@ -134,7 +134,7 @@ class SimulatedMachine:
                         path = TunnelPath(stream, "server")
                         self._set_out(path)
                         await carry(stream, path, self._deliver)
-            await asyncio.sleep(_AGAIN_SECONDS)
+            await asyncio.sleep(_RETRY_SECONDS)
 
     def _receive_datagrams(self) -> None:
         assert self._sock is not None

@@ -132,15 +132,15 @@ class Account:
         if self._budget is not None and self._source:
             self._budget.turns.spend(seconds, is_known=self.is_known)
 
-    def ask_turn(self, work: Work) -> None:
-        """Schedule the work in the source's turn. Only for accounts with `takes_turns`."""
+    def queue(self, work: Work) -> None:
+        """Queue the work for the source's turn. Only for accounts with `takes_turns`."""
         assert self._budget is not None
-        self._budget.turns.ask(self._source, work, is_known=self.is_known)
+        self._budget.turns.queue(self._source, work, is_known=self.is_known)
 
-    def run_or_ask(self, work: Work) -> None:
-        """Do the work: at once where `Turns` lets the source, and else in its turn; said only by one that `takes_turns`."""
+    def run_or_queue(self, work: Work) -> None:
+        """Run the work at once if `Turns` permits it, otherwise in the source's turn. Only for accounts with `takes_turns`."""
         assert self._budget is not None
-        self._budget.turns.run_or_ask(self._source, work, is_known=self.is_known)
+        self._budget.turns.run_or_queue(self._source, work, is_known=self.is_known)
 
     async def wait_turn(self, seconds: float = CALL_SECONDS) -> None:
         """Yield to other tasks, then wait for the source's turn for work that takes `seconds`."""

@@ -106,7 +106,7 @@ def as_text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     return [(name.decode(HEADER_ENCODING), value.decode(HEADER_ENCODING)) for name, value in headers]
 
 
-class H2Stream(private.ToldStream):
+class H2Stream(private.NotifyingStream):
     """One stream; `sink` receives its bytes once it is raw."""
 
     sink: Sink | None = None

@@ -17,7 +17,7 @@ from typing import cast
 from aiohappyeyeballs import start_connection
 
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
-from siderolink.common.grpc.proxies import Proxy, proxy_for
+from siderolink.common.grpc.outgoing_proxies import Proxy, proxy_for
 from siderolink.common.grpc.tls import proxy_tls
 from siderolink.common.text import one_line
 

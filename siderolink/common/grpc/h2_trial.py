@@ -12,8 +12,8 @@ from siderolink.common.grpc import frames, private
 _REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/"), (":authority", "x")]
 
 
-def try_short_ways() -> bool:
-    """Run both ways in parallel: events, states, windows and bytes must be equal. Raises AttributeError and the like."""
+def try_shortcuts() -> bool:
+    """Run both paths in parallel: events, states, windows and bytes must be equal. Raises AttributeError and the like."""
     client = H2Connection(H2Configuration(client_side=True, header_encoding="latin-1"))
     server, plain = (H2Connection(H2Configuration(client_side=False, header_encoding="latin-1")) for _ in range(2))
     for connection in (client, server, plain):

@@ -58,7 +58,7 @@ class Input:
             if not account.takes_turns or (self._raw and not account.is_stranger):
                 self._process_alone()
                 return
-            account.run_or_ask(self._process)
+            account.run_or_queue(self._process)
         else:
             self._backlog.append(data)
             self._pause()
@@ -79,9 +79,9 @@ class Input:
     def _is_waiting(self) -> bool:
         return self._pieces is not None
 
-    def _ask_turn(self) -> None:
+    def _queue_input(self) -> None:
         if self._account.takes_turns:
-            self._account.ask_turn(self._process)
+            self._account.queue(self._process)
         else:
             self._loop.call_soon(self._process_alone)
 
@@ -128,9 +128,9 @@ class Input:
             return
         if wait:
             self._pause()
-            self._timers.after("read", min(wait, _LONGEST_WAIT), self._ask_turn)
+            self._timers.after("read", min(wait, _LONGEST_WAIT), self._queue_input)
         else:
-            self._ask_turn()
+            self._queue_input()
 
     def _take_backlog(self, wait: float) -> None:
         data = b"".join(self._backlog)

@@ -88,7 +88,7 @@ class ConnectingChannel(Channel):
         return protocol
 
 
-class ToldStream(GrpclibH2Stream):
+class NotifyingStream(GrpclibH2Stream):
     """grpclib's stream with callbacks at its end."""
 
     def on_ended(self) -> None:
@@ -211,7 +211,7 @@ class _PlainGoAway(NamedTuple):
 
 def expect_frames(engine: H2Connection) -> None:
     """Let a server's new engine expect frames: the preface is read in front of it."""
-    if has_short_ways():
+    if has_shortcuts():
         expect_frames_past_h2(engine)
     else:
         engine.receive_data(frames.PREFACE)
@@ -224,7 +224,7 @@ def expect_frames_past_h2(engine: H2Connection) -> None:
 
 def receive(engine: H2Connection, data: bytes) -> list[Event]:
     """Like h2's `receive_data`, without creating hyperframe's objects for plain frames."""
-    return short_receive(engine, data) if has_short_ways() else engine.receive_data(data)
+    return short_receive(engine, data) if has_shortcuts() else engine.receive_data(data)
 
 
 def short_receive(engine: H2Connection, data: bytes) -> list[Event]:
@@ -375,7 +375,7 @@ class RequestDecoder(frames.HeaderDecoder):
 
 def remember_requests(engine: H2Connection) -> bool:
     """Let a server's new engine reuse decoded beginnings of header blocks. Returns False if impossible."""
-    if has_short_ways():
+    if has_shortcuts():
         engine.decoder = RequestDecoder(engine.decoder.max_header_list_size, _beginnings)
         return True
     return False
@@ -383,7 +383,7 @@ def remember_requests(engine: H2Connection) -> bool:
 
 def open_window(engine: H2Connection, size: int) -> None:
     """Let a new engine expect `size` more bytes. The caller tells the peer."""
-    if has_short_ways():
+    if has_shortcuts():
         open_window_past_h2(engine, size)
     else:
         engine.increment_flow_control_window(size)
@@ -397,7 +397,7 @@ def open_window_past_h2(engine: H2Connection, size: int) -> None:
 
 def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
     """Account in h2 for DATA sent past it. Returns False if h2 has to send the data itself."""
-    if not has_short_ways():
+    if not has_shortcuts():
         return False
     engine.streams[stream_id].outbound_flow_control_window -= size
     engine.outbound_flow_control_window -= size
@@ -410,7 +410,7 @@ def short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes 
     None if h2 has to send it itself; also for the first answer after the peer requested another header table size, because the
     next block must begin with the new size (RFC 7541, 4.2), which only h2's encoder writes.
     """
-    if not has_short_ways():
+    if not has_shortcuts():
         return None
     return answer_past_h2(engine, stream_id, message)
 
@@ -444,11 +444,11 @@ def answer_past_h2(engine: H2Connection, stream_id: int, message: bytes) -> byte
 
 
 @lru_cache(maxsize=1)
-def has_short_ways() -> bool:
-    """Whether the installed h2 and hpack have the names that the shortcuts need, and both ways lead to the same result."""
-    from siderolink.common.grpc.h2_trial import try_short_ways
+def has_shortcuts() -> bool:
+    """Whether the installed h2 and hpack have the names that the shortcuts need, and both paths lead to the same result."""
+    from siderolink.common.grpc.h2_trial import try_shortcuts
 
     try:
-        return try_short_ways()
+        return try_shortcuts()
     except Exception:
         return False

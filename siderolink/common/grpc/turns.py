@@ -74,29 +74,29 @@ class Turns:
         self._strangers = _Class(1)
         self._is_scheduled = False
 
-    def ask(self, source: str, work: Work, *, is_known: bool) -> None:
-        """Run the work in the source's turn."""
+    def queue(self, source: str, work: Work, *, is_known: bool) -> None:
+        """Queue the work for the source's turn."""
         (self._known if is_known else self._strangers).add(source, work)
         if not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._run)
 
-    def run_or_ask(self, source: str, work: Work, *, is_known: bool) -> None:
-        """Do the work: a known source's at once where that takes nothing from others, and else when it is the source's turn."""
+    def run_or_queue(self, source: str, work: Work, *, is_known: bool) -> None:
+        """Run a known source's work at once if that takes nothing from others; otherwise queue it for the source's turn."""
         if not is_known or not self._known.run_at_once(work, self._clock or asyncio.get_running_loop().time):
-            self.ask(source, work, is_known=is_known)
+            self.queue(source, work, is_known=is_known)
 
     async def wait(self, source: str, seconds: float = CALL_SECONDS, *, is_known: bool) -> None:
         """Wait for the source's turn, for work that takes `seconds`."""
         turn = asyncio.get_running_loop().create_future()
 
-        def come(_: float) -> float:
+        def begin(_: float) -> float:
             if turn.done():
                 return 0.0
             turn.set_result(None)
             return seconds
 
-        self.ask(source, come, is_known=is_known)
+        self.queue(source, begin, is_known=is_known)
         await turn
 
     def spend(self, seconds: float, *, is_known: bool) -> None:
@@ -107,7 +107,7 @@ class Turns:
         clock = self._clock or asyncio.get_running_loop().time
         used = self._known.run(clock)
         if not self._known:
-            self._known.spent = used  # what is run at once in the same turn of the loop counts with it
+            self._known.spent = used  # work run at once in the same iteration of the loop counts, too
         self._strangers.run(clock)
         self._is_scheduled = bool(self._known or self._strangers)
         if self._is_scheduled:

@@ -89,7 +89,7 @@ class NetworkWatch:
 
     def _overrun(self) -> None:
         self._lost = True
-        self._tell_soon()
+        self._report_soon()
 
     def _note(self, messages: list[Message]) -> None:
         for message in messages:
@@ -100,7 +100,7 @@ class NetworkWatch:
             elif message.kind in (NEWROUTE, DELROUTE) and (route := parse_route(message)) is not None:
                 self._changed.add(route.interface)
         if self._changed:
-            self._tell_soon()
+            self._report_soon()
 
     def _note_link(self, message: Message) -> None:
         link = parse_link(message)
@@ -115,11 +115,11 @@ class NetworkWatch:
             self._carriers[link.index] = has_carrier
         self._changed.add(link.index)
 
-    def _tell_soon(self) -> None:
+    def _report_soon(self) -> None:
         if self._timer is None:
-            self._timer = self._loop.call_later(_GATHER_SECONDS, self._tell)
+            self._timer = self._loop.call_later(_GATHER_SECONDS, self._report)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._timer = None
         change = NetworkChange(frozenset(self._changed), frozenset(self._new_carriers), self._lost)
         self._changed.clear()
@@ -134,7 +134,7 @@ class InterfaceMonitor:
     Gone means deleted or moved to another network namespace. If the kernel dropped events, the state is read again.
     """
 
-    _QUESTION: Final = 1
+    _REQUEST: Final = 1
     """The sequence number of a request about the interface; an error in reply means that the interface is gone."""
     _RETRY_SECONDS: Final = 1.0
 
@@ -148,7 +148,7 @@ class InterfaceMonitor:
         self._last: tuple[bool, int] | None = None
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
-        self._events = EventSocket(opened, self._take_all, self.ask)
+        self._events = EventSocket(opened, self._on_messages, self.request_state)
 
     def close(self) -> None:
         """Does nothing the second time."""
@@ -156,13 +156,13 @@ class InterfaceMonitor:
         if self._retry is not None:
             self._retry.cancel()
 
-    def ask(self) -> None:
+    def request_state(self) -> None:
         """Ask the kernel to describe the interface; `on_change` or `on_gone` follows if it has changed."""
         self._retry = None
         try:
-            self._events.send(GETLINK, link_request(self._index), self._QUESTION)
+            self._events.send(GETLINK, link_request(self._index), self._REQUEST)
         except OSError:  # out of memory at the moment
-            self._ask_later()
+            self._retry_later()
 
     def set(self, *attributes: bytes) -> None:
         """Change the interface by link attributes. A refusal by the kernel is ignored."""
@@ -171,29 +171,29 @@ class InterfaceMonitor:
         except OSError:
             pass
 
-    def _ask_later(self) -> None:
+    def _retry_later(self) -> None:
         if self._retry is None and not self._events.is_closed:
-            self._retry = self._loop.call_later(self._RETRY_SECONDS, self.ask)
+            self._retry = self._loop.call_later(self._RETRY_SECONDS, self.request_state)
 
-    def _take_all(self, messages: list[Message]) -> None:
+    def _on_messages(self, messages: list[Message]) -> None:
         for message in messages:
             if self._events.is_closed:
                 return
-            if message.kind == ERROR and message.sequence == self._QUESTION:
-                self._judge(message)
+            if message.kind == ERROR and message.sequence == self._REQUEST:
+                self._on_error(message)
             elif message.kind in (NEWLINK, DELLINK):
                 link = parse_link(message)
                 if link is not None and link.index == self._index:
-                    self._tell(link, is_here=message.kind == NEWLINK)
+                    self._compare(link, is_here=message.kind == NEWLINK)
 
-    def _judge(self, message: Message) -> None:
+    def _on_error(self, message: Message) -> None:
         code, _ = error_of(message)
         if code in (errno.ENODEV, errno.ENXIO):
             self._lose()
         elif code:
-            self._ask_later()
+            self._retry_later()
 
-    def _tell(self, link: NetworkLink, *, is_here: bool) -> None:
+    def _compare(self, link: NetworkLink, *, is_here: bool) -> None:
         if not is_here:
             self._lose()
         elif (link.is_up, link.mtu) != self._last:

@@ -91,7 +91,7 @@ class InterfaceRates:
         await rates._remove_leftover()
         try:
             if rates._everyone or is_needed:
-                await rates._make_table_or_tell()
+                await rates._make_table_or_warn()
             async with background_tasks() as tasks:
                 tasks.start_soon(rates._apply_often, name=f"siderolink rates of {interface}")
                 yield rates
@@ -132,7 +132,7 @@ class InterfaceRates:
         with suppress(OSError, SideroLinkError):
             await call_in(self._namespace, partial(Table, self._name, owned=False)).close()
 
-    async def _make_table_or_tell(self) -> None:
+    async def _make_table_or_warn(self) -> None:
         try:
             await self._make_table()
         except (OSError, SideroLinkError) as error:

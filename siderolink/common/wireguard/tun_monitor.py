@@ -44,7 +44,7 @@ class TunMonitor:
     def _start(self, opened: "_Opened") -> None:
         self._index, self._requests = opened.index, opened.requests
         self._monitor = InterfaceMonitor(opened.events, opened.index, self._changed, self._follow)
-        self._monitor.ask()
+        self._monitor.request_state()
 
     def close(self) -> None:
         self._monitor.close()

@@ -64,7 +64,7 @@ class UserspaceDevice:
             self.engine,
             interface,
             rows,
-            on_events=lambda events: _tell(events, self.on_event),
+            on_events=lambda events: _report(events, self.on_event),
             on_drained=self._arm_timer,
             on_blocked=self.pause_reading,
         )
@@ -243,7 +243,7 @@ class UserspaceDevice:
             self._timer.set(at)
 
 
-def _tell(events: list[Event], on_event: OnDeviceEvent) -> None:
+def _report(events: list[Event], on_event: OnDeviceEvent) -> None:
     for event in events:
         on_event(_translate(event))
 

@@ -41,7 +41,7 @@ class Follower:
         self._hostnames = hostnames
         self._sent: dict[str, tuple[Row, Link]] = {}
 
-    async def look(self) -> AsyncIterator[FollowedPart]:
+    async def changes(self) -> AsyncIterator[FollowedPart]:
         """The changes since the last poll, in parts. Yields to other tasks meanwhile."""
         seen: set[str] = set()
         machines: list[MachineStatus] = []
@@ -86,7 +86,7 @@ class Followers:
         self._count = 0
 
     @contextmanager
-    def one_more(self) -> Iterator[Follower | None]:
+    def register(self) -> Iterator[Follower | None]:
         """Register a follower; yields None if the limit is reached."""
         if self._count >= MAX_FOLLOWERS:
             yield None

@@ -52,7 +52,7 @@ class Draining:
         self._membership = membership
         self._owners = owners
         self._directory = directory
-        self._ask = ask
+        self._ask_to_move = ask
         self._clock = clock
         self._wake = anyio.Event()
         self._is_final = False
@@ -111,7 +111,7 @@ class Draining:
                 for part in in_parts([link for link in links if asked[link.machine.id] < ASKED_TIMES], _AT_ONCE):
                     for link in part:
                         asked[link.machine.id] += 1
-                        self._ask(link.machine.overlay_address)
+                        self._ask_to_move(link.machine.overlay_address)
                     await self._clock.sleep(_PAUSE_SECONDS)
                 await self._clock.sleep(LOOK_SECONDS)
 

@@ -36,7 +36,7 @@ LEASE_SECONDS = 10.0
 """How long a server continues unchanged without the database."""
 HEARD_SECONDS = 30.0
 """After that it sends only to machines heard within this time."""
-_LOOK_SECONDS = 2.0
+_POLL_SECONDS = 2.0
 _IN_ONE_GO = 1000
 _RETRY_SECONDS = 1.0
 DIAL_PAUSES = (2.0, 2.0, 10.0, 20.0, 40.0)
@@ -46,12 +46,12 @@ The first are short: WireGuard itself tries again only after 5 s, and not while 
 machines that do not answer at first, because their hosts are busy or their network is down.
 """
 INVITE_AFTER = 5.0
-"""Seconds after which the machines that stay at a server that drains are dialled: those that know the word have left then."""
+"""Seconds after which machines still at a draining server are dialled. Those that understand the request have left by then."""
 INVITE_SECONDS = 1.5
-"""For so long such a machine is sent to, so that it may answer the handshake and come."""
+"""How long packets are sent to such a machine, so that it can complete the handshake and move."""
 INVITATIONS = 3
-INVITE_AGAIN_SECONDS = 10.0
-"""Between two dials of one machine: meanwhile its owner alone sends to it."""
+INVITE_INTERVAL_SECONDS = 10.0
+"""Time between two dials of one machine, during which only its owner sends to it."""
 
 
 class Failover:
@@ -72,14 +72,14 @@ class Failover:
         self._reconciler = reconciler
         self._store = store
         self._clock = clock
-        self._told: dict[str, Act] = {}
-        """What to do about which server; not begun yet."""
+        self._pending: dict[str, Act] = {}
+        """Actions not begun yet, by server id."""
         self._wake = anyio.Event()
         owners.membership.on_dead = partial(self._note, self.succeed)
         owners.membership.on_drained = partial(self._note, self.relieve)
 
     def _note(self, act: "Act", server_id: str) -> None:
-        self._told[server_id] = act
+        self._pending[server_id] = act
         self._wake.set()
 
     async def run(self) -> None:
@@ -88,8 +88,8 @@ class Failover:
             while True:
                 await self._wake.wait()
                 self._wake = anyio.Event()
-                told, self._told = self._told, {}
-                for server_id, act in told.items():
+                pending, self._pending = self._pending, {}
+                for server_id, act in pending.items():
                     tasks.start_soon(act, server_id)
 
     async def succeed(self, server_id: str) -> None:
@@ -107,7 +107,7 @@ class Failover:
     async def relieve(self, server_id: str) -> None:
         """Invite the machines that stay at a server that drains, some seconds after it asked those that know the word."""
         for turn in range(INVITATIONS):
-            await self._clock.sleep(INVITE_AGAIN_SECONDS if turn else INVITE_AFTER)
+            await self._clock.sleep(INVITE_INTERVAL_SECONDS if turn else INVITE_AFTER)
             if not self._owners.membership.is_leaving(server_id):
                 return
             await self._retry(self.invite, server_id)
@@ -200,10 +200,10 @@ class Lease:
     async def run(self) -> None:
         """Poll until cancelled. Raises StoreError if the database was unavailable for too long."""
         while True:
-            await self._clock.sleep(_LOOK_SECONDS)
-            await self.look()
+            await self._clock.sleep(_POLL_SECONDS)
+            await self.check()
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Start or end holding back, as needed. Raises StoreError."""
         offline_for = self._owners.membership.offline_for
         if self._max_offline is not None and offline_for >= self._max_offline:

@@ -15,7 +15,7 @@ from siderolink.server.events import EventHub, LimitOver, LimitReached
 from siderolink.server.fleet.directory import Directory
 from siderolink.server.store import Machine
 
-LOOK_SECONDS: Final = 5.0
+POLL_SECONDS: Final = 5.0
 QUIET_SECONDS: Final = 60.0
 """A limit is over after this time without drops. So a machine has at most two history entries per minute and limit."""
 
@@ -52,15 +52,15 @@ class LimitWatch:
         self._clock = clock
         self._watched: dict[str, _Watched] = {}
         self.report_drops: Callable[[], LimitDrops] = dict
-        """What machines' reports lost to limits, since they are known."""
+        """Drops of machines' reports by limits, since each machine became known."""
 
     async def run(self) -> None:
         """Poll every few seconds, until cancelled."""
         while True:
-            await self.look()
-            await self._clock.sleep(LOOK_SECONDS)
+            await self.poll()
+            await self._clock.sleep(POLL_SECONDS)
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Compare the counts with those of the last poll."""
         found: dict[str, dict[str, int]] = {machine_id: dict(drops) for machine_id, drops in self.report_drops().items()}
         for key, (inbound, outbound) in (await self._device.limit_drops()).items():

@@ -44,7 +44,7 @@ class Echo(Protocol):
     def send(self, machine: Machine) -> None: ...
 
 
-class OwnersWord(Protocol):
+class OwnerQueries(Protocol):
     """Queries another server of the same store."""
 
     async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
@@ -53,8 +53,8 @@ class OwnersWord(Protocol):
         """
 
 
-class NobodyToAsk:
-    """Answers for a server without connections to others; see `OwnersWord`."""
+class NoOwnerQueries:
+    """Answers for a server without connections to others; see `OwnerQueries`."""
 
     async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
         return None
@@ -94,9 +94,9 @@ class Liveness:
     ) -> None:
         """`owners` is given if several servers share the store."""
         self._owners = owners
-        self._words: dict[str, tuple[int, float | None]] = {}
+        self._owner_answers: dict[str, tuple[int, float | None]] = {}
         """Answers of owners, with their epochs, for the transactions that needed them."""
-        self.word: OwnersWord = NobodyToAsk()
+        self.owner_queries: OwnerQueries = NoOwnerQueries()
         """Queries to other servers."""
         self._device = device
         self._directory = directory
@@ -131,17 +131,17 @@ class Liveness:
                     return await transact()
                 except OwnerUnaskedError as unasked:
                     asked.add(unasked.ownership.machine_id)
-                    await self._ask(unasked.ownership)
+                    await self._query_owner(unasked.ownership)
             raise StoreUnavailableError("the machine goes from server to server; ask again")
         finally:
             for machine_id in asked:
-                self._words.pop(machine_id, None)
+                self._owner_answers.pop(machine_id, None)
 
-    async def _ask(self, owner: Ownership) -> None:
+    async def _query_owner(self, owner: Ownership) -> None:
         heard_at: float | None = None
         with anyio.move_on_after(ASK_SECONDS):
-            heard_at = await self.word.heard_at(owner.server_id, owner.machine_id)
-        self._words[owner.machine_id] = owner.epoch, heard_at
+            heard_at = await self.owner_queries.heard_at(owner.server_id, owner.machine_id)
+        self._owner_answers[owner.machine_id] = owner.epoch, heard_at
 
     async def heard_at(self, machine_id: str) -> float:
         """This server's answer to others: when it last heard the machine, by the store's clock; 0.0 if never."""
@@ -166,10 +166,10 @@ class Liveness:
         owner, membership = await transaction.ownership.of(machine.id), self._owners.membership
         if owner is None or owner.server_id == membership.id:
             return None
-        word = self._words.get(machine.id)
-        if (word is None or word[0] != owner.epoch) and membership.is_alive(owner.server_id):
+        answer = self._owner_answers.get(machine.id)
+        if (answer is None or answer[0] != owner.epoch) and membership.is_alive(owner.server_id):
             raise OwnerUnaskedError(owner)
-        heard_at = word[1] if word is not None and word[0] == owner.epoch else None
+        heard_at = answer[1] if answer is not None and answer[0] == owner.epoch else None
         if heard_at is None:
             server = membership.get(owner.server_id)
             last = 0.0 if server is None else server.heartbeat_at

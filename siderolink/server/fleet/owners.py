@@ -285,7 +285,7 @@ class Owners:
         await self._set_peers()
         try:
             while self._wanted:
-                await self._take(list(self._wanted)[:_AT_ONCE])
+                await self._take_ownership(list(self._wanted)[:_AT_ONCE])
             if self._is_away:
                 log.warning("the owners of links are stored again")
             self._is_away = False
@@ -309,7 +309,7 @@ class Owners:
                 except SideroLinkError as error:
                     log.warning("a machine's peer could not be changed: %s", error, extra=link.machine.log_fields)
 
-    async def _take(self, machine_ids: list[str]) -> None:
+    async def _take_ownership(self, machine_ids: list[str]) -> None:
         now = self._clock.time()
 
         async def work(transaction: Transaction) -> list[Ownership]:

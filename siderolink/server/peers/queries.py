@@ -39,7 +39,7 @@ class PeerQueries:
         self._all_at: float | None = None
 
     async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
-        """See `OwnersWord`."""
+        """See `OwnerQueries`."""
         server = next((one for one in self._others() if one.id == owner_server_id), None)
         answer: pb.LastHeardResponse | None = None
         with anyio.move_on_after(ANSWER_SECONDS):

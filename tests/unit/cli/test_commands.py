@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from anyio.lowlevel import checkpoint
 
-from siderolink.cli.control import ControlService, ask_all, control_socket
+from siderolink.cli.control import ControlService, control_socket, query_all
 from siderolink.cli.describe import link_event
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serve import ServerSource
@@ -162,7 +162,7 @@ async def test_the_status_of_ten_thousand_peers_comes_whole(tmp_path: Path, monk
 
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
     async with control_socket("siderolink", [ControlService(Crowd())]):
-        asked = await ask_all()
+        asked = await query_all()
     assert not asked.failures
     assert [len(answer.peers) for answer in asked.answers] == [10_000]
 
@@ -179,7 +179,7 @@ async def test_the_control_socket_is_for_its_owner_and_vanishes(tmp_path: Path, 
         for path, mode in ((one, 0o600), (two, 0o600), (one.parent, 0o700)):
             assert stat.S_IMODE(path.stat().st_mode) == mode
         (one.parent / "dead.sock").touch()
-        asked = await ask_all()
+        asked = await query_all()
         assert asked.answers == [STATUS, STATUS]
         (failure,) = asked.failures
         assert "dead.sock does not answer" in failure
@@ -193,13 +193,13 @@ async def test_a_socket_without_a_process_is_told_once_and_removed(tmp_path: Pat
         with socket.socket(socket.AF_UNIX) as left:
             left.bind(str(tmp_path / f"{name}.sock"))
     os.utime(tmp_path / "dead.sock", (1, 1))
-    asked = await ask_all()
+    asked = await query_all()
     assert not asked.failures
     assert [note.partition(" ")[0] for note in asked.notes] == [str(tmp_path / "dead.sock"), str(tmp_path / "starting.sock")]
     assert "was removed" in asked.notes[0]
     assert "is starting" in asked.notes[1]
     assert os.listdir(tmp_path) == ["starting.sock"]
-    assert len((await ask_all()).notes) == 1
+    assert len((await query_all()).notes) == 1
 
 
 def test_status_fails_where_a_running_process_does_not_answer(
@@ -230,7 +230,7 @@ async def test_a_server_that_is_starting_says_so_and_logs_nothing(
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
     source = ServerSource(Serving(make, None, nothing), "siderolink", has_reports=False)
     async with control_socket("siderolink", [ControlService(source)]) as path:
-        (answer,) = (await ask_all()).answers
+        (answer,) = (await query_all()).answers
         assert (answer.role, answer.interface, answer.state) == ("server", "siderolink", "starting")
         async with open_channel(path=str(path)) as channel:
             with pytest.raises(GRPCError) as caught:
@@ -278,7 +278,7 @@ async def test_a_status_of_many_peers_is_encoded_in_parts(tmp_path: Path, monkey
     monkeypatch.setattr(StatusResponse, "__bytes__", count)
     async with control_socket("siderolink", [ControlService(crowd)]):
         turning = asyncio.create_task(turn())
-        (answer,) = (await ask_all()).answers
+        (answer,) = (await query_all()).answers
         turning.cancel()
     assert answer == crowd.answer
     assert sum(encoded) == 2000

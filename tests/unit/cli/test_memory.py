@@ -29,7 +29,7 @@ async def test_memory_is_given_back_once_after_a_flood() -> None:
     memory = FreeMemory(lambda: next(sizes), lambda: given.append(1))
     counts = []
     for _ in range(8):
-        await memory.look()
+        await memory.trim()
         counts.append(len(given))
     assert counts == [0, 0, 0, 1, 1, 2, 2, 2]
 

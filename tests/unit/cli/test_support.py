@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from siderolink.cli import support
-from siderolink.cli.control import Asked
+from siderolink.cli.control import ControlAnswers
 from siderolink.cli.support import MASK, Redactor, known_secrets, run_support_bundle
 from siderolink.cli.top import HISTORY, Rates, choose, render, sparkline
 from siderolink.cli.top_keys import Order
@@ -196,7 +196,7 @@ def test_a_sparkline_is_as_high_as_its_highest() -> None:
 
 def test_what_a_machine_says_does_not_reach_the_terminal_raw() -> None:
     rows = Rates().rows([answer(peer("evil\x1b[2J\u202e[bold]x", 0, 0, path="tunnel \x07", handshake=1.0))], 1.0)
-    asked = Asked(answers=[answer()], failures=["broken \x1b[31m"])
+    asked = ControlAnswers(answers=[answer()], failures=["broken \x1b[31m"])
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(render(asked, rows, rows, now=2.0))
     text = console.export_text()

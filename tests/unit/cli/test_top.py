@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from siderolink.cli.control import Asked
+from siderolink.cli.control import ControlAnswers
 from siderolink.cli.top import Rates, Row, render, render_timeline
 from siderolink.cli.top_keys import MAX_FILTER, Key, Order, ViewState, split_keys
 from siderolink.common.pb.siderolink.admin.v1 import HistoryEntry
@@ -71,7 +71,7 @@ def test_a_row_is_selected_and_its_timeline_opened_scrolled_and_closed() -> None
 def test_a_machine_that_a_limit_holds_back_is_marked() -> None:
     peers = [Peer(public_key=name, name=name, last_handshake=100.0) for name in ("free", "held")]
     peers[1].limits_biting = ["bandwidth_in", "line rate limited"]
-    asked = Asked(answers=[StatusResponse(role="server", interface="siderolink", peers=peers)])
+    asked = ControlAnswers(answers=[StatusResponse(role="server", interface="siderolink", peers=peers)])
     rows = Rates().rows(asked.answers, 1.0)
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(render(asked, rows, rows, 101.0))

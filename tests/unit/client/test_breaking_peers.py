@@ -155,7 +155,7 @@ def test_the_control_socket(run: Run, moment: str, tmp_path: Path, monkeypatch: 
         folder.set(tmp_path / way)
         folder.get().mkdir()
         async with breaking_peer(way, moment, path=folder.get() / "wg0.sock"):
-            asked = await control.ask_all()
+            asked = await control.query_all()
             assert not asked.answers
             (failure,) = asked.failures
             assert "wg0.sock does not answer: " in failure

@@ -18,7 +18,7 @@ def used_uvloop() -> None:
 def h2_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All holds with what this package does past h2, and where another h2 does not allow it."""
     if request.param == "public API":
-        monkeypatch.setattr(private, "has_short_ways", lambda: False)
+        monkeypatch.setattr(private, "has_shortcuts", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from siderolink.common.grpc import h2_trial, private
 
-REAL = private.has_short_ways
+REAL = private.has_shortcuts
 
 
 @pytest.fixture(autouse=True)

@@ -47,8 +47,8 @@ async def test_sources_have_their_turns_one_after_the_other() -> None:
     turns, done = Turns(), list[str]()
 
     for source in ("a", "a", "a", "b", "c"):
-        turns.ask(source, noting(done, source), is_known=False)
-    turns.ask("machine", noting(done, "machine"), is_known=True)
+        turns.queue(source, noting(done, source), is_known=False)
+    turns.queue("machine", noting(done, "machine"), is_known=True)
     for _ in range(8):
         await asyncio.sleep(0)
     assert done == ["machine", "a", "b", "c", "a", "a"]
@@ -59,7 +59,7 @@ async def test_calls_that_took_long_cost_their_class_a_turn() -> None:
     turns, done = Turns(), list[str]()
     turns.spend(1.0, is_known=False)
     for source in ("stranger", "known"):
-        turns.ask(source, noting(done, source), is_known=source == "known")
+        turns.queue(source, noting(done, source), is_known=source == "known")
     await asyncio.sleep(0)
     assert done == ["known"]
     await turns.wait("known", is_known=True)
@@ -80,11 +80,11 @@ async def test_known_sources_do_not_wait_while_their_share_lasts() -> None:
 
         return work
 
-    turns.run_or_ask("stranger", working("stranger", 0.001), is_known=False)
+    turns.run_or_queue("stranger", working("stranger", 0.001), is_known=False)
     for number in range(4):  # of 8 ms, three take 9
-        turns.run_or_ask("machine", working(f"at once {number}", 0.002, 0.001), is_known=True)
+        turns.run_or_queue("machine", working(f"at once {number}", 0.002, 0.001), is_known=True)
     assert done == ["at once 0", "at once 1", "at once 2"]
-    turns.run_or_ask("another", working("another", 0.004), is_known=True)
+    turns.run_or_queue("another", working("another", 0.004), is_known=True)
     assert done == ["at once 0", "at once 1", "at once 2"]
     done.clear()
     await asyncio.sleep(0)
@@ -92,8 +92,8 @@ async def test_known_sources_do_not_wait_while_their_share_lasts() -> None:
     await asyncio.sleep(0)
     assert done == ["stranger", "at once 3", "another"]
     done.clear()
-    turns.run_or_ask("machine", working("in the same turn", 0.002), is_known=True)
-    turns.run_or_ask("machine", working("beyond its share", 0.001), is_known=True)
+    turns.run_or_queue("machine", working("in the same turn", 0.002), is_known=True)
+    turns.run_or_queue("machine", working("beyond its share", 0.001), is_known=True)
     assert done == ["in the same turn"]
 
 

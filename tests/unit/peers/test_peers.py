@@ -136,7 +136,7 @@ async def test_machines_of_another_server_are_shown_as_that_one_has_them(tmp_pat
             known = [one async for one in machines.watch_machines(pb.WatchMachinesRequest())]
             assert {one.machine.link for one in known if one.machine is not None} == {"up"}
             a.office.manager.device.beyond_limits[there.key] = (0, 5)
-            await a.office.administration.limits.look()
+            await a.office.administration.limits.poll()
             assert (await b.get(its)).limits_biting == ["bandwidth_out"]
             a.die()
             await anyio.sleep(1.1)  # how old the answer of the others may be

@@ -19,7 +19,7 @@ from siderolink.server.fleet.failover import (
     DIAL_PAUSES,
     INVITATIONS,
     INVITE_AFTER,
-    INVITE_AGAIN_SECONDS,
+    INVITE_INTERVAL_SECONDS,
     INVITE_SECONDS,
     Failover,
     Lease,
@@ -107,7 +107,7 @@ async def test_without_the_database_only_machines_that_were_just_heard_are_sent_
         assert lease is not None
 
         async def passive() -> list[bool]:
-            await lease.look()
+            await lease.check()
             await owners(fleet["a"]).settle()
             return [fleet.is_passive("a", machine) for machine in (heard, silent)]
 
@@ -129,10 +129,10 @@ async def test_a_server_ends_when_the_database_was_away_for_too_long() -> None:
         a = fleet["a"]
         lease = Lease(owners(a), a.links, a.device, fleet.time.clock, 60.0)
         await fleet.pass_time(59, "b")
-        await lease.look()
+        await lease.check()
         await fleet.pass_time(1, "b")
         with pytest.raises(StoreError, match="60 s"):
-            await lease.look()
+            await lease.check()
 
 
 async def test_a_server_that_was_away_is_sure_of_its_machines_only_when_it_knows_what_others_took() -> None:
@@ -434,7 +434,7 @@ async def test_a_server_invites_some_seconds_after_a_drain_begins_and_not_after_
         await stays(fleet, "a", True)
         began = clock.monotonic()
         await failover.relieve("a")
-        assert invited == [INVITE_AFTER + turn * INVITE_AGAIN_SECONDS for turn in range(INVITATIONS)]
+        assert invited == [INVITE_AFTER + turn * INVITE_INTERVAL_SECONDS for turn in range(INVITATIONS)]
         await stays(fleet, "a", False)
         await failover.relieve("a")
         assert len(invited) == INVITATIONS

@@ -30,18 +30,18 @@ def limit_events(stream: EventStream) -> list[ServerEvent]:
 async def test_a_limit_is_told_of_when_it_begins_to_bite_and_a_minute_after_it_has_ceased() -> None:
     manager, watch, machine, machine_id = await watched()
     events = manager.hub.subscribe()
-    await watch.look()
+    await watch.poll()
     assert limit_events(events) == []
     for count in (10, 25, 25):
         manager.device.beyond_limits[machine.key] = (count, 0)
-        await watch.look()
+        await watch.poll()
         manager.time.advance(5)
     (began,) = limit_events(events)
     assert isinstance(began, LimitReached)
     assert began.limit == IN
     assert (watch.all_biting().get(machine_id, []), watch.dropped(machine_id), watch.bitten_machines()) == ([IN], {IN: 25}, 1)
     manager.time.advance(QUIET_SECONDS)
-    await watch.look()
+    await watch.poll()
     (over,) = limit_events(events)
     assert isinstance(over, LimitOver)
     assert (over.limit, over.dropped, over.seconds) == (IN, 25, 5)
@@ -53,7 +53,7 @@ async def test_a_limit_that_bites_all_the_time_is_two_entries_at_most() -> None:
     events = manager.hub.subscribe()
     for second in range(600):
         manager.device.beyond_limits[machine.key] = (second // 50 + 1, second + 1)  # one of them every 50 s
-        await watch.look()
+        await watch.poll()
         manager.time.advance(1)
     assert [(type(event), event.limit) for event in limit_events(events)] == [(LimitReached, IN), (LimitReached, OUT)]  # type: ignore[union-attr]
     assert watch.bitten() == {IN: 1, OUT: 1}
@@ -63,18 +63,18 @@ async def test_a_count_never_falls_while_the_machine_is_known() -> None:
     """A new key is a new peer, which counts from nothing."""
     manager, watch, machine, machine_id = await watched()
     manager.device.beyond_limits[machine.key] = (7, 3)
-    await watch.look()
+    await watch.poll()
     manager.device.beyond_limits[machine.key] = (2, 3)
-    await watch.look()
+    await watch.poll()
     assert watch.dropped(machine_id) == {IN: 9, OUT: 3}
     manager.device.beyond_limits.clear()
-    await watch.look()
+    await watch.poll()
     manager.device.beyond_limits[machine.key] = (1, 0)
-    await watch.look()
+    await watch.poll()
     assert watch.all_dropped() == {machine_id: {IN: 10, OUT: 3}}
     await manager.machines.remove(machine_id)
     manager.device.beyond_limits[new_key()] = (5, 5)  # nobody's
-    await watch.look()
+    await watch.poll()
     assert watch.all_dropped() == {}
 
 
@@ -89,7 +89,7 @@ async def test_what_reports_lose_to_a_limit_is_seen_in_the_same_way() -> None:
         ingest.add_line(row, b"{}")
         ingest.open_connection(row)
     ingest.drop(row, ReportDrop.EVENT_MALFORMED)  # no limit
-    await watch.look()
+    await watch.poll()
     names = {str(ReportDrop.LINE_RATE_LIMITED): 2, str(ReportDrop.TOO_MANY_CONNECTIONS): 2}
     assert watch.dropped(machine_id) == names
     assert {event.limit for event in limit_events(events)} == set(names)  # type: ignore[union-attr]
@@ -100,9 +100,9 @@ async def test_the_history_has_both_ends_and_the_log_is_sampled() -> None:
     history = History(manager.store, manager.machines.named, DEFAULT_HISTORY, manager.hub.subscribe())
     seen = manager.hub.subscribe()
     manager.device.beyond_limits[machine.key] = (4, 0)
-    await watch.look()
+    await watch.poll()
     manager.time.advance(QUIET_SECONDS)
-    await watch.look()
+    await watch.poll()
     entries = await history.entries(machine_id, kinds=[HistoryKind.LIMITED, HistoryKind.LIMIT_OVER])
     assert [(entry.kind, entry.detail) for entry in entries] == [
         (HistoryKind.LIMIT_OVER, f"{IN}: 4 dropped in 0 s"),

@@ -62,7 +62,7 @@ async def fill(office: Office) -> None:
 async def look(office: Office, follower: Follower) -> pb.MachinesPart:
     """All parts of a look as one."""
     whole = pb.MachinesPart()
-    async for part in follower.look():
+    async for part in follower.changes():
         assert len(part.machines) <= 20
         whole.machines += await machine_messages(office.administration, part.machines)
         whole.links += [
@@ -78,7 +78,7 @@ async def look(office: Office, follower: Follower) -> pb.MachinesPart:
 async def test_a_follower_is_told_all_and_then_what_changes(tmp_path: Path) -> None:
     async with open_office(tmp_path) as office:
         await fill(office)
-        with office.administration.followers.one_more() as follower:
+        with office.administration.followers.register() as follower:
             assert follower is not None
             assert len((await look(office, follower)).machines) == COUNT
             assert await look(office, follower) == pb.MachinesPart(is_last=True)
@@ -97,26 +97,26 @@ async def test_a_follower_is_told_when_a_limit_begins_to_hold_a_machine_back_and
         await fill(office)
         limits, row = office.administration.limits, machine(5)
         assert row.public_key is not None
-        with office.administration.followers.one_more() as follower:
+        with office.administration.followers.register() as follower:
             assert follower is not None
             await look(office, follower)
             for count, expected in ((7, [(row.id, ["bandwidth_in"])]), (9, [])):
                 office.manager.device.beyond_limits[row.public_key] = (count, 0)
-                await limits.look()
+                await limits.poll()
                 told = (await look(office, follower)).links
                 assert [(one.id, one.limits_biting) for one in told] == expected
             office.manager.time.advance(QUIET_SECONDS)
-            await limits.look()
+            await limits.poll()
             assert [(one.id, one.limits_biting) for one in (await look(office, follower)).links] == [(row.id, [])]
 
 
 async def test_no_more_follow_than_may(tmp_path: Path) -> None:
     async with open_office(tmp_path) as office:
-        followers = [office.administration.followers.one_more() for _ in range(MAX_FOLLOWERS + 1)]
+        followers = [office.administration.followers.register() for _ in range(MAX_FOLLOWERS + 1)]
         given = [one.__enter__() for one in followers]
         assert given.count(None) == 1
         followers[0].__exit__(None, None, None)
-        with office.administration.followers.one_more() as follower:
+        with office.administration.followers.register() as follower:
             assert follower is not None
 
 
@@ -125,7 +125,7 @@ async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) ->
     async with open_office(tmp_path) as office:
         await fill(office)
         fleet = Fleet(lambda: None)
-        with office.administration.followers.one_more() as follower:
+        with office.administration.followers.register() as follower:
             assert follower is not None
             fleet.take(await look(office, follower))
         queries = [Query(sort=sign + name) for name in ORDERS for sign in ("", "-")]
@@ -242,7 +242,7 @@ async def test_what_a_page_of_machines_asks_and_shows(tmp_path: Path, monkeypatc
         limited = machine(0)
         assert limited.public_key is not None
         stage.office.manager.device.beyond_limits[limited.public_key] = (1, 1)
-        await stage.office.administration.limits.look()
+        await stage.office.administration.limits.poll()
         browser, other = await stage.visitor(Role.VIEWER), await stage.visitor(Role.ADMIN)
         first = await browser.get("/machines")
         assert (first.text.count('<tr id="machine-'), first.status) == (PAGE_SIZE, 200)

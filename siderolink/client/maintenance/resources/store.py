@@ -197,13 +197,13 @@ class ResourceStore:
             annotations=about[1],
         )
         found[resource_id] = new
-        self._tell(ChangeKind.CREATED if old is None else ChangeKind.UPDATED, new, old)
+        self._publish(ChangeKind.CREATED if old is None else ChangeKind.UPDATED, new, old)
 
     def remove(self, resource_type: ResourceType, resource_id: str) -> None:
         """Remove a resource if it exists."""
         old = self._of_type(resource_type, "").pop(resource_id, None)
         if old is not None:
-            self._tell(ChangeKind.DESTROYED, old)
+            self._publish(ChangeKind.DESTROYED, old)
 
     def replace(self, resource_type: ResourceType, specs: Mapping[str, ResourceSpec]) -> None:
         """Replace all resources of a type."""
@@ -240,7 +240,7 @@ class ResourceStore:
     def _of_type(self, resource_type: ResourceType, namespace: str) -> dict[str, Resource]:
         return self._resources.get((resource_type.name, namespace or resource_type.namespace), {})
 
-    def _tell(self, kind: ChangeKind, resource: Resource, old: Resource | None = None) -> None:
+    def _publish(self, kind: ChangeKind, resource: Resource, old: Resource | None = None) -> None:
         history = self._histories.setdefault((resource.type.name, resource.namespace), RecentChanges())
         change = history.add(kind, resource, old)
         for watch in self._watches:

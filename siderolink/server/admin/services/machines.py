@@ -189,12 +189,12 @@ class MachineService(pb.MachineServiceBase):
         administration, every = self._administration(), message.every or _POLL_SECONDS
         if not 1.0 <= every <= _MAX_POLL_SECONDS:
             raise ConfigurationError(f"every must be 1 to {_MAX_POLL_SECONDS:.0f} seconds, not {every:g}")
-        with administration.followers.one_more() as follower:
+        with administration.followers.register() as follower:
             if follower is None:
                 raise GRPCError(Status.RESOURCE_EXHAUSTED, f"{MAX_FOLLOWERS} programs already follow the machines")
             while True:
                 began = time.monotonic()
-                async for part in follower.look():
+                async for part in follower.changes():
                     yield await _part_message(administration, part)
                 took = time.monotonic() - began
                 await anyio.sleep(min(max(every, _PAUSE * took), _MAX_POLL_SECONDS))

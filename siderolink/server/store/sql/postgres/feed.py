@@ -41,13 +41,13 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 NOTIFY_SECONDS = 0.05
 """Minimum time between notifications of one server: each briefly serialises the commits of the whole cluster."""
-AGAIN_SECONDS = 0.02
+FIRST_RETRY_SECONDS = 0.02
 """First delay before changes held back by a running transaction are read again."""
 KEPT_SECONDS = 600
 PRUNE_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 MOST_AT_ONCE = 4096
-"""Changes of one look. What is left is looked at again at once; only a single transaction with more loses its reader."""
+"""Most changes read in one poll. The rest is polled at once; a single transaction with more of them ends the reader."""
 _CHANNEL = "siderolink_changes"
 _PRUNE_LOCK = 0x53444C4C
 
@@ -164,7 +164,7 @@ class FeedReader:
         """The database's start time: after a failover the other one may lack the last commits."""
         self._is_kept_back = False
         self._has_more = False
-        """Whether the last look was at a part of what there is."""
+        """Whether the last poll read only a part of the changes."""
         self._ahead = time.time() - time.monotonic()
         """The database's clock minus this host's monotonic one, in seconds."""
         self._lock = anyio.Lock()
@@ -196,7 +196,7 @@ class FeedReader:
 
     async def read(self) -> None:
         """Read forever: at each notification, each second, and sooner while a running transaction holds changes back."""
-        delay, again, is_away = POLL_SECONDS, AGAIN_SECONDS, False
+        delay, held_back, is_away = POLL_SECONDS, FIRST_RETRY_SECONDS, False
         while True:
             with anyio.move_on_after(delay):
                 await self._wake.wait()
@@ -208,13 +208,13 @@ class FeedReader:
                 if not is_away:
                     log.warning("the feed of changes has stopped: %s", error)
                 is_away, delay = True, POLL_SECONDS
-                await anyio.sleep(AGAIN_SECONDS)
+                await anyio.sleep(FIRST_RETRY_SECONDS)
                 continue
             if is_away:
                 log.warning("the feed of changes goes on")
                 is_away = False
-            again = min(2 * again, POLL_SECONDS) if self._is_kept_back else AGAIN_SECONDS
-            delay = 0.0 if self._has_more else again if self._is_kept_back else POLL_SECONDS
+            held_back = min(2 * held_back, POLL_SECONDS) if self._is_kept_back else FIRST_RETRY_SECONDS
+            delay = 0.0 if self._has_more else held_back if self._is_kept_back else POLL_SECONDS
 
     async def _poll(self) -> None:
         try:

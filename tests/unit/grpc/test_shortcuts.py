@@ -111,7 +111,7 @@ def cut(whole: bytes, places: list[int]) -> list[bytes]:
 @example([headers(1, False, False, True, None).serialize()] + [data(1, 60_000, False, False).serialize()] * 12, [])
 @example([headers(number, False, False, True, None).serialize() for number in range(1, 31, 2)], [])
 @example([WindowUpdateFrame(0, 2**31 - 1).serialize()], [])
-def test_short_ways_lead_to_the_same_place(frames: list[bytes], places: list[int]) -> None:
+def test_shortcuts_lead_to_the_same_place(frames: list[bytes], places: list[int]) -> None:
     whole = b"".join(frames)
     for pieces in ([whole], cut(whole, places)):
         assert outcome(new_h2_connection(LIMITS, server=True), pieces) == outcome(
