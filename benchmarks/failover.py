@@ -89,7 +89,7 @@ def place(count: int, *more: str) -> Iterator[Place]:
         options = ["--store", cluster.url(database), "--device", "userspace", "--state-key-file", str(folder / "key")]
         options += ["--connections-per-address", "20000", *more]
         servers = [
-            stack.enter_context(served(host, folder / host.name, *options, address=address))
+            stack.enter_context(served(host, folder / host.name, "--peer-listen", f"{address}:4001", *options, address=address))
             for host, address in zip(hosts, ADDRESSES, strict=False)
         ]
         yield Place(tuple(servers), router, machine, cluster, database)

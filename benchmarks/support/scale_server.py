@@ -44,6 +44,7 @@ async def main() -> None:
     parser.add_argument("--state")
     parser.add_argument("--address", default="192.0.2.1")
     options = parser.parse_args()
+    calm_collector()
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stopped.set)
     async with (

@@ -307,6 +307,7 @@ def _join_policy(options: ServeConfig) -> JoinPolicy:
 def run_serve(options: ServeConfig) -> None:
     """Serve until stopped. Raises SideroLinkError."""
     allow_descriptors(_MOST_DESCRIPTORS)
+    calm_collector()  # collections while rows are read would take a quarter of the time
     serve = Serve(options)
     run_until_stopped(serve.run, serve.reload, serve.drain)
     leave()

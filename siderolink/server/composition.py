@@ -143,6 +143,8 @@ class Composition:
                 await tasks.start(fleet.reconciler.follow)
                 await fleet.reconciler.load()
                 await device.settle()
+                if fleet.membership is not None:
+                    await fleet.membership.beat()
                 goodbyes = Goodbyes(fleet.directory, fleet.monitor, fleet.machines.remove)
                 self._draining = self._make_draining(device, fleet, goodbyes)
                 self._start_tasks(device, fleet, tasks, echoes, goodbyes)

@@ -220,8 +220,11 @@ class Membership:
 
     @asynccontextmanager
     async def joined(self) -> AsyncIterator[None]:
-        """Be one of the servers meanwhile, with `run` for the heartbeats that follow the first. Raises StoreError."""
-        await self.beat()
+        """Read the other servers, and remove the row of this server's previous run. Raises StoreError.
+
+        This server is one of them from its first `beat`, when it is ready to have machines, until the context ends.
+        """
+        await self._write(puts=False)
         try:
             yield
         finally:
@@ -265,7 +268,7 @@ class Membership:
             with suppress(SideroLinkError):
                 await self._write()
 
-    async def _write(self) -> None:
+    async def _write(self, *, puts: bool = True) -> None:
         self._watch_clock()
         self._began_at = self._clock.monotonic()
         row = self._row = replace(self._row, heartbeat_at=self._clock.time(), clock_offset=self.clock_offset)
@@ -280,15 +283,16 @@ class Membership:
                 if is_before or is_forgotten:
                     await transaction.ownership.delete_server(one.id)
                     del others[one.id]
-            await transaction.ownership.put_server(row)
+            if puts:
+                await transaction.ownership.put_server(row)
             return others
 
         others = await self._store.transact_urgently(work)
-        self._has_begun = True
+        self._has_begun |= puts
         now, at = self._clock.time(), self._clock.monotonic()
         if was_away:
             self.outage_ended_at = now
-        self._was_doubtful |= at - self._beat_at > SURE_SECONDS
+        self._was_doubtful |= not is_first and at - self._beat_at > SURE_SECONDS
         self._beat_at, self._read_at = at, now
         gone = self._others.keys() - others.keys()
         self._others = others

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskStatus
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.hostport import HostPort
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ROWS_IN_ONE_GO = 64
 EVERYTHING = ""
 """Stands for all machines instead of one id."""
 
@@ -288,8 +290,12 @@ class Reconciler:
         """Create links for all rows and claims in the store, before the API listens."""
         if self._owners is not None:
             await self._owners.load()
+        done = 0
         async for machine in self._store.machines():
             await self.apply(machine, state=LinkState.DOWN if machine.linked_at else LinkState.PENDING)
+            done += 1
+            if done % _ROWS_IN_ONE_GO == 0:
+                await checkpoint()
         await self._directory.known.load_tokens(self._store)
         now = self._clock.time()
         for claim in await self._store.all_claims():

@@ -88,6 +88,29 @@ async def test_a_server_that_starts_again_takes_the_place_of_its_last_run() -> N
     assert runs[0].id != runs[1].id
 
 
+async def test_a_server_that_reads_its_rows_for_long_is_none_of_the_others_yet_and_in_no_doubt() -> None:
+    async with fleet_of("a") as fleet:
+        returned: list[float] = []
+        before = Membership(fleet["a"].store, fleet.time.clock, server_id="before", endpoints=["192.0.2.9:51820"])
+        new = Membership(fleet["a"].store, fleet.time.clock, server_id="new", endpoints=["192.0.2.9:51820"])
+
+        async def on_return() -> None:
+            returned.append(fleet.time.clock.time())
+
+        new.on_return = on_return
+        await before.beat()
+        await fleet.pass_time(1)
+        async with new.joined():
+            assert new.is_alive("a")
+            await fleet.pass_time(60)
+            assert [one.id for one in membership(fleet["a"]).everyone()] == ["a"]  # the previous run's row is gone at once
+            assert new.is_alive("a")
+            await new.beat()
+            await fleet.pass_time(1)
+            assert [one.id for one in membership(fleet["a"]).living()] == ["a", "new"]
+            assert (new.is_alive("a"), returned) == (True, [])
+
+
 async def test_answers_list_the_living_servers_this_one_first() -> None:
     async with fleet_of("a", "b", "c") as fleet:
 

@@ -4,11 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
+from anyio.lowlevel import checkpoint
 from sqlalchemy import select
-from sqlalchemy.engine import RowMapping
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import Select
 
+from siderolink.common.tasks import in_parts
 from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.ownership import Ownership
@@ -19,6 +20,8 @@ from siderolink.server.store.tokens import JoinToken
 T = TypeVar("T")
 
 _PAGE = 1024
+_ROWS_IN_ONE_GO = 128
+"""Rows that are parsed before other tasks run."""
 
 
 class Reads(ABC):
@@ -28,14 +31,20 @@ class Reads(ABC):
     async def _on_connection(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
         """Run statements by themselves and to completion, even if the caller is cancelled; returns their result."""
 
-    async def _read(self, statement: Select[Any], read: Callable[[RowMapping], T]) -> list[T]:
+    async def _read(self, statement: Select[Any], read: Callable[[Mapping[Any, Any]], T]) -> list[T]:
         async def rows(connection: AsyncConnection) -> list[T]:
-            return [read(row) for row in (await connection.execute(statement)).mappings()]
+            result = await connection.execute(statement)
+            names, found = tuple(result.keys()), list[T]()
+            for part in in_parts(result, _ROWS_IN_ONE_GO):
+                if found:
+                    await checkpoint()
+                found += [read(dict(zip(names, row, strict=True))) for row in part]
+            return found
 
         return await self._on_connection(rows)
 
     async def _pages(
-        self, page_after: Callable[[str], Select[Any]], read: Callable[[RowMapping], T], id_of: Callable[[T], str]
+        self, page_after: Callable[[str], Select[Any]], read: Callable[[Mapping[Any, Any]], T], id_of: Callable[[T], str]
     ) -> AsyncIterator[T]:
         """All rows, page by page; each page is a consistent view."""
         last = ""
@@ -65,7 +74,7 @@ class Reads(ABC):
         return self._pages(page_after, tables.read_ownership, lambda owner: owner.machine_id)
 
     async def bans(self) -> Mapping[Ban, BanGrounds]:
-        def read(row: RowMapping) -> tuple[Ban, BanGrounds]:
+        def read(row: Mapping[Any, Any]) -> tuple[Ban, BanGrounds]:
             return tables.read_ban(row["kind"], row["value"]), tables.read_grounds(row)
 
         return dict(await self._read(select(tables.bans), read))
