@@ -58,7 +58,7 @@ default_message_pool.register_message("common", "Data", Data)
 @dataclass(eq=False, repr=False)
 class Error(betterproto2.Message):
     """
-    What a machine's sequences report as their errors.
+    Error codes of a machine's sequences.
     """
 
     code: "ErrorCode" = betterproto2.field(
@@ -78,7 +78,7 @@ default_message_pool.register_message("common", "Error", Error)
 @dataclass(eq=False, repr=False)
 class Metadata(betterproto2.Message):
     """
-    Who answered; a machine that answers for itself leaves it out.
+    The machine that answered; absent if it answers for itself.
     """
 
     hostname: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
@@ -92,7 +92,7 @@ default_message_pool.register_message("common", "Metadata", Metadata)
 @dataclass(eq=False, repr=False)
 class NetIp(betterproto2.Message):
     """
-    An IP address: 4 or 16 bytes, an IPv6 zone as text behind them.
+    An IP address: 4 or 16 bytes, followed by an IPv6 zone as text.
     """
 
     ip: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)

@@ -36,12 +36,12 @@ class EventRequest(betterproto2.Message):
 
     id: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    The event's own id; ids rise with time.
+    The event's id; ids increase with time.
     """
 
     actor_id: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    What groups the events of one action.
+    Shared by the events of one action.
     """
 
 
@@ -58,7 +58,7 @@ default_message_pool.register_message("events", "EventResponse", EventResponse)
 
 class EventSinkServiceStub(betterproto2_grpclib.ServiceStub):
     """
-    Takes a machine's events, one at a time, over the overlay.
+    Receives a machine's events, one at a time, over the overlay.
     """
 
     async def publish(
@@ -85,7 +85,7 @@ from ..google import protobuf as _google__protobuf__
 
 class EventSinkServiceBase(betterproto2_grpclib.ServiceBase):
     """
-    Takes a machine's events, one at a time, over the overlay.
+    Receives a machine's events, one at a time, over the overlay.
     """
 
     async def publish(self, message: "EventRequest") -> "EventResponse":

@@ -274,12 +274,12 @@ class ApplyConfiguration(betterproto2.Message):
         default_factory=lambda: ApplyConfigurationRequestMode(0),
     )
     """
-    The mode that was chosen.
+    The selected mode.
     """
 
     mode_details: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
-    What happened, for people.
+    The result, for display.
     """
 
 
@@ -655,17 +655,17 @@ default_message_pool.register_message("machine", "Event", Event)
 class EventsRequest(betterproto2.Message):
     tail_events: "int" = betterproto2.field(1, betterproto2.TYPE_INT32)
     """
-    How many past events to begin with; negative for all.
+    Number of past events to begin with; negative for all.
     """
 
     tail_id: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    Begin behind this event.
+    Begin after this event.
     """
 
     tail_seconds: "int" = betterproto2.field(3, betterproto2.TYPE_INT32)
     """
-    Begin with the events of so many seconds.
+    Begin with the events of the last seconds, as many as given.
     """
 
     with_actor_id: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
@@ -824,7 +824,7 @@ class ImageServicePullResponse(betterproto2.Message):
         1, betterproto2.TYPE_STRING, optional=True, group="response"
     )
     """
-    The image, once it is there.
+    The image, after it was pulled.
     """
 
     pull_progress: "ImageServicePullProgress | None" = betterproto2.field(
@@ -1052,7 +1052,7 @@ default_message_pool.register_message(
 @dataclass(eq=False, repr=False)
 class MemInfo(betterproto2.Message):
     """
-    The fields of /proc/meminfo, in its units (KiB, or pages where it has those).
+    The fields of /proc/meminfo, in its units (KiB or pages).
     """
 
     memtotal: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
@@ -1537,7 +1537,7 @@ default_message_pool.register_message("machine", "RestartEvent", RestartEvent)
 @dataclass(eq=False, repr=False)
 class SequenceEvent(betterproto2.Message):
     """
-    What a machine reports to the event sink, each in an Any.
+    Events that a machine reports to the event sink, each in an Any.
     """
 
     sequence: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
@@ -1584,7 +1584,7 @@ default_message_pool.register_message("machine", "ServiceEvents", ServiceEvents)
 @dataclass(eq=False, repr=False)
 class ServiceHealth(betterproto2.Message):
     """
-    What a machine tells of its host: statistics, services and logs.
+    A machine's host: statistics, services and logs.
     """
 
     unknown: "bool" = betterproto2.field(1, betterproto2.TYPE_BOOL)
@@ -2158,7 +2158,7 @@ class LifecycleServiceStub(betterproto2_grpclib.ServiceStub):
 
 class MachineServiceStub(betterproto2_grpclib.ServiceStub):
     """
-    What a machine serves of its own API. Methods that it refuses whatever is asked (roles.py) need no messages and are left out.
+    The part of the machine's own API that is served. Methods that are always refused (roles.py) are left out.
     """
 
     async def apply_configuration(
@@ -2888,7 +2888,7 @@ class LifecycleServiceBase(betterproto2_grpclib.ServiceBase):
 
 class MachineServiceBase(betterproto2_grpclib.ServiceBase):
     """
-    What a machine serves of its own API. Methods that it refuses whatever is asked (roles.py) need no messages and are left out.
+    The part of the machine's own API that is served. Methods that are always refused (roles.py) are left out.
     """
 
     async def apply_configuration(

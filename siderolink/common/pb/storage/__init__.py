@@ -55,7 +55,7 @@ class Disk(betterproto2.Message):
 
     device_name: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    With its folder: /dev/sda.
+    The full path: /dev/sda.
     """
 
     name: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
@@ -79,7 +79,7 @@ class Disk(betterproto2.Message):
 
     system_disk: "bool" = betterproto2.field(11, betterproto2.TYPE_BOOL)
     """
-    Whether the operating system is installed there.
+    Whether it is the system disk.
     """
 
     subsystem: "str" = betterproto2.field(12, betterproto2.TYPE_STRING)

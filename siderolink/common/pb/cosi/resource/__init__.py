@@ -55,7 +55,7 @@ class EventType(betterproto2.Enum):
 
     BOOTSTRAPPED = 3
     """
-    All that was there has been sent.
+    The initial contents have been sent completely.
     """
 
     ERRORED = 4
@@ -95,7 +95,7 @@ class Event(betterproto2.Message):
         3, betterproto2.TYPE_MESSAGE, optional=True
     )
     """
-    What it was before an update.
+    The previous state, for an update.
     """
 
     error: "str | None" = betterproto2.field(4, betterproto2.TYPE_STRING, optional=True)
@@ -224,7 +224,7 @@ class Metadata(betterproto2.Message):
 
     version: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
-    A number that rises with each change, or "undefined".
+    A number that increases with each change, or "undefined".
     """
 
     owner: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
@@ -342,7 +342,7 @@ class WatchRequest(betterproto2.Message):
 
     api_version: "int" = betterproto2.field(5, betterproto2.TYPE_INT32)
     """
-    0: only CREATED, UPDATED and DESTROYED are understood; 1: BOOTSTRAPPED and ERRORED, too.
+    0: the client understands only CREATED, UPDATED and DESTROYED; 1: BOOTSTRAPPED and ERRORED, too.
     """
 
 
@@ -361,7 +361,7 @@ default_message_pool.register_message("cosi.resource", "WatchResponse", WatchRes
 
 class StateStub(betterproto2_grpclib.ServiceStub):
     """
-    Reading a machine's resources. Changing them is not part of what a machine serves over SideroLink.
+    Reads a machine's resources. Over SideroLink, a machine does not offer calls that change them.
     """
 
     async def get(
@@ -410,7 +410,7 @@ class StateStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[WatchResponse]":
         """
-        The first answer is empty and says that the watch stands; then come the changes.
+        The first response is empty and means that the watch has started; the changes follow.
         """
 
         async for response in self._unary_stream(
@@ -429,7 +429,7 @@ from ...google import protobuf as __google__protobuf__
 
 class StateBase(betterproto2_grpclib.ServiceBase):
     """
-    Reading a machine's resources. Changing them is not part of what a machine serves over SideroLink.
+    Reads a machine's resources. Over SideroLink, a machine does not offer calls that change them.
     """
 
     async def get(self, message: "GetRequest") -> "GetResponse":
@@ -443,7 +443,7 @@ class StateBase(betterproto2_grpclib.ServiceBase):
 
     async def watch(self, message: "WatchRequest") -> "AsyncIterator[WatchResponse]":
         """
-        The first answer is empty and says that the watch stands; then come the changes.
+        The first response is empty and means that the watch has started; the changes follow.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)

@@ -36,7 +36,7 @@ betterproto2.check_compiler_version(_COMPILER_VERSION)
 class PeerPacket(betterproto2.Message):
     data: "bytes" = betterproto2.field(2, betterproto2.TYPE_BYTES)
     """
-    One whole WireGuard datagram.
+    One complete WireGuard datagram.
     """
 
 
@@ -63,7 +63,7 @@ class ProvisionRequest(betterproto2.Message):
         4, betterproto2.TYPE_STRING, optional=True
     )
     """
-    A token that tells machines of one UUID apart; it persists on the machine.
+    Distinguishes machines with the same UUID; stored on the machine.
     """
 
     talos_version: "str | None" = betterproto2.field(
@@ -77,7 +77,7 @@ class ProvisionRequest(betterproto2.Message):
         6, betterproto2.TYPE_BOOL, optional=True
     )
     """
-    True where the machine wants the tunnel (WireGuardOverGRPCService) in place of UDP.
+    Whether the machine asks for the tunnel (WireGuardOverGRPCService) instead of UDP.
     """
 
 
@@ -92,7 +92,7 @@ class ProvisionResponse(betterproto2.Message):
         1, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    Where to dial the server by WireGuard, host:port. The first and the last are swapped on the wire.
+    The server's WireGuard endpoint, host:port. The first and the last are swapped on the wire.
     """
 
     server_public_key: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
@@ -112,7 +112,7 @@ class ProvisionResponse(betterproto2.Message):
 
     grpc_peer_addr_port: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
     """
-    The machine's virtual [address]:port, given when datagrams are to travel through the tunnel; else empty.
+    The machine's virtual [address]:port if datagrams must travel through the tunnel; otherwise empty.
     """
 
 
@@ -123,7 +123,7 @@ default_message_pool.register_message(
 
 class ProvisionServiceStub(betterproto2_grpclib.ServiceStub):
     """
-    Lets a machine join: it gives its name and public key, and learns where and whom to dial.
+    Lets a machine join: it sends its identity and public key, and receives the server's endpoint and key.
     """
 
     async def provision(
@@ -147,7 +147,7 @@ class ProvisionServiceStub(betterproto2_grpclib.ServiceStub):
 
 class WireGuardOverGrpcServiceStub(betterproto2_grpclib.ServiceStub):
     """
-    Carries WireGuard datagrams where UDP does not pass.
+    Carries WireGuard datagrams where UDP is blocked.
 
     The request's metadata holds "x-siderolink-ipv6-addr: [virtual address]:port", as given in ProvisionResponse.
     """
@@ -175,7 +175,7 @@ class WireGuardOverGrpcServiceStub(betterproto2_grpclib.ServiceStub):
 
 class ProvisionServiceBase(betterproto2_grpclib.ServiceBase):
     """
-    Lets a machine join: it gives its name and public key, and learns where and whom to dial.
+    Lets a machine join: it sends its identity and public key, and receives the server's endpoint and key.
     """
 
     async def provision(self, message: "ProvisionRequest") -> "ProvisionResponse":
@@ -203,7 +203,7 @@ class ProvisionServiceBase(betterproto2_grpclib.ServiceBase):
 
 class WireGuardOverGrpcServiceBase(betterproto2_grpclib.ServiceBase):
     """
-    Carries WireGuard datagrams where UDP does not pass.
+    Carries WireGuard datagrams where UDP is blocked.
 
     The request's metadata holds "x-siderolink-ipv6-addr: [virtual address]:port", as given in ProvisionResponse.
     """

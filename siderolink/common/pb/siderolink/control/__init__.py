@@ -69,7 +69,7 @@ class Event(betterproto2.Message):
 
     subject: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    Whom it is about: a public key, a UUID, an interface.
+    The subject: a public key, a UUID or an interface.
     """
 
     detail: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
@@ -98,7 +98,7 @@ class Peer(betterproto2.Message):
 
     path: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    Where the peer was last heard from; empty if never.
+    The address that the peer was last heard from; empty if never.
     """
 
     last_handshake: "float | None" = betterproto2.field(
@@ -118,7 +118,7 @@ class Peer(betterproto2.Message):
 
     node_uuid: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
     """
-    The machine's UUID, where this end knows it.
+    The machine's UUID, if this end knows it.
     """
 
     report_drops: "dict[str, int]" = betterproto2.field(
@@ -129,19 +129,19 @@ class Peer(betterproto2.Message):
         ),
     )
     """
-    What was not taken of its events and log lines, by named reason.
+    Its events and log lines that were not accepted, by reason.
     """
 
     name: "str" = betterproto2.field(10, betterproto2.TYPE_STRING)
     """
-    The name that is shown of the machine, where this end knows it.
+    The machine's display name, if this end knows it.
     """
 
     limits_biting: "list[str]" = betterproto2.field(
         11, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    The names of the machine's limits that drop something now (docs/limits.md).
+    Names of the machine's limits that currently drop something (docs/limits.md).
     """
 
 
@@ -151,29 +151,29 @@ default_message_pool.register_message("siderolink.control", "Peer", Peer)
 @dataclass(eq=False, repr=False)
 class Reports(betterproto2.Message):
     """
-    Events and kernel log lines: on a machine, what it delivers; on a server, what it takes.
+    Events and kernel log lines: sent ones on a machine, received ones on a server.
     """
 
     events: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
     """
-    Acknowledged by the event sink, or taken.
+    Events acknowledged by the event sink, or accepted by the server.
     """
 
     lines: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
     """
-    Taken by the log receivers' hosts, or by the server.
+    Lines accepted by the hosts of the log receivers, or by the server.
     """
 
     events_waiting: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
     """
-    What a machine keeps until it is taken.
+    Queued on a machine until they are accepted.
     """
 
     lines_waiting: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
 
     events_lost: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
     """
-    What a machine gave up, because too many waited.
+    Discarded by a machine because its queue was full.
     """
 
     lines_lost: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
@@ -186,7 +186,7 @@ class Reports(betterproto2.Message):
         ),
     )
     """
-    What a server did not take, by named reason.
+    Not accepted by a server, by reason.
     """
 
 
@@ -197,12 +197,12 @@ default_message_pool.register_message("siderolink.control", "Reports", Reports)
 class RestoreResponse(betterproto2.Message):
     machines: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
     """
-    How many machines the server knows now.
+    Number of machines that the server now knows.
     """
 
     public_key: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    The server's WireGuard public key now, standard base64.
+    The server's current WireGuard public key, standard base64.
     """
 
 
@@ -257,7 +257,7 @@ class StatusResponse(betterproto2.Message):
 
     transport: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
-    "udp" or "tunnel"; for a server, what it offers, joined by commas.
+    "udp" or "tunnel"; for a server, all that it offers, joined by commas.
     """
 
     addresses: "list[str]" = betterproto2.field(
@@ -289,7 +289,7 @@ class StatusResponse(betterproto2.Message):
         ),
     )
     """
-    How many datagrams and packets were dropped, by named reason.
+    Dropped datagrams and packets, by reason.
     """
 
     refusals: "dict[str, int]" = betterproto2.field(
@@ -300,7 +300,7 @@ class StatusResponse(betterproto2.Message):
         ),
     )
     """
-    How many calls and connections the API refused, by named reason.
+    Calls and connections refused by the API, by reason.
     """
 
     state: "str" = betterproto2.field(11, betterproto2.TYPE_STRING)
@@ -322,12 +322,12 @@ class StatusResponse(betterproto2.Message):
         14, betterproto2.TYPE_MESSAGE, optional=True
     )
     """
-    Absent where nothing is reported or received.
+    Absent if nothing is reported or received.
     """
 
     data_plane: "str" = betterproto2.field(15, betterproto2.TYPE_STRING)
     """
-    What works on packets, of a userspace device: "siderolink-native 0.1.0", or "pure Python" and why.
+    What processes the packets of a userspace device: "siderolink-native 0.1.0", or "pure Python" and the reason.
     """
 
 
@@ -338,7 +338,7 @@ default_message_pool.register_message(
 
 class ControlStub(betterproto2_grpclib.ServiceStub):
     """
-    What a running `serve`, `join` or `wireguard` tells on its local socket.
+    The status and events of a running `serve`, `join` or `wireguard`, on its local socket.
     """
 
     async def status(
@@ -371,7 +371,7 @@ class ControlStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[Event]":
         """
-        Everything that happens from now on, until the caller stops listening.
+        All events from now on, until the caller ends the call.
         """
 
         if message is None:
@@ -390,7 +390,7 @@ class ControlStub(betterproto2_grpclib.ServiceStub):
 
 class StateStub(betterproto2_grpclib.ServiceStub):
     """
-    What a running `serve` does with what it remembers, on its local socket.
+    Copies and replaces the state of a running `serve`, on its local socket.
     """
 
     async def backup(
@@ -402,7 +402,7 @@ class StateStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[Chunk]":
         """
-        A whole copy of the state file. It holds the server's private key.
+        A complete copy of the state file, including the server's private key.
         """
 
         if message is None:
@@ -427,7 +427,7 @@ class StateStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "RestoreResponse":
         """
-        Take such a copy in the place of the state; answered once the server runs with it.
+        Replace the state with such a copy; answered once the server runs with it.
         """
 
         return await self._stream_unary(
@@ -467,7 +467,7 @@ class StateStub(betterproto2_grpclib.ServiceStub):
 
 class ControlBase(betterproto2_grpclib.ServiceBase):
     """
-    What a running `serve`, `join` or `wireguard` tells on its local socket.
+    The status and events of a running `serve`, `join` or `wireguard`, on its local socket.
     """
 
     async def status(self, message: "StatusRequest") -> "StatusResponse":
@@ -476,7 +476,7 @@ class ControlBase(betterproto2_grpclib.ServiceBase):
 
     async def events(self, message: "EventsRequest") -> "AsyncIterator[Event]":
         """
-        Everything that happens from now on, until the caller stops listening.
+        All events from now on, until the caller ends the call.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -520,12 +520,12 @@ class ControlBase(betterproto2_grpclib.ServiceBase):
 
 class StateBase(betterproto2_grpclib.ServiceBase):
     """
-    What a running `serve` does with what it remembers, on its local socket.
+    Copies and replaces the state of a running `serve`, on its local socket.
     """
 
     async def backup(self, message: "BackupRequest") -> "AsyncIterator[Chunk]":
         """
-        A whole copy of the state file. It holds the server's private key.
+        A complete copy of the state file, including the server's private key.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -533,7 +533,7 @@ class StateBase(betterproto2_grpclib.ServiceBase):
 
     async def restore(self, messages: "AsyncIterator[Chunk]") -> "RestoreResponse":
         """
-        Take such a copy in the place of the state; answered once the server runs with it.
+        Replace the state with such a copy; answered once the server runs with it.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)

@@ -39,7 +39,7 @@ default_message_pool.register_message(
 @dataclass(eq=False, repr=False)
 class ResourceDefinitionSpec(betterproto2.Message):
     """
-    What clients ask for first, to learn a type's full name and how to print it.
+    Clients read this first, to find a type's full name and the columns to print.
     """
 
     resource_type: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
@@ -56,7 +56,7 @@ class ResourceDefinitionSpec(betterproto2.Message):
         5, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    All by which the type may be called, those of `aliases` included.
+    All names accepted for the type, including those in `aliases`.
     """
 
     print_columns: "list[ResourceDefinitionSpecPrintColumn]" = betterproto2.field(

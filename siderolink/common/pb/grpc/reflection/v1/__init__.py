@@ -146,7 +146,7 @@ default_message_pool.register_message(
 
 class ServerReflectionStub(betterproto2_grpclib.ServiceStub):
     """
-    gRPC's standard reflection service; what it knows of extensions is left out, as there are none.
+    gRPC's standard reflection service, without the calls for extensions, as there are none.
     """
 
     async def server_reflection_info(
@@ -172,7 +172,7 @@ class ServerReflectionStub(betterproto2_grpclib.ServiceStub):
 
 class ServerReflectionBase(betterproto2_grpclib.ServiceBase):
     """
-    gRPC's standard reflection service; what it knows of extensions is left out, as there are none.
+    gRPC's standard reflection service, without the calls for extensions, as there are none.
     """
 
     async def server_reflection_info(

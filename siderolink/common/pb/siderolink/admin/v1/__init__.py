@@ -171,7 +171,7 @@ class ApiKey(betterproto2.Message):
         11, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    The machines that it may forward to whatever its role: NAME for all ports, or NAME:PORT; the id of one that is gone.
+    Machines that it may forward to in any role: NAME for all ports, or NAME:PORT; a removed machine's id.
     """
 
 
@@ -195,14 +195,14 @@ default_message_pool.register_message(
 class AuditEntry(betterproto2.Message):
     seq: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
     """
-    Rises with each entry; some numbers may be missing.
+    Increases with each entry; some numbers may be missing.
     """
 
     at: "float" = betterproto2.field(2, betterproto2.TYPE_DOUBLE)
 
     actor: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    The key's or user's name; "machine" for what a machine did; "server" for what the server did by itself.
+    The key's or user's name; "machine" for a machine's own action; "server" for the server's.
     """
 
     role: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
@@ -231,7 +231,7 @@ class AuditEntry(betterproto2.Message):
 
     before: "str" = betterproto2.field(10, betterproto2.TYPE_STRING)
     """
-    JSON objects of the fields that changed; empty where there was or is nothing.
+    JSON objects of the fields that changed; empty before a creation and after a removal.
     """
 
     after: "str" = betterproto2.field(11, betterproto2.TYPE_STRING)
@@ -246,12 +246,12 @@ class AuditFilter(betterproto2.Message):
 
     action: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    An action, or the beginning of some: "machine." takes all of machines.
+    An action, or a prefix: "machine." matches all actions on machines.
     """
 
     object: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    An id or name of what was changed.
+    The id or name of the changed object.
     """
 
     since: "float | None" = betterproto2.field(
@@ -291,12 +291,12 @@ default_message_pool.register_message("siderolink.admin.v1", "BanEntry", BanEntr
 class BanRequest(betterproto2.Message):
     name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    A name, id, UUID or public key; a UUID or key need not be known.
+    A name, id, UUID or public key. An unknown UUID or key can be banned, too.
     """
 
     kind: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    What of it is banned: "uuid" (also empty), "key" or "unique".
+    What to ban: "uuid" (also empty), "key" or "unique".
     """
 
     reason: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
@@ -315,7 +315,7 @@ class BanResponse(betterproto2.Message):
         2, betterproto2.TYPE_MESSAGE, optional=True
     )
     """
-    The machine that was banned, as it was; absent if none was known by that name.
+    The last state of the banned machine; absent if it was unknown.
     """
 
 
@@ -381,7 +381,7 @@ class CreateApiKeyResponse(betterproto2.Message):
 
     secret: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    Told this once.
+    Shown only here.
     """
 
 
@@ -477,14 +477,14 @@ default_message_pool.register_message(
 class DeleteHistoryRequest(betterproto2.Message):
     machine: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    A name, id, UUID or public key, or the id of a machine that is gone; empty: all machines, up to a time.
+    A name, id, UUID or public key, or the id of a removed machine; empty: all machines, up to a time.
     """
 
     until: "float | None" = betterproto2.field(
         2, betterproto2.TYPE_DOUBLE, optional=True
     )
     """
-    Only what is older than this time.
+    Only entries older than this time.
     """
 
 
@@ -529,12 +529,12 @@ default_message_pool.register_message(
 class DrainRequest(betterproto2.Message):
     server: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    By its id, or by an address where machines or servers reach it; empty for the one that is asked.
+    Its id, or an address where machines or servers reach it; empty for the called server.
     """
 
     timeout: "float" = betterproto2.field(2, betterproto2.TYPE_DOUBLE)
     """
-    Seconds; 0 for 30.
+    Seconds; 0 selects 30.
     """
 
 
@@ -554,14 +554,14 @@ class Event(betterproto2.Message):
 
     subject: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    Whom it is about.
+    The subject.
     """
 
     detail: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
 
     machine_id: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
     """
-    Empty where it is about no known machine.
+    Empty if the event concerns no known machine.
     """
 
     node_uuid: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
@@ -588,29 +588,29 @@ default_message_pool.register_message(
 class FleetServer(betterproto2.Message):
     id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    Empty where a server has its store for itself.
+    Empty if only one server uses the store.
     """
 
     is_this: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
     """
-    Whether it is the one that answers.
+    Whether it is the server that answers.
     """
 
     state: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    "up", "draining", or "silent": without a heartbeat lately.
+    "up", "draining", or "silent" (without a recent heartbeat).
     """
 
     wireguard_endpoints: "list[str]" = betterproto2.field(
         4, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    Where machines reach its WireGuard.
+    Where machines reach its WireGuard endpoint.
     """
 
     peer_address: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
     """
-    Where the other servers reach it; empty if they cannot.
+    Where other servers reach it; empty if they cannot.
     """
 
     version: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
@@ -619,17 +619,17 @@ class FleetServer(betterproto2.Message):
         7, betterproto2.TYPE_DOUBLE, optional=True
     )
     """
-    Seconds; absent where a server has its store for itself.
+    Seconds; absent if only one server uses the store.
     """
 
     machines: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
     """
-    Machines whose link it has.
+    Machines whose links it holds.
     """
 
     clock_offset: "float" = betterproto2.field(9, betterproto2.TYPE_DOUBLE)
     """
-    Its host's clock less the store's, in seconds.
+    Its host's clock minus the store's, in seconds.
     """
 
 
@@ -656,7 +656,7 @@ default_message_pool.register_message(
 class FollowEventsRequest(betterproto2.Message):
     machine: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    Those of one machine: a name, id, UUID or public key; empty: all.
+    Only events of this machine: a name, id, UUID or public key; empty: all.
     """
 
     kinds: "list[str]" = betterproto2.field(2, betterproto2.TYPE_STRING, repeated=True)
@@ -674,7 +674,7 @@ default_message_pool.register_message(
 class FollowMachinesRequest(betterproto2.Message):
     every: "float" = betterproto2.field(1, betterproto2.TYPE_DOUBLE)
     """
-    Seconds between two looks, at least 1; 0: 2. A server that needs long for a look looks seldomer.
+    Seconds between two polls, at least 1; 0 selects 2. The interval grows if a poll takes long.
     """
 
 
@@ -824,7 +824,7 @@ class HistoryEntry(betterproto2.Message):
 
     transport: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
     """
-    "udp" or "tunnel"; empty where it does not matter, as the following ones.
+    "udp" or "tunnel"; empty if not applicable, like the following fields.
     """
 
     source: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
@@ -864,7 +864,7 @@ default_message_pool.register_message(
 @dataclass(eq=False, repr=False)
 class LinkChange(betterproto2.Message):
     """
-    The fields of Machine that change without its row.
+    The fields of Machine that change independently of its row.
     """
 
     id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
@@ -989,7 +989,7 @@ class ListHistoryRequest(betterproto2.Message):
 
     machine: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    A name, id, UUID or public key, or the id of a machine that is gone; empty: all machines.
+    A name, id, UUID or public key, or the id of a removed machine; empty: all machines.
     """
 
     kinds: "list[str]" = betterproto2.field(4, betterproto2.TYPE_STRING, repeated=True)
@@ -1035,7 +1035,7 @@ class ListMachinesRequest(betterproto2.Message):
     sort: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
     "name" (also empty), "uuid", "state", "version", "address", "created", "joined", "seen", "received" or "sent"; with a
-    leading "-" the other way.
+    leading "-", in reverse order.
     """
 
 
@@ -1054,7 +1054,7 @@ class ListMachinesResponse(betterproto2.Message):
 
     total: "int" = betterproto2.field(3, betterproto2.TYPE_UINT32)
     """
-    How many match in all.
+    Total number of matches.
     """
 
 
@@ -1093,17 +1093,17 @@ class ListTokensRequest(betterproto2.Message):
 
     states: "list[str]" = betterproto2.field(3, betterproto2.TYPE_STRING, repeated=True)
     """
-    Those in one of these states; empty: all.
+    Only tokens in one of these states; empty: all.
     """
 
     text: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
-    A part of the name or the note.
+    A substring of the name or the note.
     """
 
     selector: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
     """
-    As ListMachinesRequest.selector, on the labels that it gives.
+    As ListMachinesRequest.selector, applied to the labels that the token gives.
     """
 
 
@@ -1122,7 +1122,7 @@ class ListTokensResponse(betterproto2.Message):
 
     total: "int" = betterproto2.field(3, betterproto2.TYPE_UINT32)
     """
-    How many match in all.
+    Total number of matches.
     """
 
 
@@ -1172,7 +1172,7 @@ class Machine(betterproto2.Message):
 
     name: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    What is shown, and takes calls: the given name, or else its UUID.
+    The display name, which calls accept: the given name, or else the UUID.
     """
 
     given_name: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
@@ -1182,7 +1182,7 @@ class Machine(betterproto2.Message):
 
     hostname: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
     """
-    As the machine last told it in an event; empty if it did not. Nothing is named by it: any machine may say any.
+    From the machine's latest event; empty if unknown. Not used as an identifier, because a machine may report any hostname.
     """
 
     labels: "dict[str, str]" = betterproto2.field(
@@ -1197,7 +1197,7 @@ class Machine(betterproto2.Message):
 
     public_key: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
     """
-    The WireGuard key, standard base64; empty if it has none now.
+    The WireGuard key, standard base64; empty if it currently has none.
     """
 
     overlay_address: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
@@ -1219,7 +1219,7 @@ class Machine(betterproto2.Message):
 
     transport: "str" = betterproto2.field(13, betterproto2.TYPE_STRING)
     """
-    "udp" or "tunnel": what it was told to use.
+    "udp" or "tunnel": the assigned transport.
     """
 
     tunnel: "str" = betterproto2.field(14, betterproto2.TYPE_STRING)
@@ -1235,14 +1235,14 @@ class Machine(betterproto2.Message):
 
     has_uuid_conflict: "bool" = betterproto2.field(18, betterproto2.TYPE_BOOL)
     """
-    The UUID is another machine's, or a vendor's placeholder.
+    Whether the UUID belongs to another machine, or is a vendor's placeholder.
     """
 
     assigned_uuid: "str" = betterproto2.field(19, betterproto2.TYPE_STRING)
 
     join_token: "str" = betterproto2.field(20, betterproto2.TYPE_STRING)
     """
-    By which token it came: the first digits of its SHA-256; empty without one.
+    The token that it joined with: the first digits of its SHA-256; empty without one.
     """
 
     join_token_name: "str" = betterproto2.field(21, betterproto2.TYPE_STRING)
@@ -1252,12 +1252,12 @@ class Machine(betterproto2.Message):
 
     join_token_admits: "str" = betterproto2.field(22, betterproto2.TYPE_STRING)
     """
-    Whether that token is right now: "yes", "no", or "unknown" for a signed one.
+    Whether that token would be accepted now: "yes", "no", or "unknown" for a signed one.
     """
 
     endpoint: "str" = betterproto2.field(23, betterproto2.TYPE_STRING)
     """
-    Where it was last heard from.
+    The address that it was last heard from.
     """
 
     last_source: "str" = betterproto2.field(24, betterproto2.TYPE_STRING)
@@ -1284,19 +1284,19 @@ class Machine(betterproto2.Message):
 
     revision: "int" = betterproto2.field(31, betterproto2.TYPE_UINT64)
     """
-    Rises with each change of what is stored.
+    Increases with each change of the stored row.
     """
 
     server: "str" = betterproto2.field(32, betterproto2.TYPE_STRING)
     """
-    The id of the server that holds its session, where several share the store; empty where one has it for itself.
+    The id of the server that holds its session; empty if only one server uses the store.
     """
 
     rate_rx: "int | None" = betterproto2.field(
         33, betterproto2.TYPE_UINT64, optional=True
     )
     """
-    Bits a second of inner packets from it and to it, where it has limits of its own.
+    Its own limits on inner packets from it and to it, in bits per second.
     """
 
     rate_tx: "int | None" = betterproto2.field(
@@ -1311,7 +1311,7 @@ class Machine(betterproto2.Message):
         ),
     )
     """
-    What its limits have dropped at this server, by name: "bandwidth_in", "bandwidth_out" (packets), and of reports
+    Drops by its limits at this server, by limit name: "bandwidth_in", "bandwidth_out" (packets), and for reports
     "line rate limited", "event rate limited" and "too many connections".
     """
 
@@ -1319,7 +1319,7 @@ class Machine(betterproto2.Message):
         36, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    The names of those that bite now, at the server that has its link.
+    Names of the limits that currently drop something, at the server that has its link.
     """
 
 
@@ -1329,7 +1329,7 @@ default_message_pool.register_message("siderolink.admin.v1", "Machine", Machine)
 @dataclass(eq=False, repr=False)
 class MachineAnswer(betterproto2.Message):
     """
-    As the machine says; empty is what it did not say.
+    As reported by the machine; fields that it did not report are empty.
     """
 
     version: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
@@ -1365,7 +1365,7 @@ class MachineAnswer(betterproto2.Message):
         9, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    What it did not answer, each with the status: "disks: UNIMPLEMENTED".
+    Calls that failed, each with its status: "disks: UNIMPLEMENTED".
     """
 
 
@@ -1378,7 +1378,7 @@ default_message_pool.register_message(
 class MachineChange(betterproto2.Message):
     kind: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    "known" for those that are there at the start, "synced" once for their end (only with follow, without a machine),
+    "known" for machines that exist at the start, "synced" once after them (only with follow, without a machine),
     "changed", or "gone".
     """
 
@@ -1464,22 +1464,22 @@ default_message_pool.register_message(
 class MachineFilter(betterproto2.Message):
     states: "list[str]" = betterproto2.field(1, betterproto2.TYPE_STRING, repeated=True)
     """
-    "accepted", "pending", "denied" for its admission, "up" and "down" for its link; several of one kind: any of them.
+    "accepted", "pending", "denied" (admission), "up", "down" (link). Several of one kind are alternatives.
     """
 
     text: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    Its name, hostname or UUID holds this text.
+    A substring of its name, hostname or UUID.
     """
 
     selector: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    Label selector as kubectl knows it: "a=b,c!=d,e,!f,g in (h,i),j notin (k)".
+    Label selector in kubectl's syntax: "a=b,c!=d,e,!f,g in (h,i),j notin (k)".
     """
 
     version: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
-    Version, or the beginning of one: "v1.10" takes "v1.10.3".
+    A version or a prefix of one: "v1.10" matches "v1.10.3".
     """
 
     token: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
@@ -1506,7 +1506,7 @@ class MachineLogLine(betterproto2.Message):
 
     level: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    As the machine says; empty where it does not.
+    As reported by the machine; empty if it was not.
     """
 
     facility: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
@@ -1515,7 +1515,7 @@ class MachineLogLine(betterproto2.Message):
 
     raw: "bytes" = betterproto2.field(6, betterproto2.TYPE_BYTES)
     """
-    The line as it came.
+    The line as received.
     """
 
 
@@ -1540,12 +1540,12 @@ class MachineLogsRequest(betterproto2.Message):
 
     tail: "int" = betterproto2.field(5, betterproto2.TYPE_UINT32)
     """
-    Only the last lines of what is kept; 0: all.
+    Only this many of the last stored lines; 0: all.
     """
 
     grep: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
     """
-    Lines that hold this text.
+    Only lines that contain this text.
     """
 
     ignore_case: "bool" = betterproto2.field(7, betterproto2.TYPE_BOOL)
@@ -1572,31 +1572,31 @@ default_message_pool.register_message(
 @dataclass(eq=False, repr=False)
 class MachinesPart(betterproto2.Message):
     """
-    A part of what one look has found.
+    A part of one poll's result.
     """
 
     machines: "list[Machine]" = betterproto2.field(
         1, betterproto2.TYPE_MESSAGE, repeated=True
     )
     """
-    Those that are new, or whose rows changed. Their join_token_admits is not looked at again.
+    New machines, and those whose rows changed. A change of join_token_admits alone is not reported.
     """
 
     links: "list[LinkChange]" = betterproto2.field(
         2, betterproto2.TYPE_MESSAGE, repeated=True
     )
     """
-    What changed of the links of others.
+    Changes of the links of other machines.
     """
 
     gone: "list[str]" = betterproto2.field(3, betterproto2.TYPE_STRING, repeated=True)
     """
-    The ids of machines that are not there any more.
+    The ids of removed machines.
     """
 
     is_last: "bool" = betterproto2.field(4, betterproto2.TYPE_BOOL)
     """
-    The look ends with this part: all is told.
+    Whether this is the last part of the poll.
     """
 
 
@@ -1623,7 +1623,7 @@ class RenameMachineRequest(betterproto2.Message):
 
     new_name: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    Empty: the UUID is shown again.
+    Empty removes the name.
     """
 
 
@@ -1643,7 +1643,7 @@ class RenewTokenRequest(betterproto2.Message):
         2, betterproto2.TYPE_DOUBLE, optional=True
     )
     """
-    One of the two; neither: it never expires.
+    One of the two; without both, it never expires.
     """
 
     ttl: "float | None" = betterproto2.field(3, betterproto2.TYPE_DOUBLE, optional=True)
@@ -1661,7 +1661,7 @@ default_message_pool.register_message(
 class Retention(betterproto2.Message):
     keeps_history: "bool" = betterproto2.field(1, betterproto2.TYPE_BOOL)
     """
-    False where no history is kept.
+    False if no history is kept.
     """
 
     history_seconds: "float" = betterproto2.field(2, betterproto2.TYPE_DOUBLE)
@@ -1674,12 +1674,12 @@ class Retention(betterproto2.Message):
         5, betterproto2.TYPE_DOUBLE, optional=True
     )
     """
-    The time of the oldest entry; none where there is no entry.
+    The time of the oldest entry; absent without entries.
     """
 
     keeps_reports: "bool" = betterproto2.field(6, betterproto2.TYPE_BOOL)
     """
-    False where no logs and events are kept in files.
+    False if logs and events are not stored in files.
     """
 
     reports_seconds: "float" = betterproto2.field(7, betterproto2.TYPE_DOUBLE)
@@ -1756,7 +1756,7 @@ class ServerLimits(betterproto2.Message):
         2, betterproto2.TYPE_UINT64, optional=True
     )
     """
-    Bits a second of inner packets: from and to all machines together, and each machine without a limit of its own.
+    Bits per second of inner packets: from and to all machines together, and for each machine without its own limit.
     """
 
     rate_tx: "int | None" = betterproto2.field(
@@ -1773,14 +1773,14 @@ class ServerLimits(betterproto2.Message):
 
     lines_per_second: "float" = betterproto2.field(6, betterproto2.TYPE_DOUBLE)
     """
-    Log lines and events a second of each machine; 0: no limit.
+    Log lines and events per second of each machine; 0: no limit.
     """
 
     events_per_second: "float" = betterproto2.field(7, betterproto2.TYPE_DOUBLE)
 
     limited_machines: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
     """
-    How many machines have a limit that bites now.
+    Machines with a limit that currently drops something.
     """
 
     limited: "dict[str, int]" = betterproto2.field(
@@ -1791,12 +1791,12 @@ class ServerLimits(betterproto2.Message):
         ),
     )
     """
-    How many machines each limit of single machines bites now, by its name (see Machine.limits_biting).
+    Machines for which each limit currently drops something, by limit name (see Machine.limits_biting).
     """
 
     log_connections: "int" = betterproto2.field(10, betterproto2.TYPE_UINT64)
     """
-    Log connections of each machine at a time; 0: it receives no logs.
+    Concurrent log connections of each machine; 0: the server receives no logs.
     """
 
 
@@ -1880,12 +1880,12 @@ class SetMachineRatesRequest(betterproto2.Message):
 
     rx: "int | None" = betterproto2.field(2, betterproto2.TYPE_UINT64, optional=True)
     """
-    Bits a second that are taken from it; 0: no limit of its own; absent: as it is.
+    Bits per second from it; 0: no limit of its own; absent: unchanged.
     """
 
     tx: "int | None" = betterproto2.field(3, betterproto2.TYPE_UINT64, optional=True)
     """
-    That are sent to it.
+    Bits per second to it.
     """
 
 
@@ -1922,7 +1922,7 @@ class Token(betterproto2.Message):
 
     kind: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
-    "plain", "v1" or "v2": whether machines present it as it is, or signed by it.
+    "plain", "v1" or "v2": whether machines present the token itself, or tokens signed by it.
     """
 
     provider: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
@@ -1939,7 +1939,7 @@ class Token(betterproto2.Message):
 
     is_given: "bool" = betterproto2.field(8, betterproto2.TYPE_BOOL)
     """
-    From --join-token or --join-token-file: it is always there, and can be changed only there.
+    Set by --join-token or --join-token-file; cannot be changed by this API.
     """
 
     created_at: "float | None" = betterproto2.field(
@@ -1963,17 +1963,17 @@ class Token(betterproto2.Message):
         13, betterproto2.TYPE_UINT64, optional=True
     )
     """
-    How many machines may join by it; absent: any number.
+    Maximum machines that may join with it; absent: no limit.
     """
 
     uses: "int" = betterproto2.field(14, betterproto2.TYPE_UINT64)
     """
-    How many machines have joined by it, or are about to.
+    Machines that have joined with it, including those that are joining now.
     """
 
     bound_uuid: "str" = betterproto2.field(15, betterproto2.TYPE_STRING)
     """
-    The only machine that may join by it; empty: any.
+    UUID of the only machine that may join with it; empty: any.
     """
 
     labels: "dict[str, str]" = betterproto2.field(
@@ -1984,29 +1984,29 @@ class Token(betterproto2.Message):
         ),
     )
     """
-    Given to machines that join by it.
+    Labels for machines that join with it.
     """
 
     tunnel: "str" = betterproto2.field(17, betterproto2.TYPE_STRING)
     """
-    "inherit", "force" or "forbid": for machines that join by it.
+    "inherit", "force" or "forbid": the transport of machines that join with it.
     """
 
     digest: "str" = betterproto2.field(18, betterproto2.TYPE_STRING)
     """
-    The first digits of its SHA-256, as Machine.join_token.
+    The first digits of its SHA-256, as in Machine.join_token.
     """
 
     max_machines: "int | None" = betterproto2.field(
         19, betterproto2.TYPE_UINT64, optional=True
     )
     """
-    How many machines that joined by it may be known at a time; absent: any number.
+    Maximum known machines that joined with it; absent: no limit.
     """
 
     machines: "int" = betterproto2.field(20, betterproto2.TYPE_UINT64)
     """
-    How many machines are known now that it last admitted; with max_machines those that are about to join count, too.
+    Known machines that it last admitted; with max_machines, including those that are joining now.
     """
 
 
@@ -2036,8 +2036,8 @@ class TokenSecret(betterproto2.Message):
 
     join_url: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    The URL by which machines join with it: of --api-url, or the address that the API listens on. Empty where it listens on all
-    addresses or behind a proxy and nobody said by which one it is reached, and for a token that signs others.
+    The URL for machines that join with it, from --api-url or the address that the API listens on. Empty if it listens on all
+    addresses or behind a proxy and no --api-url was given, and for a token that signs others.
     """
 
 
@@ -2052,7 +2052,7 @@ class TokenUser(betterproto2.Message):
 
     warning: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    Why the machine could not join again once the token is revoked; empty if it could.
+    Why the machine could not join again after the token is revoked; empty if it could.
     """
 
 
@@ -2111,7 +2111,7 @@ class UpdateTokenRequest(betterproto2.Message):
         2, betterproto2.TYPE_STRING, optional=True
     )
     """
-    What is absent stays as it is.
+    Absent fields stay unchanged.
     """
 
     note: "str | None" = betterproto2.field(3, betterproto2.TYPE_STRING, optional=True)
@@ -2128,7 +2128,7 @@ class UpdateTokenRequest(betterproto2.Message):
         6, betterproto2.TYPE_UINT64, optional=True
     )
     """
-    0: any number.
+    0: no limit.
     """
 
     set_labels: "dict[str, str]" = betterproto2.field(
@@ -2147,7 +2147,7 @@ class UpdateTokenRequest(betterproto2.Message):
         9, betterproto2.TYPE_UINT64, optional=True
     )
     """
-    0: any number.
+    0: no limit.
     """
 
 
@@ -2166,7 +2166,7 @@ class WatchMachinesRequest(betterproto2.Message):
 
     follow: "bool" = betterproto2.field(3, betterproto2.TYPE_BOOL)
     """
-    Go on with what changes.
+    Then send the changes.
     """
 
 
@@ -2300,7 +2300,7 @@ class AuditServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[AuditEntry]":
         """
-        admin: entries from now on, or from after `after_seq`, the oldest first, until the caller stops.
+        admin: entries from now on, or those after `after_seq`, the oldest first, until the caller ends the call.
         """
 
         async for response in self._unary_stream(
@@ -2350,7 +2350,7 @@ class BanServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "BanResponse":
         """
-        operator: refuse a machine from now on, forget it, and end its link at once.
+        operator: refuse a machine from now on, remove it, and end its link at once.
         """
 
         return await self._unary_unary(
@@ -2419,7 +2419,7 @@ class EventServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[Event]":
         """
-        viewer: everything that happens from now on, until the caller stops listening.
+        viewer: all events from now on, until the caller ends the call.
         """
 
         async for response in self._unary_stream(
@@ -2447,7 +2447,7 @@ class ForwardServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "ForwardTarget":
         """
-        admin, or an API key with a grant for the machine: whether Forward would be let in.
+        admin, or an API key with a grant for the machine: check whether Forward would be permitted.
         """
 
         return await self._unary_unary(
@@ -2468,10 +2468,10 @@ class ForwardServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[ForwardData]":
         """
-        As CheckForward. One TCP connection to a port of a machine, which takes its server for its administrator. The first request
-        names machine and port; the first response is empty, and says that the connection stands. Each end says `end` when it
-        closes its half; then the caller ends its requests, and the status is OK. A caller that cancels resets the connection;
-        ABORTED: the machine reset it; FAILED_PRECONDITION: it does not answer there. The stream's window opens as bytes are
+        As CheckForward. One TCP connection to a port of a machine, which treats its server as its administrator. The first
+        request names machine and port; the first response is empty, and means that the connection is open. Each end sends `end`
+        when it closes its half; then the caller ends its requests, and the status is OK. A caller that cancels resets the connection;
+        ABORTED: the machine reset it; FAILED_PRECONDITION: the port does not answer. The stream's window opens as bytes are
         written out.
         """
 
@@ -2522,7 +2522,7 @@ class HistoryServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[MachineLogLine]":
         """
-        viewer: kernel log lines that this server has kept, the oldest first, and with follow those that come.
+        viewer: kernel log lines that this server has stored, the oldest first; with follow, then new ones.
         """
 
         async for response in self._unary_stream(
@@ -2544,7 +2544,7 @@ class HistoryServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[MachineEvent]":
         """
-        viewer: what machines told of themselves, the oldest first, and with follow what comes.
+        viewer: events that machines reported, the oldest first; with follow, then new ones.
         """
 
         async for response in self._unary_stream(
@@ -2566,7 +2566,7 @@ class HistoryServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "Retention":
         """
-        viewer: for how long, and how much of, the history, logs and events are kept.
+        viewer: how long, and how much of, the history, logs and events are kept.
         """
 
         if message is None:
@@ -2590,7 +2590,7 @@ class HistoryServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "DeleteHistoryResponse":
         """
-        operator: delete the history, logs and events of one machine, known or gone, or what is old of all machines.
+        operator: delete the history, logs and events of one machine, known or removed, or old ones of all machines.
         """
 
         return await self._unary_unary(
@@ -2638,7 +2638,7 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[MachineChange]":
         """
-        viewer: all that match, in order; `follow` goes on with those that change.
+        viewer: all matching machines, in order; with `follow`, then each one that changes.
         """
 
         async for response in self._unary_stream(
@@ -2660,8 +2660,8 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[MachinesPart]":
         """
-        viewer: all machines, and then what changes of them and of their links, look by look, until the caller stops. For programs
-        that keep the whole list themselves. RESOURCE_EXHAUSTED where too many follow already.
+        viewer: all machines, then at each poll the changes of them and of their links, until the caller ends the call. For
+        programs that keep the whole list themselves. RESOURCE_EXHAUSTED if too many programs follow already.
         """
 
         async for response in self._unary_stream(
@@ -2704,8 +2704,8 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "MachineAnswer":
         """
-        viewer: what the machine's own API says of it, by a fixed list of read calls. FAILED_PRECONDITION where its link is not up,
-        UNAVAILABLE where it does not answer.
+        viewer: what the machine's own API reports, by a fixed list of read calls. FAILED_PRECONDITION if its link is not up,
+        UNAVAILABLE if it does not answer.
         """
 
         return await self._unary_unary(
@@ -2789,7 +2789,7 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "Machine":
         """
-        operator: how it is to be reached from its next Provision call on.
+        operator: set the transport that its next Provision call assigns.
         """
 
         return await self._unary_unary(
@@ -2810,7 +2810,7 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "Machine":
         """
-        operator: limit its bandwidth, at once.
+        operator: limit its bandwidth, with immediate effect.
         """
 
         return await self._unary_unary(
@@ -2831,7 +2831,7 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "Machine":
         """
-        operator: forget the machine and end its link at once. It may join again, as a new one. Answers what it was.
+        operator: remove the machine and end its link at once; returns its last state. It may join again as a new machine.
         """
 
         return await self._unary_unary(
@@ -2852,7 +2852,7 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "Machine":
         """
-        operator: let a pending or denied machine in.
+        operator: accept a pending or denied machine.
         """
 
         return await self._unary_unary(
@@ -2894,7 +2894,7 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "Machine":
         """
-        operator: free a machine of its unique token; the next one that it brings is bound.
+        operator: unbind a machine's unique token; the next one that it presents is bound.
         """
 
         return await self._unary_unary(
@@ -2945,7 +2945,7 @@ class ServerServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "ServerInfo":
         """
-        viewer: what does not change while it runs.
+        viewer: settings that do not change while it runs.
         """
 
         if message is None:
@@ -2969,7 +2969,7 @@ class ServerServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "ServerStatus":
         """
-        viewer: what it does now, in figures.
+        viewer: current figures.
         """
 
         if message is None:
@@ -2993,7 +2993,7 @@ class ServerServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "ListServersResponse":
         """
-        viewer: the servers that share the store, the one that answers first.
+        viewer: the servers that share the store, beginning with the one that answers.
         """
 
         if message is None:
@@ -3017,9 +3017,9 @@ class ServerServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "AsyncIterator[DrainProgress]":
         """
-        admin; audited: let a server's machines go to the others. Tells each second how far it is, until nobody is left or the
-        time is over. The server drains on when the caller hangs up, and afterwards: until it stops, or the drain is undone.
-        FAILED_PRECONDITION where no other server stays.
+        admin; audited: move a server's machines to the others. Reports progress each second, until no machine is left or the
+        time is over. The server continues to drain when the caller disconnects, until it stops or the drain is undone.
+        FAILED_PRECONDITION if no other server stays.
         """
 
         async for response in self._unary_stream(
@@ -3041,7 +3041,7 @@ class ServerServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "UndoDrainResponse":
         """
-        admin; audited: let a server that drains stay.
+        admin; audited: undo a server's drain.
         """
 
         return await self._unary_unary(
@@ -3059,9 +3059,9 @@ class TokenServiceStub(betterproto2_grpclib.ServiceStub):
     The administration of a running server, on its local socket and, with --admin-listen, by TLS with API keys.
 
     Times are Unix times in seconds. A role includes the ones below it: viewer < operator < admin. The comment of each call
-    names the least role that may make it. A list is paged: page_size 0 asks for the default, and a page's next_page_token,
-    unless empty, asks for the next page. Statuses: UNAUTHENTICATED without a valid key; PERMISSION_DENIED where the role is too
-    low; NOT_FOUND; ALREADY_EXISTS; INVALID_ARGUMENT; FAILED_PRECONDITION where the state forbids it; UNAVAILABLE while the
+    names the minimum role. Lists are paged: page_size 0 selects the default, and a page's next_page_token,
+    unless empty, requests the next page. Statuses: UNAUTHENTICATED without a valid key; PERMISSION_DENIED if the role is too
+    low; NOT_FOUND; ALREADY_EXISTS; INVALID_ARGUMENT; FAILED_PRECONDITION if the state forbids it; UNAVAILABLE while the
     server's store does not answer.
 
     ---- Join tokens
@@ -3286,7 +3286,7 @@ class TokenServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "ListTokenUsersResponse":
         """
-        viewer: the machines that last joined by a token, and what would become of them without it.
+        viewer: the machines that last joined with a token, and whether they could join without it.
         """
 
         return await self._unary_unary(
@@ -3413,7 +3413,7 @@ class AuditServiceBase(betterproto2_grpclib.ServiceBase):
         self, message: "FollowAuditRequest"
     ) -> "AsyncIterator[AuditEntry]":
         """
-        admin: entries from now on, or from after `after_seq`, the oldest first, until the caller stops.
+        admin: entries from now on, or those after `after_seq`, the oldest first, until the caller ends the call.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3489,7 +3489,7 @@ class BanServiceBase(betterproto2_grpclib.ServiceBase):
 
     async def ban(self, message: "BanRequest") -> "BanResponse":
         """
-        operator: refuse a machine from now on, forget it, and end its link at once.
+        operator: refuse a machine from now on, remove it, and end its link at once.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3564,7 +3564,7 @@ class EventServiceBase(betterproto2_grpclib.ServiceBase):
         self, message: "FollowEventsRequest"
     ) -> "AsyncIterator[Event]":
         """
-        viewer: everything that happens from now on, until the caller stops listening.
+        viewer: all events from now on, until the caller ends the call.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3599,7 +3599,7 @@ class ForwardServiceBase(betterproto2_grpclib.ServiceBase):
 
     async def check_forward(self, message: "ForwardRequest") -> "ForwardTarget":
         """
-        admin, or an API key with a grant for the machine: whether Forward would be let in.
+        admin, or an API key with a grant for the machine: check whether Forward would be permitted.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3608,10 +3608,10 @@ class ForwardServiceBase(betterproto2_grpclib.ServiceBase):
         self, messages: "AsyncIterator[ForwardRequest]"
     ) -> "AsyncIterator[ForwardData]":
         """
-        As CheckForward. One TCP connection to a port of a machine, which takes its server for its administrator. The first request
-        names machine and port; the first response is empty, and says that the connection stands. Each end says `end` when it
-        closes its half; then the caller ends its requests, and the status is OK. A caller that cancels resets the connection;
-        ABORTED: the machine reset it; FAILED_PRECONDITION: it does not answer there. The stream's window opens as bytes are
+        As CheckForward. One TCP connection to a port of a machine, which treats its server as its administrator. The first
+        request names machine and port; the first response is empty, and means that the connection is open. Each end sends `end`
+        when it closes its half; then the caller ends its requests, and the status is OK. A caller that cancels resets the connection;
+        ABORTED: the machine reset it; FAILED_PRECONDITION: the port does not answer. The stream's window opens as bytes are
         written out.
         """
 
@@ -3671,7 +3671,7 @@ class HistoryServiceBase(betterproto2_grpclib.ServiceBase):
         self, message: "MachineLogsRequest"
     ) -> "AsyncIterator[MachineLogLine]":
         """
-        viewer: kernel log lines that this server has kept, the oldest first, and with follow those that come.
+        viewer: kernel log lines that this server has stored, the oldest first; with follow, then new ones.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3681,7 +3681,7 @@ class HistoryServiceBase(betterproto2_grpclib.ServiceBase):
         self, message: "MachineEventsRequest"
     ) -> "AsyncIterator[MachineEvent]":
         """
-        viewer: what machines told of themselves, the oldest first, and with follow what comes.
+        viewer: events that machines reported, the oldest first; with follow, then new ones.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3689,7 +3689,7 @@ class HistoryServiceBase(betterproto2_grpclib.ServiceBase):
 
     async def get_retention(self, message: "GetRetentionRequest") -> "Retention":
         """
-        viewer: for how long, and how much of, the history, logs and events are kept.
+        viewer: how long, and how much of, the history, logs and events are kept.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3698,7 +3698,7 @@ class HistoryServiceBase(betterproto2_grpclib.ServiceBase):
         self, message: "DeleteHistoryRequest"
     ) -> "DeleteHistoryResponse":
         """
-        operator: delete the history, logs and events of one machine, known or gone, or what is old of all machines.
+        operator: delete the history, logs and events of one machine, known or removed, or old ones of all machines.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3803,7 +3803,7 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
         self, message: "WatchMachinesRequest"
     ) -> "AsyncIterator[MachineChange]":
         """
-        viewer: all that match, in order; `follow` goes on with those that change.
+        viewer: all matching machines, in order; with `follow`, then each one that changes.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3813,8 +3813,8 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
         self, message: "FollowMachinesRequest"
     ) -> "AsyncIterator[MachinesPart]":
         """
-        viewer: all machines, and then what changes of them and of their links, look by look, until the caller stops. For programs
-        that keep the whole list themselves. RESOURCE_EXHAUSTED where too many follow already.
+        viewer: all machines, then at each poll the changes of them and of their links, until the caller ends the call. For
+        programs that keep the whole list themselves. RESOURCE_EXHAUSTED if too many programs follow already.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3829,8 +3829,8 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
 
     async def ask_machine(self, message: "MachineRequest") -> "MachineAnswer":
         """
-        viewer: what the machine's own API says of it, by a fixed list of read calls. FAILED_PRECONDITION where its link is not up,
-        UNAVAILABLE where it does not answer.
+        viewer: what the machine's own API reports, by a fixed list of read calls. FAILED_PRECONDITION if its link is not up,
+        UNAVAILABLE if it does not answer.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3858,28 +3858,28 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
 
     async def set_machine_tunnel(self, message: "SetMachineTunnelRequest") -> "Machine":
         """
-        operator: how it is to be reached from its next Provision call on.
+        operator: set the transport that its next Provision call assigns.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
     async def set_machine_rates(self, message: "SetMachineRatesRequest") -> "Machine":
         """
-        operator: limit its bandwidth, at once.
+        operator: limit its bandwidth, with immediate effect.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
     async def remove_machine(self, message: "MachineRequest") -> "Machine":
         """
-        operator: forget the machine and end its link at once. It may join again, as a new one. Answers what it was.
+        operator: remove the machine and end its link at once; returns its last state. It may join again as a new machine.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
     async def accept_machine(self, message: "MachineRequest") -> "Machine":
         """
-        operator: let a pending or denied machine in.
+        operator: accept a pending or denied machine.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3893,7 +3893,7 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
 
     async def forget_unique_token(self, message: "MachineRequest") -> "Machine":
         """
-        operator: free a machine of its unique token; the next one that it brings is bound.
+        operator: unbind a machine's unique token; the next one that it presents is bound.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -4119,14 +4119,14 @@ class ServerServiceBase(betterproto2_grpclib.ServiceBase):
 
     async def get_info(self, message: "GetInfoRequest") -> "ServerInfo":
         """
-        viewer: what does not change while it runs.
+        viewer: settings that do not change while it runs.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
     async def get_status(self, message: "GetStatusRequest") -> "ServerStatus":
         """
-        viewer: what it does now, in figures.
+        viewer: current figures.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -4135,16 +4135,16 @@ class ServerServiceBase(betterproto2_grpclib.ServiceBase):
         self, message: "ListServersRequest"
     ) -> "ListServersResponse":
         """
-        viewer: the servers that share the store, the one that answers first.
+        viewer: the servers that share the store, beginning with the one that answers.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
     async def drain(self, message: "DrainRequest") -> "AsyncIterator[DrainProgress]":
         """
-        admin; audited: let a server's machines go to the others. Tells each second how far it is, until nobody is left or the
-        time is over. The server drains on when the caller hangs up, and afterwards: until it stops, or the drain is undone.
-        FAILED_PRECONDITION where no other server stays.
+        admin; audited: move a server's machines to the others. Reports progress each second, until no machine is left or the
+        time is over. The server continues to drain when the caller disconnects, until it stops or the drain is undone.
+        FAILED_PRECONDITION if no other server stays.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -4152,7 +4152,7 @@ class ServerServiceBase(betterproto2_grpclib.ServiceBase):
 
     async def undo_drain(self, message: "UndoDrainRequest") -> "UndoDrainResponse":
         """
-        admin; audited: let a server that drains stay.
+        admin; audited: undo a server's drain.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -4254,9 +4254,9 @@ class TokenServiceBase(betterproto2_grpclib.ServiceBase):
     The administration of a running server, on its local socket and, with --admin-listen, by TLS with API keys.
 
     Times are Unix times in seconds. A role includes the ones below it: viewer < operator < admin. The comment of each call
-    names the least role that may make it. A list is paged: page_size 0 asks for the default, and a page's next_page_token,
-    unless empty, asks for the next page. Statuses: UNAUTHENTICATED without a valid key; PERMISSION_DENIED where the role is too
-    low; NOT_FOUND; ALREADY_EXISTS; INVALID_ARGUMENT; FAILED_PRECONDITION where the state forbids it; UNAVAILABLE while the
+    names the minimum role. Lists are paged: page_size 0 selects the default, and a page's next_page_token,
+    unless empty, requests the next page. Statuses: UNAUTHENTICATED without a valid key; PERMISSION_DENIED if the role is too
+    low; NOT_FOUND; ALREADY_EXISTS; INVALID_ARGUMENT; FAILED_PRECONDITION if the state forbids it; UNAVAILABLE while the
     server's store does not answer.
 
     ---- Join tokens
@@ -4338,7 +4338,7 @@ class TokenServiceBase(betterproto2_grpclib.ServiceBase):
         self, message: "ListTokenUsersRequest"
     ) -> "ListTokenUsersResponse":
         """
-        viewer: the machines that last joined by a token, and what would become of them without it.
+        viewer: the machines that last joined with a token, and whether they could join without it.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)

@@ -36,19 +36,19 @@ betterproto2.check_compiler_version(_COMPILER_VERSION)
 @dataclass(eq=False, repr=False)
 class Caller(betterproto2.Message):
     """
-    Who makes a call that a server passes on.
+    The original caller of a relayed call.
     """
 
     name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
     role: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    "viewer", "operator" or "admin"; of an API key, the role that the answering server knows counts.
+    "viewer", "operator" or "admin". For an API key, the answering server uses the stored role instead.
     """
 
     source: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    Where the caller's own call came from.
+    Where the original call came from.
     """
 
     key_id: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
@@ -74,7 +74,7 @@ default_message_pool.register_message(
 class LastHeardResponse(betterproto2.Message):
     heard_at: "float" = betterproto2.field(1, betterproto2.TYPE_DOUBLE)
     """
-    When the last authenticated packet came, as Unix time by the store's clock; 0 if none did.
+    When the last authenticated packet arrived, as Unix time by the store's clock; 0 if none did.
     """
 
 
@@ -89,7 +89,7 @@ class LinkStatesRequest(betterproto2.Message):
         1, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    Of these machines; empty: of all.
+    Only these machines; empty: all.
     """
 
 
@@ -127,7 +127,7 @@ class LinkStatus(betterproto2.Message):
 
     path: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
     """
-    Where it was last heard from, for people; empty if that is not known.
+    The address that it was last heard from, for display; empty if unknown.
     """
 
     silent_for: "float" = betterproto2.field(5, betterproto2.TYPE_DOUBLE)
@@ -144,7 +144,7 @@ class LinkStatus(betterproto2.Message):
         9, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    The names of the machine's limits that drop something now.
+    Names of the machine's limits that currently drop something.
     """
 
 
@@ -153,9 +153,9 @@ default_message_pool.register_message("siderolink.peers.v1", "LinkStatus", LinkS
 
 class PeerServiceStub(betterproto2_grpclib.ServiceStub):
     """
-    What the servers that share a store ask each other, by mutual TLS (docs/several-servers.md). On the same port they serve each
-    other the admin API: a call that concerns a machine is made at the server that has its link, for the caller whom the metadata
-    siderolink-caller names, in base64.
+    Queries between the servers that share a store, by mutual TLS (docs/several-servers.md). On the same port they serve each
+    other the admin API: a call that concerns a machine is relayed to the server that has its link; the metadata
+    siderolink-caller names the original caller, in base64.
     """
 
     async def last_heard(
@@ -204,9 +204,9 @@ class PeerServiceStub(betterproto2_grpclib.ServiceStub):
 
 class PeerServiceBase(betterproto2_grpclib.ServiceBase):
     """
-    What the servers that share a store ask each other, by mutual TLS (docs/several-servers.md). On the same port they serve each
-    other the admin API: a call that concerns a machine is made at the server that has its link, for the caller whom the metadata
-    siderolink-caller names, in base64.
+    Queries between the servers that share a store, by mutual TLS (docs/several-servers.md). On the same port they serve each
+    other the admin API: a call that concerns a machine is relayed to the server that has its link; the metadata
+    siderolink-caller names the original caller, in base64.
     """
 
     async def last_heard(self, message: "LastHeardRequest") -> "LastHeardResponse":

@@ -19,7 +19,7 @@ betterproto2.check_compiler_version(_COMPILER_VERSION)
 class MachineConfigSpec(betterproto2.Message):
     yaml_marshalled: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)
     """
-    The documents as they were applied.
+    The documents, as applied.
     """
 
 

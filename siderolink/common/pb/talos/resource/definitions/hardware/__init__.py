@@ -84,7 +84,7 @@ default_message_pool.register_message(
 @dataclass(eq=False, repr=False)
 class SystemInformationSpec(betterproto2.Message):
     """
-    What the firmware says (SMBIOS, table 1).
+    Reported by the firmware (SMBIOS, table 1).
     """
 
     manufacturer: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)

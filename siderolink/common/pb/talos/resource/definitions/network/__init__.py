@@ -34,7 +34,7 @@ betterproto2.check_compiler_version(_COMPILER_VERSION)
 @dataclass(eq=False, repr=False)
 class AddressStatusSpec(betterproto2.Message):
     """
-    Numbers that the kernel also knows (types, states, families, scopes, flags) are given as the kernel has them.
+    Numbers that the kernel defines (types, states, families, scopes, flags) have the kernel's values.
     """
 
     address: "____common__.NetIpPrefix | None" = betterproto2.field(
@@ -302,7 +302,7 @@ class NodeAddressSpec(betterproto2.Message):
 
     sort_algorithm: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
     """
-    0 the first order of existing machines, 1 the second.
+    0: the first order in use on existing machines; 1: the second.
     """
 
 
