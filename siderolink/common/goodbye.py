@@ -91,10 +91,10 @@ class MoveAway:
 async def hear_moves(
     on_move: Callable[[PublicKey], None], *, address: IPv6Address, server: IPv6Address, interface: str, namespace: str | None
 ) -> None:
-    """Call `on_move` with the server's key for the moves that come to the machine's address, until cancelled.
+    """Call `on_move` with the server's key for each move received at the machine's address, until cancelled.
 
-    Each may cost a call of the API, so those that come within MOVE_SECONDS count as one. `namespace` is where the interface is.
-    Raises SideroLinkError where the port cannot be had.
+    Each may cost a call of the API, so those within MOVE_SECONDS count as one. `namespace` is where the interface is.
+    Raises SideroLinkError if the port is not available.
     """
     with await bind_overlay(address, GOODBYE_PORT, interface, udp=True, namespace=namespace) as sock:
         while True:
@@ -105,7 +105,7 @@ async def hear_moves(
 
 
 def _moves(sock: socket.socket, server: IPv6Address) -> Iterator[MoveAway]:
-    """What the server has sent so far."""
+    """The datagrams that the server has sent so far."""
     for _ in range(_MOVES_AT_ONCE):
         try:
             data, source = sock.recvfrom(GOODBYE_BYTES + 1)

@@ -94,7 +94,7 @@ class ServerCounters:
     limits_biting: Mapping[str, int] = field(default_factory=dict)
     """Number of machines that each limit affects now."""
     limited_machines: int = 0
-    """How many machines any of their limits bites now."""
+    """Number of machines with a limit that currently drops something."""
     forwards: ForwardCounters | None = None
     """Connections to ports of machines that this server makes."""
     device: DeviceCounters

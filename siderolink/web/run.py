@@ -132,7 +132,7 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, but who begins no TLS in time is dropped, and an address may begin it so many times at once."""
+        """Like uvicorn's, but drops connections without a TLS handshake in time, and limits concurrent ones per address."""
         self._tasks = await self._stack.enter_async_context(background_tasks())
         for sock in sockets or ():
             sock.setblocking(False)

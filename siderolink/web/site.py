@@ -63,7 +63,7 @@ class Site:
         return own if own is not None or not sessions else self._api.caller(sessions[0].key, sessions[0].source)
 
     def _may_go_on(self, caller: Caller) -> bool:
-        """Whether what was begun with these credentials may last: whoever signs out is called for no more."""
+        """Whether calls begun with these credentials may continue; they end when the user signs out."""
         return caller == self._api.own() or any(
             caller == self._api.caller(session.key, session.source) for session in self.sessions.live()
         )
@@ -288,7 +288,7 @@ def _back(request: Request) -> str:
     """The page that the form was on."""
     try:
         return _local(urlsplit(request.headers.get("referer", "/")).path or "/")
-    except ValueError:  # what no browser sends
+    except ValueError:  # browsers never send these
         return "/"
 
 

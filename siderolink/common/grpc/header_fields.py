@@ -16,7 +16,7 @@ _CONNECTION_FIELDS = frozenset(("connection", "keep-alive", "proxy-connection", 
 
 
 def read_fields(headers: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """A request's fields by name, of a repeated one the first. Raises Refused for what RFC 9113 calls malformed."""
+    """A request's fields by name; the first of repeated ones. Raises Refused for requests that RFC 9113 calls malformed."""
     fields: dict[str, str] = {}
     pseudo = hosts = 0
     for number, (name, value) in enumerate(headers):

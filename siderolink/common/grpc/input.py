@@ -10,7 +10,7 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 
 _LONGEST_WAIT = 1.0
 _LOOK_EVERY = 64
-"""Pieces of raw streams between two looks at the clock."""
+"""Pieces of raw streams between two readings of the clock."""
 _FREE_BYTES = 4096
 """Size of a read that is not charged while it waits for its turn."""
 
@@ -18,9 +18,9 @@ _FREE_BYTES = 4096
 class Input:
     """The input of one connection.
 
-    On a server, input is dealt with in the turns of its source, which a known one need not wait for where that takes nothing
-    from others. The exceptions are raw streams that are no stranger's, local processes, and clients: these never wait, but take
-    `TURN_SECONDS` of one turn of the loop at most, too.
+    On a server, input is processed in the turns of its source; a known source does not wait for one if that takes nothing from
+    others. Raw streams of known sources, local processes, and clients never wait, but also use at most `TURN_SECONDS` of one
+    iteration of the loop.
     """
 
     def __init__(

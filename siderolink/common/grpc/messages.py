@@ -248,8 +248,8 @@ class MessageBuffer(Buffer):
 class ServerCodec(ProtoCodec):
     """Decodes requests; malformed ones raise INVALID_ARGUMENT.
 
-    A model may have a static method `read_plain`, which reads an ordinary message in one pass and has bounds of its own; it
-    returns None for any other. Its service checks the fields of those itself.
+    A model may have a static method `read_plain`, which parses an ordinary message in one pass within its own limits and
+    returns None for any other message. The service then checks the fields itself.
     """
 
     def __init__(self, on_refusal: OnRefusal, max_fields: int | None = None) -> None:
@@ -283,7 +283,7 @@ def _declared(message: Any) -> Any:
 
 
 def decode_answer(data: bytes, kind: type[T]) -> T:
-    """A message from an answer, or within one. Raises InvalidAnswerError for what is none."""
+    """A message from an answer, or within one. Raises InvalidAnswerError if it is malformed."""
     try:
         refuse_strings_as_numbers(kind, data)
         message: T = _declared(ProtoCodec().decode(data, cast("Any", kind)))

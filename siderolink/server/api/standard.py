@@ -50,7 +50,7 @@ REFLECTION_SECONDS = 20.0
 MAX_CALLS = 8
 """Watches, and reflection calls of each version, at the same time on one connection."""
 _TOLD_AT_ONCE, _TOLD_PAUSE = 64, 0.005
-"""Watchers that are told in one turn of the event loop, and the seconds after each such turn."""
+"""Watchers notified in one iteration of the event loop, and the pause in seconds after it."""
 
 
 class HealthService(HealthBase):
@@ -97,7 +97,7 @@ class HealthService(HealthBase):
         self._has_news.set()
 
     async def run(self) -> None:
-        """Tell watchers, some at a time, until cancelled."""
+        """Notify watchers in groups, until cancelled."""
         while True:
             await self._has_news.wait()
             self._has_news = anyio.Event()

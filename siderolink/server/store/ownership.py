@@ -18,7 +18,7 @@ class Ownership:
     machine_id: str
     server_id: str
     epoch: int = 0
-    """Rises with every taking."""
+    """Increases with each change of the owner."""
     public_key: PublicKey
     """The key of the link's session."""
     endpoint: str | None = None
@@ -89,9 +89,9 @@ class OwnershipRepository(Protocol):
     async def of(self, machine_id: str) -> Ownership | None: ...
 
     async def take(self, ownership: Ownership) -> Ownership:
-        """Own a machine's link from now on, whoever had it; returns it with its epoch. The feed tells the others.
+        """Take ownership of a machine's link from any other server; returns it with its epoch. Published to the feed.
 
-        The epoch is above the stored one, and above the given one, which a promoted replica may not have heard of.
+        The epoch is above the stored one, and above the given one, which a promoted replica may lack.
         """
 
     async def note(self, ownership: Ownership) -> bool:

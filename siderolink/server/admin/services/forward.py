@@ -54,7 +54,7 @@ class ForwardService(pb.ForwardServiceBase):
 
 
 async def first_message(stream: ByteStream, inbox: Inbox) -> bytes:
-    """The request that says where to, as it came. Raises GRPCError."""
+    """The first request, which names the destination, as received. Raises GRPCError."""
 
     async def watch() -> None:
         await stream.wait_ended()
@@ -73,7 +73,7 @@ async def first_message(stream: ByteStream, inbox: Inbox) -> bytes:
 
 
 def read_request(message: bytes) -> pb.ForwardRequest:
-    """The request that says where to. Raises GRPCError."""
+    """The first request, which names the destination. Raises GRPCError."""
     try:
         refuse_strings_as_numbers(pb.ForwardRequest, message)
         request = pb.ForwardRequest.parse(message)
