@@ -5,7 +5,7 @@ Unknown rows are read through from the store. Only methods that list or load mac
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv6Address
 
@@ -74,7 +74,7 @@ class MachineLink:
     """Whether keepalives are disabled because they were unanswered for long."""
     is_applied: bool = False
     """Whether the device has the peer."""
-    abandoned: set[PublicKey] = field(default_factory=set)
+    abandoned: frozenset[PublicKey] = frozenset()
     """Former keys whose peers the device may still have."""
 
     @property

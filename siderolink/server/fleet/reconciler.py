@@ -174,13 +174,13 @@ class Reconciler:
             self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE if key is None else StreamRefusal.REPLACED)
             link.path = None
         if old_key is not None and self._directory.release_key(link, old_key):
-            link.abandoned.add(old_key)
+            link.abandoned |= {old_key}
 
     def _abandon_keys(self, link: MachineLink, keys: set[PublicKey | None], *, is_new: bool) -> None:
         """The machine is denied."""
         for gone in keys:
             if gone is not None and (self._directory.release_key(link, gone) or is_new):
-                link.abandoned.add(gone)
+                link.abandoned |= {gone}
         self._directory.set_state(link, LinkState.DOWN)
         self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE)
 
@@ -198,7 +198,7 @@ class Reconciler:
             key = next(iter(link.abandoned))
             if self._directory.by_key(key) is None:  # or another machine has it by now
                 await self._device.remove_peer(key)
-            link.abandoned.discard(key)
+            link.abandoned -= {key}
 
     async def drop(self, machine_id: str) -> MachineLink | None:
         """Drop a machine: its peer, addresses, streams, and claims to it. Returns None if it is unknown."""
@@ -220,7 +220,7 @@ class Reconciler:
         self.on_dropped(link)
         self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE)
         if key is not None and had_key:
-            link.abandoned.add(key)
+            link.abandoned |= {key}
         await self._remove_abandoned(link)
 
     async def apply_claim(self, row: Machine, claim: Claim) -> None:

@@ -33,11 +33,11 @@ COOKIE_RATE = 10_000.0
 class MacSigner:
     """Puts mac1 and mac2 on the handshake messages that go to one peer."""
 
-    __slots__ = ("_cookie", "_cookie_at", "_cookie_key", "_initiation_mac1", "_mac1_key", "_response_mac1")
+    __slots__ = ("_cookie", "_cookie_at", "_initiation_mac1", "_mac1_key", "_remote_public", "_response_mac1")
 
     def __init__(self, remote_public: bytes) -> None:
-        self._mac1_key = hash2(LABEL_MAC1, remote_public)
-        self._cookie_key = hash2(LABEL_COOKIE, remote_public)
+        self._remote_public = remote_public
+        self._mac1_key: bytes | None = None  # computed with the first message: most peers are idle
         # one for each kind: when both ends initiate at once, a response must not invalidate the cookie for the initiation
         self._initiation_mac1: bytes | None = None
         self._response_mac1: bytes | None = None
@@ -46,6 +46,8 @@ class MacSigner:
 
     def sign(self, message: bytes, now: float) -> bytes:
         """The datagram: the message followed by both macs."""
+        if self._mac1_key is None:
+            self._mac1_key = hash2(LABEL_MAC1, self._remote_public)
         mac1 = mac(self._mac1_key, message)
         if message[0] == INITIATION:
             self._initiation_mac1 = mac1
@@ -61,7 +63,7 @@ class MacSigner:
         mac1 = self._initiation_mac1 if is_initiator else self._response_mac1
         if mac1 is None:
             return False
-        cookie = xopen(self._cookie_key, reply.nonce, reply.cookie, mac1)
+        cookie = xopen(hash2(LABEL_COOKIE, self._remote_public), reply.nonce, reply.cookie, mac1)
         if cookie is None:
             return False
         if is_initiator:
