@@ -1,5 +1,6 @@
 """The `siderolink` command, built on the same public API as embedders use (extra: ``siderolink[cli]``)."""
 
+import signal
 import sys
 
 __all__ = ["main", "wireguard"]
@@ -14,6 +15,13 @@ _EXTRA = frozenset(
 
 def main() -> None:
     """Run the command line. An error prints one line and exits with a non-zero status."""
+    try:
+        sys.exit(_run())
+    except KeyboardInterrupt:  # during an import: a running command handles the signal itself
+        sys.exit(128 + signal.SIGINT)
+
+
+def _run() -> int:
     from siderolink.cli.output import open_standard_descriptors
 
     open_standard_descriptors()
@@ -23,8 +31,8 @@ def main() -> None:
         if error.name not in _EXTRA:
             raise
         print(f"siderolink: the command needs {error.name}: pip install 'siderolink[cli]'", file=sys.stderr)
-        sys.exit(1)
-    sys.exit(run())
+        return 1
+    return run()
 
 
 def wireguard() -> None:

@@ -362,3 +362,19 @@ def test_without_the_extra_one_line_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "siderolink: the command needs typer: pip install 'siderolink[cli]'\n"
+
+
+def test_an_interrupt_while_the_command_loads_leaves_no_traceback() -> None:
+    program = (
+        "import sys\n"
+        "from siderolink.cli import main\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'siderolink.cli.app':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.argv = ['siderolink', 'version']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
