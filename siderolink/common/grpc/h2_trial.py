@@ -24,6 +24,7 @@ def try_shortcuts() -> bool:
         client.send_headers(stream_id, _REQUEST, end_stream=stream_id == 1)
     client.send_data(3, bytes(30), end_stream=True)
     client.increment_flow_control_window(40)
+    client.increment_flow_control_window(30, stream_id=3)
     wire = client.data_to_send()
     private.expect_frames_past_h2(server)
     events = private.short_receive(server, wire[len(frames.PREFACE) :])

@@ -22,7 +22,7 @@ from grpclib.server import Stream
 from h2.connection import ConnectionInputs, ConnectionState, H2Connection
 from h2.events import Event, WindowUpdated
 from h2.exceptions import ProtocolError as H2ProtocolError
-from h2.stream import StreamClosedBy, StreamInputs, StreamState
+from h2.stream import H2Stream, StreamClosedBy, StreamInputs, StreamState
 from hpack import HeaderTuple
 
 from siderolink.common.grpc import frames
@@ -40,6 +40,7 @@ _GOAWAY = struct.Struct(">LL")
 _NO_FLAGS: frozenset[str] = frozenset()
 _END_STREAM = frozenset(("END_STREAM",))
 _TAKES_DATA = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
+_TAKES_WINDOW = (*_TAKES_DATA, StreamState.HALF_CLOSED_REMOTE)
 
 
 def grpclib_config(connection_window: int, *, server: bool) -> Configuration:
@@ -252,13 +253,8 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
     """The events of a plain frame; None for any other frame."""
     if engine.state_machine.state is ConnectionState.CLOSED:
         return None
-    if kind == frames.WINDOW_UPDATE and not frame.stream_id and len(frame.data) == 4:
-        delta = int.from_bytes(frame.data)
-        if not 0 < delta <= _LARGEST_WINDOW - engine.outbound_flow_control_window:
-            return None
-        engine.state_machine.process_input(ConnectionInputs.RECV_WINDOW_UPDATE)
-        engine.outbound_flow_control_window += delta
-        return [WindowUpdated(stream_id=0, delta=delta)]
+    if kind == frames.WINDOW_UPDATE and len(frame.data) == 4:
+        return _receive_window_update(engine, frame.stream_id, int.from_bytes(frame.data))
     received: _PlainFrame | _PlainGoAway = frame
     take: Any  # h2's own frames have what ours have of them
     if kind == frames.HEADERS:
@@ -285,6 +281,18 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
         raise
     engine._prepare_for_sending(answer)
     return events
+
+
+def _receive_window_update(engine: H2Connection, stream_id: int, delta: int) -> list[Event] | None:
+    """The event of more room on the connection or an open stream; None if h2 has to judge the frame."""
+    widened = engine.streams.get(stream_id) if stream_id else engine
+    if widened is None or not 0 < delta <= _LARGEST_WINDOW - widened.outbound_flow_control_window:
+        return None
+    if isinstance(widened, H2Stream) and widened.state_machine.state not in _TAKES_WINDOW:
+        return None
+    engine.state_machine.process_input(ConnectionInputs.RECV_WINDOW_UPDATE)
+    widened.outbound_flow_control_window += delta
+    return [WindowUpdated(stream_id=stream_id, delta=delta)]
 
 
 _PLAIN_FIELDS = frozenset((b":method", b":scheme", b":path", b":authority", b"content-type", b"user-agent", b"te"))

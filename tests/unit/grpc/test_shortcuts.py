@@ -69,7 +69,7 @@ class Outcome:
     error: str
     sent: bytes
     windows: tuple[int, int]
-    streams: dict[int, tuple[str, int]]
+    streams: dict[int, tuple[str, int, int]]
 
 
 def told(event: Event) -> tuple[str, list[tuple[str, str]]]:
@@ -93,7 +93,7 @@ def outcome(connection: H2Connection, pieces: list[bytes], *, short: bool = True
         connection.data_to_send(),
         (connection.outbound_flow_control_window, connection.inbound_flow_control_window),
         {
-            number: (stream.state_machine.state.name, stream.inbound_flow_control_window)
+            number: (stream.state_machine.state.name, stream.inbound_flow_control_window, stream.outbound_flow_control_window)
             for number, stream in connection.streams.items()
         },
     )
@@ -111,6 +111,8 @@ def cut(whole: bytes, places: list[int]) -> list[bytes]:
 @example([headers(1, False, False, True, None).serialize()] + [data(1, 60_000, False, False).serialize()] * 12, [])
 @example([headers(number, False, False, True, None).serialize() for number in range(1, 31, 2)], [])
 @example([WindowUpdateFrame(0, 2**31 - 1).serialize()], [])
+@example([headers(1, True, False, True, None).serialize(), WindowUpdateFrame(1, 1000).serialize()], [])
+@example([headers(1, False, False, True, None).serialize(), WindowUpdateFrame(1, 2**31 - 1).serialize()], [])
 def test_shortcuts_lead_to_the_same_place(frames: list[bytes], places: list[int]) -> None:
     whole = b"".join(frames)
     for pieces in ([whole], cut(whole, places)):
