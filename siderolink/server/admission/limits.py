@@ -72,6 +72,8 @@ class Waiting:
     """A row or a claim without a handshake so far."""
 
     id: str
+    source: str
+    """What its source counts as."""
     since: float
     claim: Claim | None = None
     """None if the entry is a row."""
@@ -85,29 +87,26 @@ class PendingBudget:
         self._clock = clock
         self._by_source: dict[str, OrderedDict[str, Waiting]] = {}
         self._in_order: OrderedDict[str, Waiting] = OrderedDict()
-        self._sources: dict[str, str] = {}
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._in_order)
 
     def add(self, entry_id: str, source: str, claim: Claim | None = None) -> None:
         """Add an entry. A repeated one keeps its time."""
-        if entry_id in self._sources:
+        if entry_id in self._in_order:
             return
         key = source_key(source) or source
-        self._sources[entry_id] = key
-        waiting = Waiting(entry_id, self._clock.monotonic(), claim)
+        waiting = Waiting(entry_id, key, self._clock.monotonic(), claim)
         self._by_source.setdefault(key, OrderedDict())[entry_id] = self._in_order[entry_id] = waiting
 
     def discard(self, entry_id: str) -> None:
         """Remove an entry that completed a handshake or no longer exists."""
-        key = self._sources.pop(entry_id, None)
-        if key is not None:
-            entries = self._by_source[key]
+        waiting = self._in_order.pop(entry_id, None)
+        if waiting is not None:
+            entries = self._by_source[waiting.source]
             del entries[entry_id]
-            del self._in_order[entry_id]
             if not entries:
-                del self._by_source[key]
+                del self._by_source[waiting.source]
 
     def takes_too_much(self, source: str) -> bool:
         """Whether the source has its full share while more than half of the budget is used."""
