@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+from pathlib import Path
 
 import anyio
 import pytest
@@ -24,6 +25,7 @@ from tests.support.netns import Namespace
 from tests.support.packets import UDP, Packet, batch, collected, pad, seal
 
 NAME = "sltest0"
+LOCAL_ROUTE = 0x80000000  # RTF_LOCAL
 
 
 @contextmanager
@@ -88,6 +90,23 @@ def test_configure() -> None:
             with pytest.raises(DeviceError, match=NAME):
                 portal.call(tun.configure, addresses, 1280)
         assert namespace.interfaces() == {"lo"}
+
+
+def test_packets_to_its_addresses_are_received_once_it_is_configured() -> None:
+    """The kernel adds an address's local route later than the address; without it, answers to the first packets are lost."""
+
+    def local_routes() -> list[str]:
+        entries = (line.split() for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines())
+        return [entry[0] for entry in entries if int(entry[8], 16) & LOCAL_ROUTE]
+
+    async def configured(number: int) -> list[str]:
+        with Tun.open(f"{NAME}{number}", 1280) as tun:
+            await tun.configure([IPv6Interface(f"fd00::{number:x}/64")], 1280)
+            return local_routes()
+
+    with inside() as (_, portal):
+        for number in range(1, 41):
+            assert f"fd00{number:028x}" in portal.call(configured, number)
 
 
 def test_an_interface_that_someone_deletes() -> None:

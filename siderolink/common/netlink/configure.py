@@ -1,5 +1,6 @@
 """Gives an interface its MTU and addresses, and sets it up."""
 
+import asyncio
 import errno
 import socket
 import struct
@@ -12,7 +13,17 @@ from typing import Final
 from siderolink.common.errors import AddressInUseError, ConfigurationError, DeviceError
 from siderolink.common.netlink.messages import attribute
 from siderolink.common.netlink.namespaces import run_netlink
-from siderolink.common.netlink.rtnl import DELADDR, NEWADDR, NEWLINK, find_link, link_request, read_addresses
+from siderolink.common.netlink.rtnl import (
+    DELADDR,
+    GETROUTE,
+    NEWADDR,
+    NEWLINK,
+    NEWROUTE,
+    RTMSG,
+    find_link,
+    link_request,
+    read_addresses,
+)
 from siderolink.common.netlink.sockets import NetlinkRefusal, RequestSocket, explain
 
 __all__ = ["SMALLEST_IPV6_MTU", "configure_interface", "enable_ipv6"]
@@ -24,6 +35,9 @@ _UP: Final = 1
 _NO_DUPLICATE_DETECTION: Final = 0x02
 _LINK_SCOPE: Final = 253
 """Of link-local addresses, which the kernel assigns."""
+_ROUTE_TYPE, _LOCAL = 7, 2
+_LOCAL_PAUSE, _LOCAL_CHECKS = 0.002, 500
+"""Seconds between polls of a local route, and their number. What has none after a second is left as it is."""
 _CREATE, _EXCLUSIVE = 0x400, 0x200
 
 Interface = IPv4Interface | IPv6Interface
@@ -42,9 +56,9 @@ async def configure_interface(
     """Give the interface its MTU and these addresses, IPv6 without duplicate detection, and set it up if `up`.
 
     With `exact`, other addresses are removed and existing ones are kept; without it, an existing address is an error.
-    IPv6 is switched on for it where the host switched it off for new interfaces. A kernel without `gso_max_size` (before 5.19)
-    ignores that. Raises AddressInUseError for a UDP port in use, which the kernel's WireGuard detects when it is set up;
-    ConfigurationError or DeviceError otherwise.
+    Once it is up, packets to the IPv6 addresses are received. IPv6 is switched on for it where the host switched it off for new
+    interfaces. A kernel without `gso_max_size` (before 5.19) ignores that. Raises AddressInUseError for a UDP port in use,
+    which the kernel's WireGuard detects when it is set up; ConfigurationError or DeviceError otherwise.
     """
     wanted = tuple(addresses)
     if mtu < SMALLEST_IPV6_MTU and any(address.version == 6 for address in wanted):
@@ -59,6 +73,7 @@ async def configure_interface(
                 _limit_gso(requests, index, gso_max_size)
                 if up:
                     requests.request(NEWLINK, link_request(index, flags=_UP))
+                    await _receives(requests, wanted)
             except NetlinkRefusal as error:
                 if error.errno == errno.EADDRINUSE:
                     raise AddressInUseError("the UDP port is in use: choose another, or 0 for any") from error
@@ -114,6 +129,26 @@ def _add_address(requests: RequestSocket, index: int, name: str, address: Interf
         if address.version == 6 and error.errno in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
             raise DeviceError("this kernel has no IPv6, which the overlay needs: start it without ipv6.disable=1") from error
         raise
+
+
+async def _receives(requests: RequestSocket, addresses: Sequence[Interface]) -> None:
+    """Wait until packets to these IPv6 addresses are received here.
+
+    A worker of the kernel adds their local routes a moment after it accepted the addresses; on a busy host that takes many
+    milliseconds. Until then they are used as sources already, and answers to them are dropped.
+    """
+    for address in addresses:
+        request = RTMSG.pack(socket.AF_INET6, 128, 0, 0, 0, 0, 0, 0, 0) + attribute(1, address.ip.packed)
+        for _ in range(_LOCAL_CHECKS if address.version == 6 else 0):
+            try:
+                answer = requests.ask(GETROUTE, request)
+            except NetlinkRefusal:  # no route yet
+                pass
+            else:
+                route = answer.fixed(RTMSG) if answer.kind == NEWROUTE else None
+                if route is not None and route[_ROUTE_TYPE] == _LOCAL:
+                    break
+            await asyncio.sleep(_LOCAL_PAUSE)
 
 
 def _address_request(index: int, family: int, prefix_length: int, address: bytes) -> bytes:
