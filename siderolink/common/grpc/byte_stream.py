@@ -222,8 +222,8 @@ class ByteStream:
             # Dropped data must still be returned to the connection's window.
             self._raw.give_back(self._id, flow)
             return
+        self._raw.credit_connection(flow)  # at once, so that other streams do not wait for this one
         if self._is_credited:
-            self._raw.credit_connection(flow)  # so that other streams do not wait for this one
             self._uncredited += flow
             if self._uncredited > self._window:
                 self.refuse(Refusal.FLOW_CONTROL, "more data than the stream's window allows", Status.RESOURCE_EXHAUSTED)
@@ -239,7 +239,7 @@ class ByteStream:
             self.end(Status.INTERNAL)
         else:
             if self._unacknowledged >= self._window // 4:
-                self._raw.give_back(self._id, self._unacknowledged)
+                self._raw.credit_stream(self._id, self._unacknowledged)
                 self._unacknowledged = 0
 
     def _finish(self, error: Exception | None) -> None:
@@ -247,7 +247,7 @@ class ByteStream:
         if not self._outcome.done():
             self._outcome.set_result(error)
             self._receiver = None  # it usually refers back to this stream
-            self._raw.give_back(self._id, self._unacknowledged + self._early_flow)
+            self._raw.credit_connection(self._early_flow)  # the rest went back when it was delivered; the stream needs none
             self._unacknowledged = self._early_flow = 0
             self._release_early()
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -22,8 +23,19 @@ from hyperframe.frame import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.common.grpc import ByteStream, ByteStreamService, CallLimits, Limits, Refusal, Servable, serve
+from siderolink.common.grpc import (
+    ByteStream,
+    ByteStreamService,
+    CallLimits,
+    Limits,
+    Refusal,
+    Servable,
+    open_byte_stream,
+    open_channel,
+    serve,
+)
 from siderolink.common.grpc.accounts import Account, CallBudget
+from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.grpc.frames import frame_header
 from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest
 from siderolink.common.pb.sidero.link import ProvisionRequest
@@ -68,6 +80,47 @@ async def test_raw_streams_share_the_connections_window() -> None:
         assert server.refusals == {Refusal.FLOW_CONTROL: 1}
         assert peer.goaway is not None
         assert peer.goaway.error_code == ErrorCodes.FLOW_CONTROL_ERROR
+
+
+async def test_streams_that_received_less_than_they_acknowledge_leave_the_connection_its_window() -> None:
+    """As many tunnels share one connection behind a proxy: each holds back window of its own, none of the connection's."""
+    share, streams, received = 15_000, 8, 0
+    are_accepted, is_complete = asyncio.Semaphore(0), asyncio.Event()
+
+    def receive(pieces: Sequence[memoryview]) -> None:
+        nonlocal received
+        received += sum(map(len, pieces))
+        if received == share * streams:
+            is_complete.set()
+
+    async def serve_stream(stream: ByteStream) -> None:
+        stream.accept()
+        stream.receive(receive)
+        are_accepted.release()
+        await stream.wait_ended()
+
+    async def send(stream: ByteStream) -> None:
+        left = memoryview(bytes(share))
+        while left:
+            has_room = asyncio.Event()
+            stream.when_room(has_room.set)
+            left = left[stream.send(left) :]
+            if left:
+                await has_room.wait()
+
+    limits = Limits(stream_window_bytes=70_000, connection_window_bytes=100_000)
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(
+            serve([ByteStreamService({CREATE_STREAM: serve_stream})], host="127.0.0.1", limits=limits)
+        )
+        channel = await stack.enter_async_context(open_channel("127.0.0.1", server.port))
+        opened = [await stack.enter_async_context(open_byte_stream(channel)) for _ in range(streams)]
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+            for _ in opened:
+                await are_accepted.acquire()  # what came before would be acknowledged by h2
+            for stream in opened:
+                tasks.create_task(send(stream))
+            await is_complete.wait()
 
 
 # --- bytes that wait
