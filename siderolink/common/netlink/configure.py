@@ -5,25 +5,16 @@ import errno
 import socket
 import struct
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from ipaddress import IPv4Interface, IPv6Interface
 from pathlib import Path
 from typing import Final
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError, DeviceError
+from siderolink.common.netlink.lookup import is_received
 from siderolink.common.netlink.messages import attribute
 from siderolink.common.netlink.namespaces import run_netlink
-from siderolink.common.netlink.rtnl import (
-    DELADDR,
-    GETROUTE,
-    NEWADDR,
-    NEWLINK,
-    NEWROUTE,
-    RTMSG,
-    find_link,
-    link_request,
-    read_addresses,
-)
+from siderolink.common.netlink.rtnl import DELADDR, NEWADDR, NEWLINK, find_link, link_request, read_addresses
 from siderolink.common.netlink.sockets import NetlinkRefusal, RequestSocket, explain
 
 __all__ = ["SMALLEST_IPV6_MTU", "configure_interface", "enable_ipv6"]
@@ -35,7 +26,6 @@ _UP: Final = 1
 _NO_DUPLICATE_DETECTION: Final = 0x02
 _LINK_SCOPE: Final = 253
 """Of link-local addresses, which the kernel assigns."""
-_ROUTE_TYPE, _LOCAL = 7, 2
 _LOCAL_PAUSE, _LOCAL_CHECKS = 0.002, 500
 """Seconds between polls of a local route, and their number. What has none after a second is left as it is."""
 _CREATE, _EXCLUSIVE = 0x400, 0x200
@@ -138,15 +128,9 @@ async def _receives(requests: RequestSocket, addresses: Sequence[Interface]) -> 
     milliseconds. Until then they are used as sources already, and answers to them are dropped.
     """
     for address in addresses:
-        request = RTMSG.pack(socket.AF_INET6, 128, 0, 0, 0, 0, 0, 0, 0) + attribute(1, address.ip.packed)
         for _ in range(_LOCAL_CHECKS if address.version == 6 else 0):
-            try:
-                answer = requests.ask(GETROUTE, request)
-            except NetlinkRefusal:  # no route yet
-                pass
-            else:
-                route = answer.fixed(RTMSG) if answer.kind == NEWROUTE else None
-                if route is not None and route[_ROUTE_TYPE] == _LOCAL:
+            with suppress(NetlinkRefusal):
+                if is_received(requests, address.ip.packed):
                     break
             await asyncio.sleep(_LOCAL_PAUSE)
 

@@ -7,14 +7,17 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 
-from siderolink.common.netlink.messages import attribute, number
+from siderolink.common.netlink.messages import Message, attribute, number
 from siderolink.common.netlink.rtnl import GETROUTE, NEWROUTE, RTMSG
 from siderolink.common.netlink.sockets import NetlinkRefusal, RequestSocket
 
-__all__ = ["OutgoingRoute", "RouteLookup", "route_to"]
+__all__ = ["OutgoingRoute", "RouteLookup", "is_received", "route_to"]
 
 _FIB_MATCH: Final = 0x2000
 """Answer with the table's entry, or an error: without this, Linux treats any IPv4 host as a neighbour on a named interface."""
+_TYPE: Final = 7
+"""The place of a route's type in RTMSG."""
+_LOCAL: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +45,37 @@ class RouteLookup:
 
         Raises NetlinkRefusal if the kernel cannot tell.
         """
-        family = socket.AF_INET if len(destination) == 4 else socket.AF_INET6
-        bits = 8 * len(destination)
-        flags = _FIB_MATCH if interface and family == socket.AF_INET else 0
-        request = RTMSG.pack(family, bits, 8 * len(source), 0, 0, 0, 0, 0, flags) + attribute(1, destination)
-        if source:
-            request += attribute(2, source)
-        request += b"".join(attribute(kind, struct.pack("=I", value)) for kind, value in ((16, mark), (4, interface)) if value)
-        try:
-            answer = self._requests.ask(GETROUTE, request)
-        except NetlinkRefusal as error:
-            if error.errno in (errno.EPERM, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
-                raise
+        answer = _ask(self._requests, destination, source=source, mark=mark, interface=interface)
+        if answer is None:
             return None
         found = answer.values(RTMSG.size) if answer.kind == NEWROUTE else {}
         return OutgoingRoute(found.get(7, b""), number(found.get(4, b"")))
+
+
+def is_received(requests: RequestSocket, address: bytes) -> bool:
+    """Whether the kernel receives packets to this address of 4 or 16 bytes. Raises NetlinkRefusal if it cannot tell."""
+    answer = _ask(requests, address)
+    route = answer.fixed(RTMSG) if answer is not None and answer.kind == NEWROUTE else None
+    return route is not None and route[_TYPE] == _LOCAL
+
+
+def _ask(
+    requests: RequestSocket, destination: bytes, *, source: bytes = b"", mark: int = 0, interface: int = 0
+) -> Message | None:
+    """The kernel's answer; None if there is no route. Raises NetlinkRefusal."""
+    family = socket.AF_INET if len(destination) == 4 else socket.AF_INET6
+    bits = 8 * len(destination)
+    flags = _FIB_MATCH if interface and family == socket.AF_INET else 0
+    request = RTMSG.pack(family, bits, 8 * len(source), 0, 0, 0, 0, 0, flags) + attribute(1, destination)
+    if source:
+        request += attribute(2, source)
+    request += b"".join(attribute(kind, struct.pack("=I", value)) for kind, value in ((16, mark), (4, interface)) if value)
+    try:
+        return requests.ask(GETROUTE, request)
+    except NetlinkRefusal as error:
+        if error.errno in (errno.EPERM, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
+            raise
+        return None
 
 
 def route_to(remote: str) -> OutgoingRoute | None:
