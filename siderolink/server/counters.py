@@ -140,12 +140,17 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
         limit_drops=parts.fleet.limits.all_dropped(),
         limits_biting=parts.fleet.limits.bitten(),
         limited_machines=parts.fleet.limits.bitten_machines(),
-        forwards=parts.administration.forwards.counters(),
+        forwards=_count_forwards(parts),
         device=await parts.device.counters(),
         store=store.counters(),
         reports=None if parts.reports is None else _count_reports(parts.reports),
         history=None if parts.history is None else parts.history.counters(),
     )
+
+
+def _count_forwards(parts: Parts) -> ForwardCounters:
+    own = parts.administration.forwards.counters()
+    return own if parts.peers is None else own.with_relayed(parts.peers.forwards)
 
 
 @dataclass(slots=True)

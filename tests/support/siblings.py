@@ -10,6 +10,7 @@ import anyio.lowlevel
 
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.server.admin.forwards import OpenPort
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.directory import MachineLink
 from siderolink.server.peers import Peers, PeerService, relayed
@@ -91,7 +92,13 @@ class Sibling:
 
 @asynccontextmanager
 async def open_sibling(
-    folder: Path, name: str, registry: Registry, *, reports: Reports | None = None, shared_key: PrivateKey = SHARED_KEY
+    folder: Path,
+    name: str,
+    registry: Registry,
+    *,
+    reports: Reports | None = None,
+    shared_key: PrivateKey = SHARED_KEY,
+    open_port: OpenPort | None = None,
 ) -> AsyncIterator[Sibling]:
     """Everything except the device and the heartbeat is real."""
     clock = Clock()
@@ -105,6 +112,7 @@ async def open_sibling(
                 reports=reports,
                 time=registry.time,
                 relays=lambda services: relayed(services, lambda: peers),
+                open_port=open_port,
             )
         )
         manager = office.manager

@@ -180,6 +180,7 @@ def _event_families(counters: ServerCounters) -> Iterator[Metric]:
 
 def _forward_families(forwards: ForwardCounters) -> Iterator[Metric]:
     yield gauge("forwards", "Open connections to ports of machines (siderolink forward).", forwards.open)
+    yield gauge("forwards_relayed", "Open connections to ports of machines that another server makes.", forwards.relayed)
     yield counter("forwards_opened", "Connections to ports of machines that were opened.", forwards.opened)
     text = "Connections to ports of machines that were not opened, by reason."
     yield by("forward_refusals", text, "reason", forwards.refusals, ForwardRefusal)

@@ -38,6 +38,8 @@ class ByteStream:
     peer_address: object = None
     """Server: the caller's socket address, if it differs from the connection's because a proxy forwarded the call."""
     on_valid_token: Callable[[], None] | None = None
+    unused_window: int = 0
+    """How much of the peer's stream window `send` leaves unused, so that the peer buffers less."""
 
     def __init__(self, stream: H2Stream, metadata: Mapping[str, str], *, server: bool) -> None:
         assert stream.id is not None
@@ -89,7 +91,7 @@ class ByteStream:
     @property
     def room(self) -> int:
         """How many bytes `send` accepts now, limited by HTTP/2 flow control and the socket."""
-        return self._raw.room(self._id) if self.is_open else 0
+        return max(0, self._raw.room(self._id) - self.unused_window) if self.is_open else 0
 
     def accept(self) -> None:
         """Server: send the initial metadata, once. The first `send` does this, too."""

@@ -117,6 +117,19 @@ class Inbox:
                 self._news.set()
 
 
+class JoinedStreams:
+    """A caller's stream and the one that continues it: messages of each are sent on the other, and credited once sent."""
+
+    def __init__(self, requests: Inbox) -> None:
+        self.requests = requests
+        self.answers: Inbox | None = None
+
+    @property
+    def held(self) -> int:
+        """Bytes received on one stream that have not left on the other."""
+        return self.requests.held + (0 if self.answers is None else self.answers.held)
+
+
 class Pipe:
     """One TCP connection in one stream."""
 

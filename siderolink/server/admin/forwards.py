@@ -8,16 +8,16 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv6Address
-from typing import Final
+from typing import Final, Self
 
 import anyio
 
 from siderolink.common.errors import ConfigurationError, ForbiddenError, NotFoundError, SideroLinkError, StoreError
-from siderolink.common.grpc.piped import Pipe, PipeCutError, close_with_reset
+from siderolink.common.grpc.piped import JoinedStreams, Pipe, PipeCutError, close_with_reset
 from siderolink.common.overlay_socket import dial_overlay
 from siderolink.common.text import one_line
 from siderolink.common.token_bucket import TokenBucket
@@ -72,6 +72,12 @@ class ForwardCounters:
     """Bytes of all connections waiting to be written."""
     to_machines: int
     from_machines: int
+    relayed: int = 0
+    """Open connections that are passed on to other servers; `held_bytes` counts theirs, too, no other field does."""
+
+    def with_relayed(self, relayed: Collection[JoinedStreams]) -> Self:
+        """The counters with those connections."""
+        return replace(self, relayed=len(relayed), held_bytes=self.held_bytes + sum(one.held for one in relayed))
 
 
 @dataclass(eq=False)

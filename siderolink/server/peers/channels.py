@@ -1,8 +1,9 @@
-"""Connections to the other servers. Each live server has one for short queries and one for relayed calls."""
+"""Connections to the other servers. Each live server has one for queries, one for relayed calls and one for machines' ports."""
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Final
 
 import anyio
@@ -29,6 +30,16 @@ PEER_LIMITS: Final = Limits(
 )
 """For both ends. The connection's window is much larger than a stream's, so that a slow caller does not block the others.
 Connections stay open without calls, because their end shows the end of a server."""
+_FORWARD_LIMITS: Final = replace(PEER_LIMITS, max_message_bytes=60 * 1024, stream_window_bytes=64 * 1024)
+"""What the owner sends of one connection to a machine's port. With the caller's window (192 KiB) it is at most 256 KiB."""
+
+
+class Purpose(Enum):
+    """What a connection to another server is for."""
+
+    QUERIES = "queries"
+    CALLS = "calls"
+    FORWARDS = "forwards"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +49,7 @@ class _Name:
     server_id: str
     address: str
     fingerprint: str
-    is_for_queries: bool
+    purpose: Purpose
 
 
 class PeerChannels:
@@ -49,9 +60,9 @@ class PeerChannels:
         self._others = others
         self._open: dict[_Name, GrpcChannel] = {}
 
-    def to(self, server: FleetServer, *, for_queries: bool = False) -> GrpcChannel:
+    def to(self, server: FleetServer, purpose: Purpose = Purpose.CALLS) -> GrpcChannel:
         """The connection to a server; dialled with its first call. Raises ServerUnreachableError."""
-        name = _name_of(server, for_queries)
+        name = _name_of(server, purpose)
         channel = self._open.get(name)
         if channel is None:
             try:
@@ -59,13 +70,17 @@ class PeerChannels:
             except ConfigurationError:
                 raise ServerUnreachableError(f"the server {server.id} does not listen for other servers") from None
             channel = self._open[name] = pinned_channel(
-                address.host, address.port, self._identity.client_tls, PEER_LIMITS, server.peer_fingerprint
+                address.host,
+                address.port,
+                self._identity.client_tls,
+                _FORWARD_LIMITS if purpose is Purpose.FORWARDS else PEER_LIMITS,
+                server.peer_fingerprint,
             )
         return channel
 
     async def sweep(self) -> None:
         """Close the connections to servers that are no longer alive, or were restarted. Their calls end."""
-        living = {_name_of(one, is_for_queries) for one in self._others() for is_for_queries in (False, True)}
+        living = {_name_of(one, purpose) for one in self._others() for purpose in Purpose}
         for name in [name for name in self._open if name not in living]:
             log.debug("closed the connection to the server %s: it is no longer alive, or was restarted", name.server_id)
             await self._open.pop(name).shut_down()
@@ -77,5 +92,5 @@ class PeerChannels:
                 await self._open.popitem()[1].shut_down()
 
 
-def _name_of(server: FleetServer, is_for_queries: bool) -> _Name:
-    return _Name(server.id, server.peer_address, server.peer_fingerprint, is_for_queries)
+def _name_of(server: FleetServer, purpose: Purpose) -> _Name:
+    return _Name(server.id, server.peer_address, server.peer_fingerprint, purpose)

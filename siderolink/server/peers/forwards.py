@@ -1,18 +1,24 @@
 """Connections to ports of machines that are linked to other servers: joins two streams, with flow control both ways."""
 
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc import ByteStream, GRPCError, Refused, Status, open_byte_stream, translate_errors
 from siderolink.common.grpc.messages import framed
-from siderolink.common.grpc.piped import Inbox, PipeCutError, send_message
+from siderolink.common.grpc.piped import CHUNK_BYTES, Inbox, JoinedStreams, PipeCutError, send_message
 from siderolink.common.tasks import background_tasks
+from siderolink.server.admin.forwards import MAX_FORWARDS
 from siderolink.server.admin.services import actor
 from siderolink.server.admin.services.forward import first_message, read_request
 from siderolink.server.peers.access import caller_metadata
+from siderolink.server.peers.channels import Purpose
 from siderolink.server.peers.relay import Method, Others
 from siderolink.server.store import FleetServer
+
+_UNUSED_BYTES: Final = 2 * CHUNK_BYTES
+"""Of the owner's window for requests (256 KiB), so that it holds no more with what it has read from the machine."""
 
 
 class _Rewound:
@@ -44,19 +50,34 @@ async def connected_at_the_owner(method: Method, others: Others, stream: Any) ->
         await method.at(None, others.channels, _Rewound(stream, framed(first) + inbox.rest()))
         return
     try:
-        with translate_errors(f"the server {owner.id}"):
-            await _pipe(method.path, owner, others, stream, inbox, first)
+        with _counted(others, JoinedStreams(inbox)) as joined, translate_errors(f"the server {owner.id}"):
+            await _relay(method.path, owner, others, stream, joined, first)
     except PipeCutError:
         raise GRPCError(Status.ABORTED, "the stream has ended") from None
     except SideroLinkError as error:
         raise GRPCError(Status.UNAVAILABLE, f"cannot reach the server that has the machine's link: {error}") from None
 
 
-async def _pipe(path: str, owner: FleetServer, others: Others, stream: ByteStream, inbox: Inbox, first: bytes) -> None:
+@contextmanager
+def _counted(others: Others, joined: JoinedStreams) -> Iterator[JoinedStreams]:
+    """Raises GRPCError if as many connections are relayed as may be."""
+    if len(others.forwards) >= MAX_FORWARDS:
+        raise GRPCError(Status.FAILED_PRECONDITION, f"{MAX_FORWARDS} forwarded connections are relayed already; close some")
+    others.forwards.add(joined)
+    try:
+        yield joined
+    finally:
+        others.forwards.discard(joined)
+
+
+async def _relay(
+    path: str, owner: FleetServer, others: Others, stream: ByteStream, joined: JoinedStreams, first: bytes
+) -> None:
     """Raises GRPCError with the owner's status, PipeCutError, and errors of the call."""
-    channel = others.channels.to(owner)
+    channel, inbox = others.channels.to(owner, Purpose.FORWARDS), joined.requests
     async with open_byte_stream(channel, path, caller_metadata(actor())) as there, background_tasks() as tasks:
-        answers = Inbox(there)
+        there.unused_window = _UNUSED_BYTES
+        answers = joined.answers = Inbox(there)
 
         async def pass_requests() -> None:
             with suppress(PipeCutError, GRPCError):  # the owner's end of the stream has the reason

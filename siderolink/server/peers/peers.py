@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from siderolink.common.grpc import Servable, serve
 from siderolink.common.hostport import HostPort
@@ -23,6 +23,9 @@ from siderolink.server.peers.relay import Routing, at_the_named_server, at_the_o
 from siderolink.server.peers.service import PeerService
 from siderolink.server.peers.watch import ConnectionWatch
 from siderolink.server.store import FleetServer, Store, Transaction
+
+if TYPE_CHECKING:
+    from siderolink.common.grpc.piped import JoinedStreams
 
 SWEEP_SECONDS: Final = 1.0
 _API: Final = "/siderolink.admin.v1"
@@ -89,6 +92,8 @@ class Peers:
         self._store = store
         self._clock = clock
         self.identity = PeerIdentity.make(shared_key, members.id)
+        self.forwards: set[JoinedStreams] = set()
+        """The connections to machines' ports that this server relays."""
         self.channels = PeerChannels(self.identity, self.others)
         self.queries = PeerQueries(self.channels, self.others, clock)
         self.on_stopped: Callable[[str], None] = lambda server_id: None

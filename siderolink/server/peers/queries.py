@@ -14,7 +14,7 @@ from siderolink.common.wireguard.device import PeerStatus
 from siderolink.server.admin.machines import LinkElsewhere
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.directory import LinkState
-from siderolink.server.peers.channels import PeerChannels
+from siderolink.server.peers.channels import PeerChannels, Purpose
 from siderolink.server.store import FleetServer
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class PeerQueries:
     async def _last_heard(self, server: FleetServer, machine_id: str) -> pb.LastHeardResponse | None:
         try:
             with translate_errors(f"the server {server.id}"):
-                stub = pb.PeerServiceStub(self._channels.to(server, for_queries=True))
+                stub = pb.PeerServiceStub(self._channels.to(server, Purpose.QUERIES))
                 return await stub.last_heard(pb.LastHeardRequest(machine_id=machine_id))
         except (SideroLinkError, GRPCError) as error:
             log.debug("the server %s did not answer when it last heard a machine: %s", server.id, error)
@@ -86,7 +86,7 @@ class PeerQueries:
     async def _query(self, server: FleetServer, machine_ids: list[str], add: Callable[[LinkElsewhere, str], None]) -> None:
         try:
             with translate_errors(f"the server {server.id}"):
-                stub = pb.PeerServiceStub(self._channels.to(server, for_queries=True))
+                stub = pb.PeerServiceStub(self._channels.to(server, Purpose.QUERIES))
                 async for part in stub.link_states(pb.LinkStatesRequest(machine_ids=machine_ids)):
                     for one in part.links:
                         add(self._parse_link(server, one), one.machine_id)

@@ -15,6 +15,7 @@ from grpclib.const import Handler
 
 from siderolink.common.errors import ServerUnreachableError
 from siderolink.common.grpc import GRPCError, Servable, Status, translate_errors
+from siderolink.common.grpc.piped import JoinedStreams
 from siderolink.common.tasks import background_tasks
 from siderolink.server.admin.servers import is_called
 from siderolink.server.admin.services import actor
@@ -30,6 +31,10 @@ class Others(Protocol):
 
     @property
     def channels(self) -> PeerChannels: ...
+
+    @property
+    def forwards(self) -> set[JoinedStreams]:
+        """The connections to machines' ports that this server relays."""
 
     def others(self) -> list[FleetServer]:
         """The other live servers that have an address to call."""

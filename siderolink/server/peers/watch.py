@@ -14,7 +14,7 @@ from siderolink.common.grpc import GRPCError, translate_errors
 from siderolink.common.pb.siderolink.peers import v1 as pb
 from siderolink.common.tasks import background_tasks
 from siderolink.server.clock import Clock
-from siderolink.server.peers.channels import PeerChannels
+from siderolink.server.peers.channels import PeerChannels, Purpose
 from siderolink.server.store import FleetServer
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class ConnectionWatch:
 
     async def _stay_connected(self, server: FleetServer) -> None:
         """Connect, and return once the connection is closed. Raises SideroLinkError, GRPCError."""
-        channel = self._channels.to(server, for_queries=True)
+        channel = self._channels.to(server, Purpose.QUERIES)
         # A caller that was admitted once may stay.
         await pb.PeerServiceStub(channel).last_heard(pb.LastHeardRequest(machine_id=""))
         await channel.wait_lost()

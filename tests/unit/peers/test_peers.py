@@ -27,7 +27,7 @@ from siderolink.common.pb.siderolink.peers import v1 as peers_pb
 from siderolink.server import KeepOptions, ReportOptions
 from siderolink.server.admin.services.forward import FORWARD
 from siderolink.server.peers.access import CALLER
-from siderolink.server.peers.channels import PEER_LIMITS
+from siderolink.server.peers.channels import PEER_LIMITS, Purpose
 from siderolink.server.peers.identity import PeerIdentity
 from siderolink.server.peers.watch import LOOK_SECONDS
 from siderolink.server.reporting.archive import Archive
@@ -318,7 +318,7 @@ async def test_a_server_whose_process_ended_is_noticed_by_its_connection_and_a_c
         async with open_sibling(tmp_path, "a", registry) as a:
             # The rows remain when a ends, as those of a killed process do.
             registry.rows["killed"] = replace(registry.rows["a"], id="killed")
-            channel = b.peers.channels.to(registry.rows["killed"], for_queries=True)
+            channel = b.peers.channels.to(registry.rows["killed"], Purpose.QUERIES)
             await connected(channel)
             await anyio.sleep(LOOK_SECONDS)
             await channel.shut_down()
