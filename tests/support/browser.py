@@ -1,7 +1,9 @@
 """A real browser, run inside a network namespace, and the page that it visits."""
 
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from tests.support import without_netlink
 from tests.support.netns import Namespace
 
 PATIENCE = 60_000.0
@@ -18,13 +21,13 @@ _FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable
 
 @contextmanager
 def browser_in(namespace: Namespace, folder: Path, *flags: str) -> Iterator[Browser]:
-    """Debian's chromium, running inside the namespace."""
+    """Debian's chromium, running inside the namespace. It does not notice that addresses and devices there come and go."""
     found = shutil.which("chromium")
     assert found is not None, "the tests of the page need Debian's chromium: make needs"
     program = folder / "chromium"
-    program.write_text(f'#!/bin/sh\nexec ip netns exec {namespace.name} {found} "$@"\n')
+    command = ["ip", "netns", "exec", namespace.name, sys.executable, without_netlink.__file__, found]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     program.chmod(0o755)
-    namespace.await_addresses()
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=[*_FLAGS, *flags], timeout=PATIENCE)

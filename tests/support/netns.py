@@ -13,9 +13,7 @@ Sockets and interfaces that a namespace's threads open live in it. UAPI sockets 
 import itertools
 import os
 import signal
-import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,9 +29,6 @@ T = TypeVar("T")
 
 _numbers = itertools.count()
 _NO_DUPLICATE_DETECTION = 0x02  # IFA_F_NODAD: the address is usable at once
-_TENTATIVE = 0x40  # IFA_F_TENTATIVE
-_LINK_SCOPE = 253  # RT_SCOPE_LINK
-_ETHERNET = 1  # ARPHRD_ETHER
 _UAPI_FOLDER = "/var/run/wireguard"
 
 
@@ -148,16 +143,6 @@ class Namespace:
             return {f"{address.get_attr('IFA_ADDRESS')}/{address['prefixlen']}" for address in found}
 
         return self._route(read)
-
-    def await_addresses(self, timeout: float = 60) -> None:
-        """Wait until every Ethernet interface has its link-local address and no address is tentative any more.
-
-        The kernel needs a second or two for both. A browser takes either for a change of the network and aborts what it loads.
-        """
-        deadline = time.monotonic() + timeout
-        while missing := self._route(_unfinished_addresses):
-            assert time.monotonic() < deadline, f"after {timeout:.0f} s {self} still waits for {', '.join(sorted(missing))}"
-            time.sleep(0.05)
 
     def sysctl(self, key: str, value: int | str) -> None:
         """Write a network sysctl, named with dots: ``net.ipv6.conf.all.forwarding``."""
@@ -275,15 +260,6 @@ def _run(command: Sequence[str], check: bool, timeout: float, **options: Any) ->
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} gave {done.returncode}:\n{done.stdout}")
     return str(done.stdout)
-
-
-def _unfinished_addresses(ipr: IPRoute) -> set[str]:
-    """Tentative addresses, and Ethernet interfaces without an address of their own making."""
-    found = list(ipr.get_addr(family=socket.AF_INET6))
-    unfinished = {str(one.get_attr("IFA_ADDRESS")) for one in found if one.get_attr("IFA_FLAGS") & _TENTATIVE}
-    complete = {one["index"] for one in found if one["scope"] == _LINK_SCOPE}
-    ethernet = [one for one in ipr.get_links() if one["ifi_type"] == _ETHERNET and one["state"] == "up"]
-    return unfinished | {str(one.get_attr("IFLA_IFNAME")) for one in ethernet if one["index"] not in complete}
 
 
 def _index(ipr: IPRoute, interface: str) -> int:
