@@ -17,6 +17,7 @@ log = logging.getLogger("siderolink")
 
 P = ParamSpec("P")
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @asynccontextmanager
@@ -85,6 +86,33 @@ def uninterrupted(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Co
         return await to_its_end(method(*args, **kwargs))
 
     return run
+
+
+async def merged(first: AsyncIterator[T], second: AsyncIterator[U]) -> AsyncIterator[T | U]:
+    """The items of both as they come, until either ends. It has no task group, so that any task may close it."""
+    waiting: dict[asyncio.Future[T | U], AsyncIterator[T | U]] = {_next(one): one for one in (first, second)}
+    try:
+        while True:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for item in done:
+                source = waiting.pop(item)
+                try:
+                    found = item.result()
+                except StopAsyncIteration:
+                    return
+                waiting[_next(source)] = source
+                yield found
+    finally:
+        for item in waiting:
+            item.cancel()
+
+
+async def _item(source: AsyncIterator[T]) -> T:
+    return await anext(source)
+
+
+def _next(source: AsyncIterator[T]) -> "asyncio.Future[T]":
+    return asyncio.ensure_future(_item(source))
 
 
 def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -183,11 +183,17 @@ def _apply(machine: Machine, change: LinkChange) -> None:
     machine.limits_biting = change.limits_biting
 
 
+def _is_in(machine: Machine, state: str) -> bool:
+    if state == "limited":
+        return bool(machine.limits_biting)
+    return state == (machine.link if state in ("up", "down") else machine.admission)
+
+
 def _takes(query: Query, selector: Selector | None, row: Row) -> bool:
     machine = row.machine
     return (
         (not query.text or query.text.lower() in row.text)
-        and (not query.state or query.state == (machine.link if query.state in ("up", "down") else machine.admission))
+        and (not query.state or _is_in(machine, query.state))
         and (not query.transport or machine.transport == query.transport)
         and (not query.version or is_of_version(machine.talos_version, query.version))
         and (selector is None or selector.matches(machine.labels))

@@ -37,7 +37,7 @@ from siderolink.web.sampling import Sampler, rates
 from siderolink.web.templating import bit_rate, number, rate
 
 PAGE_SIZE: Final = 100
-STATES: Final = ("up", "down", "pending", "denied", "accepted")
+STATES: Final = ("up", "down", "limited", "pending", "denied", "accepted")
 TOKEN_STATES: Final = ("active", "revoked", "expired", "used up")
 _TIMELINE: Final = 50
 _USERS: Final = 20

@@ -54,6 +54,7 @@ class StateChoice(StrEnum):
     DENIED = "denied"
     UP = "up"
     DOWN = "down"
+    LIMITED = "limited"
 
 
 class TransportChoice(StrEnum):

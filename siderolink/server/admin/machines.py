@@ -41,6 +41,8 @@ MAX_RATE: Final = 10**12
 _AT_ONCE: Final = 500
 _DIGEST_DIGITS: Final = 4
 _HEARD_SECONDS: Final = 30.0
+LIMITED: Final = "limited"
+"""The state of machines of which a limit of their own drops something now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,7 @@ class MachineQuery:
     """Selects and sorts machines; an empty field selects all."""
 
     states: Collection[str] = ()
-    """Admissions (accepted, pending, denied) and link states (up, down). Several of one kind are alternatives."""
+    """Admissions (accepted, pending, denied), link states (up, down) and LIMITED. Several of one kind are alternatives."""
     text: str = ""
     """A substring of the name, the hostname or the UUID."""
     selector: str = ""
@@ -159,17 +161,19 @@ SORTS: Final = (*_OF_ROW, *_OF_STATUS)
 class _Filter:
     """A query's conditions, validated once."""
 
-    def __init__(self, query: MachineQuery, hostnames: Hostnames, token_id: str, token_digest: bytes) -> None:
+    def __init__(
+        self, query: MachineQuery, hostnames: Hostnames, limited: Collection[str], token_id: str, token_digest: bytes
+    ) -> None:
+        """`limited`: the ids of the machines in the state LIMITED."""
         admissions, links = {str(one) for one in MachineAdmission}, {str(LinkState.UP), str(LinkState.DOWN)}
-        unknown = sorted(set(query.states) - admissions - links)
-        if unknown:
-            raise ConfigurationError(
-                f"a state must be one of {', '.join(sorted(admissions | links))}, not {one_line(unknown[0], limit=32)}"
-            )
+        known = admissions | links | {LIMITED}
+        if unknown := sorted(set(query.states) - known):
+            raise ConfigurationError(f"a state must be one of {', '.join(sorted(known))}, not {one_line(unknown[0], limit=32)}")
         if query.transport not in ("", "udp", "tunnel"):
             raise ConfigurationError(f"a transport must be udp or tunnel, not {one_line(query.transport, limit=32)}")
         self._admissions = admissions.intersection(query.states)
         self._links = links.intersection(query.states)
+        self._limited = limited if LIMITED in query.states else None
         self._text = query.text.lower()
         self._hostnames = hostnames
         self._selector = Selector(query.selector) if query.selector else None
@@ -183,6 +187,7 @@ class _Filter:
         return (
             (not self._admissions or machine.admission in self._admissions)
             and (not self._links or link.state in self._links)
+            and (self._limited is None or machine.id in self._limited)
             and (self._tunnel is None or machine.tunnel == self._tunnel)
             and (not self._text or self._has_text(machine))
             and (not self._version or is_of_version(machine.talos_version, self._version))
@@ -296,7 +301,7 @@ class MachineAdministration:
 
     async def selects(self, query: MachineQuery) -> Callable[[Machine], bool]:
         """The query's condition as a function of single machines. Raises ConfigurationError."""
-        taken = await self._filter(query)
+        taken = await self._filter(query, {})
 
         def is_taken(machine: Machine) -> bool:
             link = self._directory.get(machine.id) or MachineLink(machine, LinkState.DOWN)
@@ -305,7 +310,7 @@ class MachineAdministration:
         return is_taken
 
     async def _selected(self, query: MachineQuery, elsewhere: Mapping[str, LinkElsewhere]) -> list[MachineLink]:
-        taken = await self._filter(query)
+        taken = await self._filter(query, elsewhere)
         found: list[MachineLink] = []
         for part in in_parts(list(self._directory), _AT_ONCE):
             shown = (_as_elsewhere(link, elsewhere.get(link.machine.id)) for link in part)
@@ -313,7 +318,7 @@ class MachineAdministration:
             await checkpoint()
         return found
 
-    async def _filter(self, query: MachineQuery) -> _Filter:
+    async def _filter(self, query: MachineQuery, elsewhere: Mapping[str, LinkElsewhere]) -> _Filter:
         token = None
         if query.token:
 
@@ -324,7 +329,11 @@ class MachineAdministration:
                 return None
 
             token = await self._store.transact(work)
-        return _Filter(query, self._hostnames, *(token or ("", b"")))
+        limited = set[str]()
+        if LIMITED in query.states:
+            limited.update(() if self._limits is None else self._limits.all_biting())
+            limited.update(machine_id for machine_id, link in elsewhere.items() if link.limits_biting)
+        return _Filter(query, self._hostnames, limited, *(token or ("", b"")))
 
     # --- changing
 

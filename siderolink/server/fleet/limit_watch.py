@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from siderolink.common.queues import Broadcast, Overflow
 from siderolink.common.wireguard.device import BANDWIDTH_DROPS, Device
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub, LimitOver, LimitReached
 from siderolink.server.fleet.directory import Directory
-from siderolink.server.store import Machine
+from siderolink.server.store import ChangesLost, Machine
 
 POLL_SECONDS: Final = 5.0
 QUIET_SECONDS: Final = 60.0
@@ -42,6 +43,13 @@ class _Watched:
     bites: dict[str, _Bite] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsChanged:
+    """A limit of the machine began to drop something, or is over."""
+
+    machine: Machine
+
+
 class LimitWatch:
     """Watches the limits of single machines. Limits have the names of their drops (docs/drops.md)."""
 
@@ -51,6 +59,10 @@ class LimitWatch:
         self._events = events
         self._clock = clock
         self._watched: dict[str, _Watched] = {}
+        self.changes: Broadcast[LimitsChanged | ChangesLost] = Broadcast(
+            lost=lambda _: ChangesLost(), overflow=Overflow.DROP_ALL
+        )
+        """Machines of which other limits bite than at the last poll."""
         self.report_drops: Callable[[], LimitDrops] = dict
         """Drops of machines' reports by limits, since each machine became known."""
 
@@ -78,6 +90,7 @@ class LimitWatch:
                 self._compare(link.machine, watched, found.get(machine_id, {}), now)
 
     def _compare(self, machine: Machine, watched: _Watched, found: Mapping[str, int], now: float) -> None:
+        biting_before = set(watched.bites)
         for limit, count in found.items():
             before = watched.seen.get(limit, 0)
             more = count - before if count >= before else count  # the device made the peer anew
@@ -95,6 +108,9 @@ class LimitWatch:
                 self._events.publish(
                     LimitOver(machine=machine, limit=limit, dropped=bite.dropped, seconds=bite.last_at - bite.since)
                 )
+
+        if biting_before != watched.bites.keys():
+            self.changes.publish(LimitsChanged(machine=machine))
 
     # --- what is known
 

@@ -5,10 +5,12 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import anyio
 import pytest
 
 from siderolink.common.grpc import GRPCError, Status
 from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.server.fleet.limit_watch import QUIET_SECONDS
 from siderolink.server.store import AuditQuery, Role
 from tests.support.manager import FakeMachine
 from tests.support.office import Office, open_office
@@ -64,6 +66,27 @@ async def test_a_stream_ends_with_its_key(office: Office) -> None:
                 assert change.kind == "synced"
                 await office.administration.api_keys.delete("ops")
         assert caught.value.status is Status.UNAUTHENTICATED
+
+
+async def test_a_watcher_is_told_of_a_limit_when_it_begins_to_bite_and_when_it_is_over(office: Office) -> None:
+    machine = FakeMachine()
+    await office.manager.join(machine)
+    row, limits = await office.manager.row(machine), office.administration.limits
+    told: list[tuple[str, list[str]]] = []
+    async with office.local() as local:
+        request = pb.WatchMachinesRequest(follow=True)
+        with anyio.fail_after(20):
+            async for change in pb.MachineServiceStub(local).watch_machines(request):
+                if change.kind == "synced":
+                    office.manager.device.beyond_limits[machine.key] = (7, 0)
+                    await limits.poll()
+                elif change.kind == "changed" and change.machine is not None and change.machine.id == row.id:
+                    told.append((change.machine.id, change.machine.limits_biting))
+                    if len(told) == 2:
+                        break
+                    office.manager.time.advance(QUIET_SECONDS)
+                    await limits.poll()
+    assert told == [(row.id, ["bandwidth_in"]), (row.id, [])]
 
 
 async def test_a_machine_is_renamed_labelled_found_and_removed(office: Office) -> None:

@@ -124,6 +124,10 @@ async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) ->
     """In the same order, whatever is asked; only a page of it."""
     async with open_office(tmp_path) as office:
         await fill(office)
+        for number in (5, 77):
+            if (key := machine(number).public_key) is not None:
+                office.manager.device.beyond_limits[key] = (1, 0)
+        await office.administration.limits.poll()
         fleet = Fleet(lambda: None)
         with office.administration.followers.register() as follower:
             assert follower is not None
@@ -133,6 +137,7 @@ async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) ->
             Query(text="NODE-1"),
             Query(text="00000000-0000-4000-8000-0000000000"),
             Query(state="pending"),
+            Query(state="limited", sort="-seen"),
             Query(state="down", transport="tunnel", sort="-seen"),
             Query(selector="site=north,rack notin (1,3)"),
             Query(version="1.1"),
@@ -154,6 +159,7 @@ async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) ->
             for number in range(1, found.pages + 1):
                 rows += [row.machine.id for row in (await fleet.find(query, number)).rows]
             assert rows == expected, query
+        assert (await fleet.find(Query(state="limited"), 1)).total > 0
         last = await fleet.find(Query(), 99)
         assert (last.number, last.first, len(last.rows)) == (3, 201, 30)
 
@@ -249,7 +255,9 @@ async def test_what_a_page_of_machines_asks_and_shows(tmp_path: Path, monkeypatc
         (row,) = re.findall(rf'<tr id="machine-{limited.id}">.*?</tr>', first.text, re.DOTALL)
         assert "limited" in row
         assert "bandwidth in, bandwidth out" in row
-        assert first.text.count(">limited<") == 1
+        assert first.text.count(">limited</span>") == 1
+        only = await browser.get("/machines?state=limited")
+        assert re.findall(r'<tr id="machine-(.*?)"', only.text) == [limited.id]
         calls["get_version"] = 0
         paths = ("/machines?page=3", "/machines?sort=-received", "/machines?text=node-22", "/machines?selector=site%3Dnorth")
         texts = [(await visitor.get(path)).text for visitor in (browser, other) for path in paths]

@@ -11,13 +11,14 @@ from anyio.lowlevel import checkpoint
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import GRPCError, Status
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.common.tasks import in_parts
+from siderolink.common.tasks import in_parts, merged
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.bans import StandingBan
 from siderolink.server.admin.following import MAX_FOLLOWERS, FollowedPart
 from siderolink.server.admin.machines import MachineQuery, MachineStatus
 from siderolink.server.admin.services.access import GetAdministration, actor
+from siderolink.server.fleet.limit_watch import LimitsChanged
 from siderolink.server.store import (
     BanGrounds,
     BanKind,
@@ -156,12 +157,13 @@ class MachineService(pb.MachineServiceBase):
             async for known in self._all(administration, query):
                 yield known
             return
+        limits = administration.limits.changes.subscribe()
         async with administration.changes() as changes:
             async for known in self._known(administration, query):
                 yield known
-            async for change in changes:
+            async for change in merged(changes, limits):
                 match change:
-                    case MachineChanged(machine=machine):
+                    case MachineChanged(machine=machine) | LimitsChanged(machine=machine):
                         if (await administration.machines.selects(query))(machine):
                             yield await self._changed(administration, "changed", machine)
                     case MachineDeleted(machine=machine):

@@ -1379,7 +1379,7 @@ class MachineChange(betterproto2.Message):
     kind: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
     "known" for machines that exist at the start, "synced" once after them (only with follow, without a machine),
-    "changed", or "gone".
+    "changed" (its row, or the limits that bite at this server), or "gone".
     """
 
     machine: "Machine | None" = betterproto2.field(
@@ -1464,7 +1464,8 @@ default_message_pool.register_message(
 class MachineFilter(betterproto2.Message):
     states: "list[str]" = betterproto2.field(1, betterproto2.TYPE_STRING, repeated=True)
     """
-    "accepted", "pending", "denied" (admission), "up", "down" (link). Several of one kind are alternatives.
+    "accepted", "pending", "denied" (admission), "up", "down" (link), "limited" (a limit of its own drops something
+    now). Several of one kind are alternatives.
     """
 
     text: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
