@@ -13,7 +13,8 @@ from siderolink.server.admin.machines import MachineAdministration, MachineStatu
 
 MAX_FOLLOWERS: Final = 16
 """Maximum programs; each costs the state it was sent of every machine."""
-_AT_ONCE: Final = 100
+_AT_ONCE: Final = 50
+"""Machines that are compared, and links in one part, before other tasks run."""
 _WHOLE: Final = 20
 """Whole machines in one part, which take long to encode."""
 
@@ -59,8 +60,8 @@ class Follower:
             for whole in in_parts(machines, _WHOLE):
                 yield FollowedPart(machines=whole)
             if len(links) >= _AT_ONCE:
-                yield FollowedPart(links=links)
-                links = []
+                yield FollowedPart(links=links[:_AT_ONCE])
+                links = links[_AT_ONCE:]
             machines = []
             await checkpoint()
         gone = [machine_id for machine_id in self._sent if machine_id not in seen]

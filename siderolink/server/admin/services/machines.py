@@ -98,6 +98,7 @@ def _message(administration: Administration, status: MachineStatus, token_name: 
 async def _part_message(administration: Administration, part: FollowedPart) -> pb.MachinesPart:
     machines = await machine_messages(administration, part.machines) if part.machines else []
     links = [_link_message(administration, status) for status in part.links]
+    await checkpoint()  # encoding them takes as long
     return pb.MachinesPart(machines=machines, links=links, gone=part.gone, is_last=part.is_last)
 
 
