@@ -1,6 +1,7 @@
 """A copy of the server's machines in this process: followed at the server, searched and sorted here."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -27,6 +28,8 @@ _RETRY_SECONDS: Final = 2.0
 _WAIT_SECONDS: Final = 10.0
 """How long a page waits for the first complete list."""
 _AT_ONCE: Final = 1000
+_MAX_RESULTS: Final = 16
+"""Of queries, that are kept; each has a reference to every row it found."""
 
 ORDERS: Final[Mapping[str, Callable[[Machine], float | str]]] = {
     "name": attrgetter("name"),
@@ -78,6 +81,15 @@ class Found:
         return (self.number - 1) * PAGE_SIZE + 1
 
 
+class _Result:
+    """What a query finds as of a stamp; `rows` is None while it is made, and if that failed."""
+
+    def __init__(self, stamp: int) -> None:
+        self.stamp = stamp
+        self.rows: Sequence[Row] | None = None
+        self.is_made = anyio.Event()
+
+
 class Fleet:
     """All machines of the server, while any user is signed in."""
 
@@ -90,6 +102,8 @@ class Fleet:
         """The incomplete first list; None once it is complete."""
         self._stamp = 0
         self._problem = ""
+        self._results: OrderedDict[Query, _Result] = OrderedDict()
+        """Of the latest queries, the least recent first."""
         self._whole = anyio.Event()
         self._wake = anyio.Event()
 
@@ -159,6 +173,32 @@ class Fleet:
             await self._whole.wait()
         if not self._whole.is_set():
             raise ServerAwayError(self._problem or "the machines are still being loaded", 503)
+        taken = await self._selected(query, selector)
+        pages = max(1, -(-len(taken) // PAGE_SIZE))
+        number = min(max(number, 1), pages)
+        rows = taken[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
+        return Found(rows=rows, total=len(taken), number=number, pages=pages)
+
+    async def _selected(self, query: Query, selector: Selector | None) -> Sequence[Row]:
+        """The rows in order. Pages that ask the same after the same part of the server's answer share one result."""
+        stamp = self._stamp
+        while (shared := self._results.get(query)) is not None and shared.stamp >= stamp:
+            await shared.is_made.wait()
+            if shared.rows is not None:
+                return shared.rows
+            if self._results.get(query) is shared:  # whoever made it was cancelled
+                del self._results[query]
+        mine = self._results[query] = _Result(stamp)
+        self._results.move_to_end(query)
+        if len(self._results) > _MAX_RESULTS:
+            self._results.popitem(last=False)
+        try:
+            mine.rows = await self._sorted(query, selector)
+        finally:
+            mine.is_made.set()
+        return mine.rows
+
+    async def _sorted(self, query: Query, selector: Selector | None) -> Sequence[Row]:
         order = ORDERS[query.sort.removeprefix("-")]
         taken: list[tuple[float | str, str, Row]] = []
         for part in in_parts(self._rows.values(), _AT_ONCE):
@@ -166,10 +206,7 @@ class Fleet:
             await checkpoint()
         taken.sort(reverse=query.sort.startswith("-"))  # ids differ, so rows are never compared
         await checkpoint()
-        pages = max(1, -(-len(taken) // PAGE_SIZE))
-        number = min(max(number, 1), pages)
-        rows = [row for _, _, row in taken[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]]
-        return Found(rows=rows, total=len(taken), number=number, pages=pages)
+        return [row for _, _, row in taken]
 
 
 def _apply(machine: Machine, change: LinkChange) -> None:

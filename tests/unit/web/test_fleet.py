@@ -2,15 +2,18 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.keys import PublicKey
 from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.common.selection import Selector
 from siderolink.server import Role
 from siderolink.server.admin.following import MAX_FOLLOWERS, Follower
 from siderolink.server.admin.machines import MachineQuery
@@ -21,7 +24,7 @@ from siderolink.server.fleet.directory import LinkState
 from siderolink.server.fleet.limit_watch import QUIET_SECONDS
 from siderolink.server.store import Machine, MachineAdmission, Transaction
 from siderolink.web.api import ServerAwayError
-from siderolink.web.fleet import ORDERS, PAGE_SIZE, Fleet, Query
+from siderolink.web.fleet import ORDERS, PAGE_SIZE, Fleet, Found, Query, Row
 from siderolink.web.live import ROW_BYTES, SentRows
 from tests.support.office import Office, open_office
 from tests.unit.web.test_site import page
@@ -162,6 +165,50 @@ async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) ->
         assert (await fleet.find(Query(state="limited"), 1)).total > 0
         last = await fleet.find(Query(), 99)
         assert (last.number, last.first, len(last.rows)) == (3, 201, 30)
+
+
+async def test_pages_that_ask_the_same_share_what_is_found_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, made = Fleet(lambda: None), list[Query]()
+    ordinary = Fleet._sorted
+
+    async def counted(self: Fleet, query: Query, selector: Selector | None) -> Sequence[Row]:
+        made.append(query)
+        if len(made) == 1:
+            await anyio.sleep_forever()
+        return await ordinary(self, query, selector)
+
+    monkeypatch.setattr(Fleet, "_sorted", counted)
+    fleet.take(pb.MachinesPart(machines=[pb.Machine(id=str(one), name=str(one)) for one in range(250)], is_last=True))
+    same, other = Query(sort="-name"), Query(text="7")
+    found: list[Found] = []
+
+    async def ask(query: Query, number: int) -> None:
+        found.append(await fleet.find(query, number))
+
+    async with anyio.create_task_group() as tasks:
+        asker = anyio.CancelScope()
+
+        async def leave() -> None:
+            with asker:
+                await fleet.find(same, 1)
+
+        tasks.start_soon(leave)  # the first one leaves before it has an answer
+        for number in (1, 2, 3) * 30:
+            tasks.start_soon(ask, same, number)
+        while not made:
+            await checkpoint()
+        asker.cancel()
+    assert len(made) == 2
+    assert {len(one.rows) for one in found} == {PAGE_SIZE, 50}
+    await fleet.find(other, 1)
+    await fleet.find(same, 2)
+    assert len(made) == 3
+    fleet.take(pb.MachinesPart(gone=["7"], is_last=True))
+    assert (await fleet.find(same, 1)).total == 249
+    assert made == [same, same, other, same]
+    for number in range(40):
+        await fleet.find(Query(text=str(number)), 1)
+    assert len(fleet._results) == 16
 
 
 async def test_nothing_is_found_while_the_server_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
