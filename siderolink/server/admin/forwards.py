@@ -31,8 +31,13 @@ log = logging.getLogger(__name__)
 
 MAX_FORWARDS: Final = 256
 """Maximum connections; each buffers 256 KiB at most."""
+MAX_FORWARDS_BY_GRANT: Final = 64
+"""Maximum connections of one API key that is no admin's, so that it keeps nobody out."""
 UNSENT_BYTES: Final = 64 * 1024
 """Unsent bytes kept by the kernel for a connection to a machine's port; data is credited when the kernel takes it."""
+RECEIVE_BUFFER_BYTES: Final = 128 * 1024
+"""What the kernel keeps of a machine's bytes that its caller does not take, in up to twice as much memory. Its own choice would
+grow with a quick connection, to megabytes."""
 _REFUSALS_PER_MINUTE: Final = 10
 _RECORD_SECONDS: Final = 5.0
 
@@ -52,7 +57,7 @@ class ForwardRefusal(StrEnum):
     MACHINE_DENIED = "machine denied"
     """The machine is denied, and so has no link."""
     TOO_MANY = "too many"
-    """As many connections are open as may be."""
+    """As many connections are open as may be, in all or by one API key."""
     NO_ANSWER = "no answer"
     """The machine did not answer in time, or there is no way to it."""
     PORT_CLOSED = "port closed"
@@ -133,7 +138,7 @@ class Forwards:
         """
         if not 1 <= port <= 65535:
             raise ConfigurationError(f"a port must be a number from 1 to 65535, not {port}")
-        is_admin = actor.role is not None and actor.role.includes(Role.ADMIN)
+        is_admin = _is_admin(actor)
         if not is_admin and not actor.grants:
             await self._refuse(actor, port, one_line(name, limit=64))
         try:
@@ -177,6 +182,9 @@ class Forwards:
         if len(self._running) >= MAX_FORWARDS:
             self._refusals[ForwardRefusal.TOO_MANY] += 1
             raise SideroLinkError(f"{MAX_FORWARDS} forwarded connections are open already; close some")
+        if not _is_admin(actor) and sum(one.actor.name == actor.name for one in self._running) >= MAX_FORWARDS_BY_GRANT:
+            self._refusals[ForwardRefusal.TOO_MANY] += 1
+            raise SideroLinkError(f"{MAX_FORWARDS_BY_GRANT} forwarded connections of this API key are open already; close some")
         forward = _Forward(machine, port, actor, time.monotonic())
         self._running.add(forward)
         try:
@@ -257,6 +265,10 @@ class Forwards:
                 forward.scope.cancel()
 
 
+def _is_admin(actor: Actor) -> bool:
+    return actor.role is not None and actor.role.includes(Role.ADMIN)
+
+
 async def open_machine_port(
     machine: Machine, port: int, *, source: IPv6Address, interface: str, namespace: str | None = None
 ) -> socket.socket:
@@ -270,6 +282,7 @@ async def open_machine_port(
     with contextlib.suppress(OSError):  # it may already be reset
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)

@@ -3,8 +3,9 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv6Address
 from pathlib import Path
 
 import anyio
@@ -14,6 +15,8 @@ from siderolink.common.errors import ConfigurationError, ForbiddenError, NotFoun
 from siderolink.common.grpc import ByteStream, GrpcChannel, GRPCError, Limits, Status, open_byte_stream, open_channel
 from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES, Inbox, Pipe, close_with_reset
 from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.server.admin import forwards as forwards_module
+from siderolink.server.admin.forwards import RECEIVE_BUFFER_BYTES, UNSENT_BYTES, open_machine_port
 from siderolink.server.admin.services.forward import FORWARD
 from siderolink.server.store import Actor, AuditEntry, AuditQuery, Machine, Role
 from tests.support.manager import FakeMachine
@@ -294,6 +297,42 @@ async def test_a_key_with_a_grant_reaches_that_machine_and_port_alone(desk: Desk
                 await asyncio.get_running_loop().sock_sendall(carried.near, b"x")
                 assert await read_exactly(far, 1) == b"x"
     assert (await entries(desk, 2))[-1].actor.name == "ci"
+
+
+async def test_a_key_with_a_grant_keeps_nobody_out(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwards_module, "MAX_FORWARDS_BY_GRANT", 2)
+    secret = (await desk.office.administration.api_keys.create("ci", Role.VIEWER, forward=[desk.machine.id]))[1]
+    metadata = {"authorization": f"Bearer {secret}"}
+    async with desk.office.remote() as channel, local(desk) as admin, AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(forwarded(channel, desk.machine.id, metadata=metadata))
+            stack.enter_context(await desk.ports.accept())
+        async with forwarded(channel, desk.machine.id, metadata=metadata) as carried:
+            with pytest.raises(GRPCError, match="2 forwarded connections of this API key") as caught:
+                await asyncio.wait_for(carried.done, 20)
+            assert caught.value.status is Status.FAILED_PRECONDITION
+        for _ in range(3):
+            await stack.enter_async_context(forwarded(admin, desk.machine.id))
+            stack.enter_context(await desk.ports.accept())
+    assert desk.office.administration.forwards.counters().refusals == {"too many": 1}
+
+
+async def test_a_machines_socket_buffers_little_and_the_servers_own_address_is_none(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dial(*_: object, **__: object) -> socket.socket:
+        return await desk.ports.connect(desk.machine, 1)
+
+    monkeypatch.setattr(forwards_module, "dial_overlay", dial)
+    server = IPv6Address("fdae:41e4:649b:9303::1")
+    with await open_machine_port(desk.machine, 1, source=server, interface="lo") as sock:
+        # the kernel doubles what is set, and grows it no more
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * RECEIVE_BUFFER_BYTES
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == UNSENT_BYTES
+    desk.ports.wanted.clear()
+    with pytest.raises(ForbiddenError, match="own address"):
+        await open_machine_port(replace(desk.machine, overlay_address=server), 1, source=server, interface="lo")
+    assert desk.ports.wanted == []
 
 
 async def test_a_connection_ends_with_its_key_and_with_its_machine(desk: Desk) -> None:

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from anyio.lowlevel import checkpoint
 
 from siderolink.common.keys import PublicKey
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.common.selection import Selector
 from siderolink.server import Role
 from siderolink.server.admin.following import MAX_FOLLOWERS, Follower
 from siderolink.server.admin.machines import MachineQuery
@@ -24,7 +22,7 @@ from siderolink.server.fleet.directory import LinkState
 from siderolink.server.fleet.limit_watch import QUIET_SECONDS
 from siderolink.server.store import Machine, MachineAdmission, Transaction
 from siderolink.web.api import ServerAwayError
-from siderolink.web.fleet import ORDERS, PAGE_SIZE, Fleet, Found, Query, Row
+from siderolink.web.fleet import ORDERS, PAGE_SIZE, Fleet, Found, Query
 from siderolink.web.live import ROW_BYTES, SentRows
 from tests.support.office import Office, open_office
 from tests.unit.web.test_site import page
@@ -168,47 +166,45 @@ async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) ->
 
 
 async def test_pages_that_ask_the_same_share_what_is_found_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet, made = Fleet(lambda: None), list[Query]()
-    ordinary = Fleet._sorted
+    steps = 0
 
-    async def counted(self: Fleet, query: Query, selector: Selector | None) -> Sequence[Row]:
-        made.append(query)
-        if len(made) == 1:
-            await anyio.sleep_forever()
-        return await ordinary(self, query, selector)
+    async def step() -> None:
+        """Where a search lets other tasks run: twice each, with so few machines."""
+        nonlocal steps
+        steps += 1
+        await (anyio.sleep_forever() if steps == 1 else checkpoint())
 
-    monkeypatch.setattr(Fleet, "_sorted", counted)
+    monkeypatch.setattr("siderolink.web.fleet.checkpoint", step)
+    fleet, same, found, leaving = Fleet(lambda: None), Query(sort="-name"), list[Found](), anyio.CancelScope()
     fleet.take(pb.MachinesPart(machines=[pb.Machine(id=str(one), name=str(one)) for one in range(250)], is_last=True))
-    same, other = Query(sort="-name"), Query(text="7")
-    found: list[Found] = []
 
-    async def ask(query: Query, number: int) -> None:
-        found.append(await fleet.find(query, number))
+    async def leave() -> None:
+        with leaving:
+            await fleet.find(same, 1)
 
-    async with anyio.create_task_group() as tasks:
-        asker = anyio.CancelScope()
+    async def ask(number: int) -> None:
+        found.append(await fleet.find(same, number))
 
-        async def leave() -> None:
-            with asker:
-                await fleet.find(same, 1)
-
-        tasks.start_soon(leave)  # the first one leaves before it has an answer
-        for number in (1, 2, 3) * 30:
-            tasks.start_soon(ask, same, number)
-        while not made:
-            await checkpoint()
-        asker.cancel()
-    assert len(made) == 2
-    assert {len(one.rows) for one in found} == {PAGE_SIZE, 50}
-    await fleet.find(other, 1)
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(leave)  # the first one leaves before it has an answer
+            for number in (1, 2, 3) * 30:
+                tasks.start_soon(ask, number)
+            while not steps:
+                await checkpoint()
+            leaving.cancel()
+    assert steps == 1 + 2
+    assert {(one.number, one.total, len(one.rows)) for one in found} == {(1, 250, 100), (2, 250, 100), (3, 250, 50)}
+    await fleet.find(Query(text="7"), 1)
     await fleet.find(same, 2)
-    assert len(made) == 3
+    assert steps == 1 + 2 * 2
     fleet.take(pb.MachinesPart(gone=["7"], is_last=True))
     assert (await fleet.find(same, 1)).total == 249
-    assert made == [same, same, other, same]
-    for number in range(40):
+    assert steps == 1 + 3 * 2
+    for number in range(40):  # so many are not kept
         await fleet.find(Query(text=str(number)), 1)
-    assert len(fleet._results) == 16
+    await fleet.find(same, 1)
+    assert steps == 1 + (3 + 40 + 1) * 2
 
 
 async def test_nothing_is_found_while_the_server_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
