@@ -120,6 +120,13 @@ class Site:
         if session is None:
             raise SignInNeededError
         caller = self._api.caller(session.key, session.source)
+        await self._confirm(session, caller)
+        if not session.may(role):
+            raise ApiError(f"this needs the role {role}; {session.actor} has {session.role}", 403)
+        return session, caller
+
+    async def _confirm(self, session: Session, caller: Caller) -> None:
+        """Ask the server whether the key still counts, with the same role; ends the session if not. Raises ApiError."""
         try:
             who = await caller.who()
         except SignedOutError:
@@ -128,9 +135,6 @@ class Site:
         if (who.actor, who.role) != (session.actor, session.role):
             self.sessions.end(session)
             raise SignedOutError("the role of this key has changed", 401)
-        if not session.may(role):
-            raise ApiError(f"this needs the role {role}; {session.actor} has {session.role}", 403)
-        return session, caller
 
     # --- pages and actions
 
@@ -163,6 +167,7 @@ class Site:
             rendered: dict[str, tuple[int, str]] = {}
 
             async def render() -> Rendering:
+                await self._confirm(session, caller)
                 values = await view.load(asked) | {"session": session, "view": view}
                 regions = {
                     name: self._environment.get_template(template).render(values) for name, template in view.regions.items()

@@ -130,9 +130,7 @@ def _minutely(found: list[float | None]) -> list[float | None]:
 
 
 async def machines(request: PageRequest) -> dict[str, Any]:
-    """Data kept by this process; the server is only request whether the key is still valid."""
-    if request.is_live:
-        await request.caller.who()
+    """Data kept by this process: it asks the server nothing."""
     sort = request.text("sort")
     query = Query(
         text=request.text("text"),

@@ -151,14 +151,22 @@ async def following(stage: Stage, browser: Browser) -> AsyncIterator[SocketStrea
         yield stream
 
 
-async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["key", "role"])
+async def test_a_stream_ends_with_its_key_or_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setattr(siderolink.web.live, "EVERY", 0.05)
     async with page(tmp_path) as stage:
-        _, secret = await stage.office.administration.api_keys.create("short", Role.VIEWER)
+        key, secret = await stage.office.administration.api_keys.create("short", Role.OPERATOR)
         browser = Browser(stage.port)
         await browser.sign_in(secret)
+
+        async def work(transaction: Transaction) -> None:
+            await transaction.put_principal(replace(key, role=Role.VIEWER))
+
         async with following(stage, browser) as stream:
-            await stage.office.administration.api_keys.revoke("short")
+            if end == "key":
+                await stage.office.administration.api_keys.revoke("short")
+            else:
+                await stage.office.manager.store.transact(work)
             said = b""
             with anyio.fail_after(60):
                 while b"signed-out" not in said:
