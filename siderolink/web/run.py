@@ -20,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from siderolink.common.admin_channel import ServerAddress
 from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.grpc import ServerCertificate, TrustedProxies, parse_networks
+from siderolink.common.grpc.listeners import accept
 from siderolink.common.grpc.sources import contains
 from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks, keep_running
@@ -148,9 +149,7 @@ class _Server(uvicorn.Server):
     async def _accept(self, sock: socket.socket) -> None:
         while True:
             try:
-                connection, (host, *_) = await asyncio.get_running_loop().sock_accept(sock)
-            except ConnectionError:
-                continue
+                connection, (host, *_) = await accept(sock)
             except OSError as error:  # out of descriptors
                 log.warning("no connection can be accepted: %s", error.strerror or error)
                 await anyio.sleep(_ACCEPT_PAUSE)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from hyperframe.frame import GoAwayFrame, HeadersFrame, RstStreamFrame, SettingsFrame
 
+from siderolink.common.grpc.listeners import accept
+
 Socket = socket.socket
 SETTINGS = SettingsFrame(0).serialize()
 
@@ -90,7 +92,7 @@ class BreakingPeer:
         tasks: set[asyncio.Task[None]] = set()
         try:
             while True:
-                sock, _ = await self._loop.sock_accept(self._listening)
+                sock, _ = await accept(self._listening)
                 task = self._loop.create_task(self._serve(sock))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)

@@ -26,7 +26,7 @@ class UdpPath(FakePath):
 
 
 async def settled(is_so: Callable[[], bool]) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not is_so():
             await anyio.lowlevel.checkpoint()
 

@@ -74,7 +74,7 @@ class Sibling:
 
     async def knows(self, machine_id: str) -> MachineLink:
         """Wait for a row that another server wrote."""
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             while (link := self.office.manager.links.get(machine_id)) is None:
                 await anyio.lowlevel.checkpoint()
         return link

@@ -1,6 +1,5 @@
 """`siderolink forward`: forwards a local port to a port of a machine."""
 
-import asyncio
 import socket
 from collections.abc import Sequence
 from typing import Annotated, Final
@@ -15,7 +14,7 @@ from siderolink.cli.admin.connection import CommandError, Connection, ExitStatus
 from siderolink.cli.output import describe_size, flush, show, tell
 from siderolink.cli.running import stop_on_signal
 from siderolink.common.grpc import GRPCError, Limits, Status, open_byte_stream
-from siderolink.common.grpc.listeners import listen_tcp
+from siderolink.common.grpc.listeners import accept, listen_tcp
 from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES, Inbox, Pipe, PipeCutError, close_with_reset
 from siderolink.common.hostport import HostPort
 from siderolink.common.pb.siderolink.admin.v1 import ForwardRequest, ForwardServiceStub, ForwardTarget
@@ -117,9 +116,7 @@ class _Forwarding:
     async def _accept(self, sock: socket.socket, tasks: TaskGroup) -> None:
         while True:
             try:
-                connection, _ = await asyncio.get_running_loop().sock_accept(sock)
-            except ConnectionError:
-                continue
+                connection, _ = await accept(sock)
             except OSError as error:  # out of file descriptors
                 tell(f"siderolink: cannot accept a connection: {error.strerror or error}")
                 await anyio.sleep(_ACCEPT_PAUSE)

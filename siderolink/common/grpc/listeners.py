@@ -1,4 +1,4 @@
-"""Listening sockets of the API, and errors for ports or paths that are not available."""
+"""Listening sockets, errors for ports or paths that are not available, and connections accepted one at a time."""
 
 import contextlib
 import errno
@@ -7,6 +7,9 @@ import socket
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import anyio
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
 
@@ -52,6 +55,20 @@ def listen_unix(path: str | Path, group: int | None = None) -> socket.socket:
             raise AddressInUseError(f"the socket {str(path)!r} is in use by another process") from error
         raise ConfigurationError(f"cannot listen on the socket {str(path)!r}: {error.strerror or error}") from error
     return sock
+
+
+async def accept(sock: socket.socket) -> tuple[socket.socket, Any]:
+    """Wait for a connection to a non-blocking listening socket. Returns the connection, non-blocking, and the peer's address.
+
+    A caller cancelled at any moment loses no connection; the event loop's `sock_accept` drops one that it has accepted but not
+    delivered yet. Raises OSError if this host has no file descriptor or memory left.
+    """
+    while True:
+        await anyio.wait_readable(sock)
+        with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionError):  # the peer has already disconnected
+            connection, address = sock.accept()
+            connection.setblocking(False)
+            return connection, address
 
 
 def _share(path: Path, group: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from siderolink.common.errors import ConfigurationError, ForbiddenError, NotFoundError
 from siderolink.common.grpc import ByteStream, GrpcChannel, GRPCError, Limits, Status, open_byte_stream, open_channel
+from siderolink.common.grpc.listeners import accept
 from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES, Inbox, Pipe, close_with_reset
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server.admin import forwards as forwards_module
@@ -54,7 +55,7 @@ class Ports:
 
     async def accept(self) -> socket.socket:
         with anyio.fail_after(20):
-            return (await asyncio.get_running_loop().sock_accept(self.listener))[0]
+            return (await accept(self.listener))[0]
 
 
 @dataclass

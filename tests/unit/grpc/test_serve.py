@@ -88,15 +88,21 @@ async def test_plaintext_against_tls(certificate: Path) -> None:
 
 
 async def test_a_tls_handshake_that_never_ends_is_counted_as_a_connection(certificate: Path) -> None:
-    limits = Limits(preface_timeout=1.0, max_connections_per_address=2, crowded_from=0)
+    limits = Limits(preface_timeout=60, max_connections_per_address=2, crowded_from=0)
     async with serve([Service()], host="127.0.0.1", tls=server_tls(certificate), limits=limits) as server:
-        async with RawPeer.connect(server.port) as first, RawPeer.connect(server.port) as second:
+        async with RawPeer.connect(server.port), RawPeer.connect(server.port):
             async with RawPeer.connect(server.port) as third:
                 await third.reader.read()
             assert server.refusals == {Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS: 1}
+
+
+async def test_a_tls_handshake_that_never_ends_is_ended_in_time(certificate: Path) -> None:
+    limits = Limits(preface_timeout=0.3)
+    async with serve([Service()], host="127.0.0.1", tls=server_tls(certificate), limits=limits) as server:
+        async with RawPeer.connect(server.port) as first, RawPeer.connect(server.port) as second:
             await first.reader.read()
             await second.reader.read()
-        assert server.refusals[Refusal.TLS_HANDSHAKE_FAILED] == 2
+        assert server.refusals == {Refusal.TLS_HANDSHAKE_FAILED: 2}
         assert server.connections == 0
 
 

@@ -165,7 +165,6 @@ async def test_what_is_no_header_is_refused_within_536_bytes(data: bytes) -> Non
 
 @pytest.mark.anyio
 async def test_a_server_behind_proxies_that_speak_the_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "HEADER_SECONDS", 0.2)
     root = make_certificate("root")
     (tmp_path / "pem").write_text(root.sign("127.0.0.1").pem)
     peers: list[object] = []
@@ -186,10 +185,12 @@ async def test_a_server_behind_proxies_that_speak_the_protocol(tmp_path: Path, m
                     async with open_channel("127.0.0.1", port, trusting) as channel:
                         assert (await method(channel)(Raw(b"x"), timeout=30)).data == b"x"
                 assert peers.pop() == address
-            for nothing in (b"", b"PROXY TCP4 ", PREFACE):
-                async with RawPeer.connect(server.port) as peer:
-                    peer.write(nothing)
-                    assert await peer.until_closed() == []
+            with monkeypatch.context() as patch:
+                patch.setattr(sources_module, "HEADER_SECONDS", 0.2)
+                for nothing in (b"", b"PROXY TCP4 ", PREFACE):
+                    async with RawPeer.connect(server.port) as peer:
+                        peer.write(nothing)
+                        assert await peer.until_closed() == []
             assert server.refusals == {Refusal.BAD_PROXY_HEADER: 3}
             while server.connections:
                 await asyncio.sleep(0.01)

@@ -24,6 +24,7 @@ from siderolink.client.reporting import (
 )
 from siderolink.client.reporting.event_sender import MAX_REFUSALS
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc.listeners import accept
 from siderolink.common.hostport import HostPort
 from siderolink.common.machine_events import unpack_event
 from siderolink.common.pb.events import EventRequest
@@ -257,7 +258,7 @@ async def test_what_was_not_written_when_the_receiver_ended_is_sent_again(no_lea
         listening.setblocking(False)
 
         async def serve(*, until_ended: bool) -> None:
-            taken, data, loop = (await asyncio.get_running_loop().sock_accept(listening))[0], b"", asyncio.get_running_loop()
+            (taken, _), data, loop = await accept(listening), b"", asyncio.get_running_loop()
             with taken, anyio.move_on_after(1.0 if until_ended else 30.0):
                 if until_ended:
                     await until(lambda: sender.waiting < 2000)

@@ -12,6 +12,7 @@ import anyio.lowlevel
 import pytest
 
 from siderolink.client.reporting import KernelMessage, LogDestination, LogSender
+from siderolink.common.grpc.listeners import accept
 from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks
 from siderolink.server.reporting.ingest import ReportIngest
@@ -75,13 +76,13 @@ async def test_what_a_killed_receiver_had_not_read_is_sent_again(no_leaks: None)
         async with background_tasks() as tasks:
             tasks.start_soon(sender.run)
             with anyio.fail_after(30):
-                first, _ = await loop.sock_accept(server)
+                first, _ = await accept(server)
                 with first:
                     read = await loop.sock_recv(first, 10_000)
                     while sender.waiting:  # the kernel has taken them all
                         await anyio.sleep(0.05)
                 # closed with data that was not read, as by a process that is killed
-                second, _ = await loop.sock_accept(server)
+                second, _ = await accept(server)
                 with second:
                     again = b""
                     while 299 not in numbers(again):
