@@ -241,6 +241,12 @@ def always_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siderolink.common.wireguard.dataplane.QUIET_INTERVAL", float("inf"))
 
 
+@pytest.fixture(params=[float("inf"), -1.0], ids=["busy", "after lulls"])
+def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No packet counts as a lone one after a pause, or each does."""
+    monkeypatch.setattr("siderolink.common.wireguard.dataplane.QUIET_INTERVAL", request.param)
+
+
 def send_each(data: memoryview, datagrams: Sequence[tuple[Path, int, int]]) -> Path | None:
     for path, start, end in datagrams:
         path.send(Datagrams.single(bytes(data[start:end])))
@@ -266,7 +272,7 @@ def frames_for_many(draw: st.DrawFn) -> list[bytes]:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
 @given(frames=frames_for_many())
 def test_packets_for_many_peers_are_sealed_together_like_one_by_one(
-    always_busy: None, interfaces: Callable[[], Descriptor], frames: list[bytes]
+    pace: None, interfaces: Callable[[], Descriptor], frames: list[bytes]
 ) -> None:
     compiled_functions()
     hubs = [Hub(5, interfaces()), Hub(5, Interface())]  # one of the six addresses is nobody's

@@ -54,8 +54,8 @@ class DataPlane:
         on_drained: Callable[[float], None],
         on_blocked: Callable[[Path], bool],
     ) -> None:
-        """`rows` also made the ciphers. `on_drained` is called after each call, to arm a timer; `on_blocked` when a path is
-        full: returning True stops reading the interface.
+        """`rows` also made the ciphers. `on_drained` is called when a deadline may have moved earlier, to arm a timer;
+        `on_blocked` when a path is full: returning True stops reading the interface.
         """
         self._engine = engine
         self._interface = interface
@@ -65,8 +65,12 @@ class DataPlane:
         self._rows = rows
         self._set_mtu(engine.mtu)
         self.mixed = rows.mixed()
+        self._lone = self.mixed if interface.fileno() >= 0 else None
+        """Reads and seals what comes after a lull."""
         self.send_many: SendMany | None = None
         """Sends datagrams of many peers; without it they go one by one."""
+        self.is_passing = True
+        """Whether what paths deliver is processed."""
         self.after_lull: Callable[[], None] | None = None
         """Called when what came after a lull has been written: what the host answers by itself waits and may leave at once."""
         self._mixed_frames = memoryview(bytearray(MAX_BYTES if self.mixed is not None else 0))
@@ -110,14 +114,14 @@ class DataPlane:
         now = boot_time()
         if self.backlog.frames or (self._is_blocked and self._quiet_flows.are_recent(now)):
             return self._send_backlog(now)
-        if self._is_mixed and self.mixed is not None and self.send_many is not None and now - self._read_at < QUIET_INTERVAL:
-            self._read_at = now
-            self._read_mixed(self.mixed, self.send_many, now)
+        is_alone = now - self._read_at > QUIET_INTERVAL
+        if self._lone is not None and self.send_many is not None and (is_alone or self._is_mixed):
+            self._read_mixed(self._lone, self.send_many, 1 if is_alone else MAX_READS, now)
             return False
         frame = self._interface.read()
         if frame is None:
             return False
-        is_alone, self._read_at = now - self._read_at > QUIET_INTERVAL, now
+        self._read_at = now
         if is_alone and self._send_single(frame, now):
             return False
         size = count = 0
@@ -134,7 +138,7 @@ class DataPlane:
             frame, added = self._read_on(MAX_READS - count)
             size, count = size + added * self._row_bytes, count + added
         self._leave_peer(now)
-        self._is_mixed = self._changes > MIXED_CHANGES * count and self._interface.fileno() >= 0
+        self._is_mixed = self._changes > MIXED_CHANGES * count
         self.drain(now)
         return False
 
@@ -168,10 +172,10 @@ class DataPlane:
         self.drain(now)
         return bool(self.backlog.frames) and not self._is_blocked
 
-    def _read_mixed(self, mixed: MixedPackets, send_many: SendMany, now: float) -> None:
+    def _read_mixed(self, mixed: MixedPackets, send_many: SendMany, most: int, now: float) -> None:
         """Read the waiting packets in one call, then seal and send in one call those that need nothing else."""
-        data = self._mixed_frames
-        frames, has_failed = mixed.read(self._interface, data, self._engine.mtu, MAX_READS)
+        data, self._is_blocked = self._mixed_frames, False
+        frames, has_failed = mixed.read(self._interface, data, self._engine.mtu, most)
         lone: list[tuple[Peer, int, int]] = []
         changes, before = 0, b""
         for pair, start, size, length in frames:
@@ -185,23 +189,26 @@ class DataPlane:
                 if peer.outbound_rates is None and self._engine.can_send(peer, now):
                     lone.append((peer, start, length))
                     continue
-            self._send_lone(mixed, send_many, lone, now)
-            lone = []
+            if lone:
+                self._send_lone(mixed, send_many, lone, now)
+                lone = []
             self._send_frame(frame, now)
             self._leave_peer(now)
-        self._send_lone(mixed, send_many, lone, now)
-        self._is_mixed = not frames or changes > MIXED_CHANGES * len(frames)
+        if lone:
+            self._send_lone(mixed, send_many, lone, now)
+        if frames:
+            self._read_at = now
+            self._is_mixed = most > 1 and changes > MIXED_CHANGES * len(frames)
         if has_failed:
             self._interface.read()  # raises the reason
         self.drain(now)
 
     def _send_lone(self, mixed: MixedPackets, send_many: SendMany, packets: list[tuple[Peer, int, int]], now: float) -> None:
         """Send packets of many peers, each by itself."""
-        if packets:
-            sealed = self._engine.seal_many(self._mixed_frames, packets, mixed.seal, now)
-            full = send_many(self._mixed_frames, cast("list[tuple[Path, int, int]]", sealed))
-            if full is not None:
-                self._on_blocked(full)
+        sealed = self._engine.seal_many(self._mixed_frames, packets, mixed.seal, now)
+        full = send_many(self._mixed_frames, sealed)  # type: ignore[arg-type] # see _device_path
+        if full is not None:
+            self._on_blocked(full)
 
     def _read_on(self, most: int) -> tuple[memoryview | None, int]:
         """The next frame, and how many frames were joined to the batch before it; no frame if none waits, or at the limit."""
@@ -355,6 +362,8 @@ class DataPlane:
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
         """Process a received batch, which may mix peers and kinds of messages."""
+        if not self.is_passing:
+            return
         now = boot_time()
         is_alone, self._delivered_at = now - self._delivered_at > QUIET_INTERVAL, now
         if datagrams.count == 1:
@@ -371,7 +380,8 @@ class DataPlane:
 
     def deliver_many(self, data: memoryview, messages: list[Message]) -> None:
         """Process data messages of many senders, one behind the other in `data`."""
-        assert self.mixed is not None  # who receives them has it
+        if self.mixed is None or not self.is_passing:
+            return
         now = boot_time()
         is_alone, self._delivered_at = now - self._delivered_at > QUIET_INTERVAL, now
         packets = self._engine.receive_many(data, messages, self.mixed.open, now)
@@ -395,10 +405,9 @@ class DataPlane:
     # After each call
 
     def drain(self, now: float) -> None:
-        """Empty the engine's output: send its datagrams, send staged packets, emit its events."""
+        """Empty the engine's output: send its datagrams, send staged packets, emit its events; and arm the timer anew."""
         if self._engine.output.is_waiting:
             self._drain(now)
-        self._on_drained(now)
 
     def _drain(self, now: float) -> None:
         output = self._engine.output
@@ -416,12 +425,13 @@ class DataPlane:
         events = output.take_events()
         if events:
             self._on_events(events)
+        self._on_drained(now)
 
     def handle_timers(self) -> None:
         """Run the engine's timers that are due."""
         now = boot_time()
         self._engine.handle_timers(now)
-        self.drain(now)
+        self._drain(now)
 
 
 def _device_path(path: EnginePath | None) -> Path:

@@ -353,7 +353,8 @@ class UdpSocket:
                     path.local_end.check(self._routes, self._mark)
                 targets.append((start, end, *path.target()))
             tried, failed = self._mixed[0].send(self._sock.fileno(), data, targets)
-            for path, start, end in [datagrams[index] for index in failed]:
+            for index in failed:
+                path, start, end = datagrams[index]
                 self._send(Datagrams.single(data[start:end]), path)  # handles errors, and counts drops
         for path, start, end in datagrams[tried:]:
             if self._pending_bytes + end - start > MAX_PENDING:

@@ -32,7 +32,7 @@ from siderolink.common.wireguard.device import (
 from siderolink.common.wireguard.noise import Drop, Engine, Event, PeerRoamed, PeerUnresponsive, SessionEstablished
 from siderolink.common.wireguard.packets import row_functions
 from siderolink.common.wireguard.packets.parts import PacketInterface
-from siderolink.common.wireguard.path import Datagrams, Message, Path
+from siderolink.common.wireguard.path import Path
 from siderolink.common.wireguard.uapi.protocol import DeviceReport
 from siderolink.common.wireguard.udp import UdpSockets, open_udp
 
@@ -71,8 +71,8 @@ class UserspaceDevice:
         self.own_peers_for: Callable[[float | None], None] = lambda seconds: self.engine.tenure.extend(seconds, boot_time())
         self.on_event = on_event
         self._timer_at = float("inf")
-        self.is_passing = False
-        """Whether packets pass: between `start` and `stop`."""
+        self.plane.is_passing = False
+        self.deliver = self.plane.deliver
         self._local = frozenset(address.ip.packed for address in config.addresses)
         self.engine.rates.set_all(config.rate_in, config.rate_out)
         self.engine.allowed_ips.only_to = self._local if config.isolate else None
@@ -80,13 +80,9 @@ class UserspaceDevice:
         """The current interface, if the packet device has one; None after it was deleted."""
         self._udp: UdpSockets | None = None
         if config.listen_port is not None:
-
-            def receive_many(data: memoryview, messages: list[Message]) -> None:
-                if self.is_passing:
-                    self.plane.deliver_many(data, messages)
-
-            self._udp = open_udp(config.listen_port, self.deliver, mixed=self.plane.mixed, receive_many=receive_many)
-            self.plane.send_many = self._udp.send_many
+            plane = self.plane
+            self._udp = open_udp(config.listen_port, plane.deliver, mixed=plane.mixed, receive_many=plane.deliver_many)
+            plane.send_many = self._udp.send_many
         self._configurator = Configurator(self.engine, config.private_key, self._udp)
 
         def timer_fired() -> None:
@@ -94,6 +90,11 @@ class UserspaceDevice:
             self.plane.handle_timers()
 
         self._timer = BootTimer(timer_fired)
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether packets pass: between `start` and `stop`."""
+        return self.plane.is_passing
 
     @property
     def public_key(self) -> PublicKey:
@@ -191,10 +192,6 @@ class UserspaceDevice:
             self.engine.send_keepalive(entry, now)
         self.plane.drain(now)
 
-    def deliver(self, datagrams: Datagrams, path: Path) -> None:
-        if self.is_passing:
-            self.plane.deliver(datagrams, path)
-
     async def limit_drops(self) -> dict[PublicKey, tuple[int, int]]:
         found: dict[PublicKey, tuple[int, int]] = {}
         if not (self.engine.drops[Drop.BANDWIDTH_IN] or self.engine.drops[Drop.BANDWIDTH_OUT]):
@@ -213,14 +210,15 @@ class UserspaceDevice:
 
     def start(self) -> None:
         """Start passing packets. Starts handshakes with peers that have a persistent keepalive."""
-        self.is_passing = True
+        self.plane.is_passing = True
         now = boot_time()
         self.engine.start(now)
         self.plane.drain(now)
+        self._arm_timer(now)  # what was set while nothing passed
 
     def stop(self) -> None:
         """Drop all sessions and pass no packets until `start`."""
-        self.is_passing = False
+        self.plane.is_passing = False
         self.plane.backlog.clear()
         self.engine.stop()
 
@@ -238,7 +236,7 @@ class UserspaceDevice:
     def _arm_timer(self, now: float) -> None:
         """Keep one timer armed. It may fire early, never late, so that packets need not rearm it."""
         at = self.engine.earliest_deadline()
-        if at < self._timer_at and self.is_passing:
+        if at < self._timer_at and self.plane.is_passing:
             self._timer_at = at
             self._timer.set(at)
 

@@ -58,7 +58,7 @@ class Engine:
         """Counts a drop decided by the owner."""
         self.removed_received_bytes = self.removed_sent_bytes = 0
         """Traffic of removed peers."""
-        self._deadlines = DeadlineQueue()
+        self._deadlines = DeadlineQueue(self.output)
         self._exchange = Exchange(
             Identity.of(private_key),
             self.peers,
@@ -79,7 +79,7 @@ class Engine:
             on_confirmed=self._confirmed,
         )
         self.earliest_deadline = self._deadlines.earliest
-        """Like `next_deadline`, but possibly too early, and cheap enough to be called after every packet."""
+        """Like `next_deadline`, but possibly too early, and cheaper. It moves earlier only when `output.is_waiting` is set."""
         self.find_peer, self.can_send, self.is_silent = traffic.find_peer, traffic.can_send, traffic.is_silent
         self.receive_many, self.seal_many = traffic.open_many, traffic.seal_many
         self.seal, self.stage, self.send_keepalive = traffic.seal, traffic.stage, traffic.send_keepalive

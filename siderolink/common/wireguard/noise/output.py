@@ -124,7 +124,7 @@ class Output:
         self._events: list[Event] = []
         self._ready: list[Peer] = []
         self.is_waiting = False
-        """Whether there may be output; the caller that takes all of it clears this."""
+        """Whether there may be output or an earlier deadline; the caller that takes all of it clears this."""
         self.drops: Counter[Drop] = Counter()
         """Number of drops by reason."""
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from .messages import KEEPALIVE_TIMEOUT, NEW_HANDSHAKE_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, ZERO_KEYS_TIME
 
 if TYPE_CHECKING:
+    from .output import Output
     from .peer import Peer
 
 NEVER = float("inf")
@@ -79,7 +80,8 @@ class Timers:
         if self.new_handshake_at != NEVER:
             return False
         self.new_handshake_at = now + NEW_HANDSHAKE_TIME + self.jitter
-        self._unanswered(now)
+        if self.unanswered_since == NEVER:
+            self.unanswered_since = now
         return True
 
     def authenticated_received(self, now: float) -> None:
@@ -109,7 +111,8 @@ class Timers:
         if self.retransmit_at == NEVER:
             self.attempt_started_at = now
         self.retransmit_at = min(now + REKEY_TIMEOUT + jitter, self.attempt_started_at + REKEY_ATTEMPT_TIME)
-        self._unanswered(now)
+        if self.unanswered_since == NEVER:
+            self.unanswered_since = now
 
     def initiation_postponed(self, now: float, at: float) -> None:
         """An initiation is due, but the last one was too recent."""
@@ -146,10 +149,6 @@ class Timers:
         """Schedule the next one, even if this one could not be sent."""
         self.persistent_at = now + self.persistent_interval if self.persistent_interval else NEVER
 
-    def _unanswered(self, now: float) -> None:
-        if self.unanswered_since == NEVER:
-            self.unanswered_since = now
-
     def _traversed(self, now: float) -> None:
         if self.persistent_interval:
             self.persistent_at = now + self.persistent_interval
@@ -179,9 +178,11 @@ class DeadlineQueue:
     when it reaches the top. Updating a peer is cheap, and no cost depends on the number of peers.
     """
 
-    __slots__ = ("_heap", "_order")
+    __slots__ = ("_heap", "_order", "_output")
 
-    def __init__(self) -> None:
+    def __init__(self, output: "Output") -> None:
+        """Sets `output.is_waiting` when a deadline moves earlier, so that the owner arms its timer."""
+        self._output = output
         self._heap: list[tuple[float, int, Peer]] = []
         self._order = count()
 
@@ -191,9 +192,10 @@ class DeadlineQueue:
         if at < peer.scheduled_at:
             peer.scheduled_at = at
             heappush(self._heap, (at, next(self._order), peer))
+            self._output.is_waiting = True
 
     def earliest(self) -> float:
-        """A time before which nothing is due; cheaper than the exact one, to be used after every packet."""
+        """A time before which nothing is due; cheaper than the exact one."""
         return self._heap[0][0] if self._heap else NEVER
 
     def next_at(self) -> float:

@@ -54,12 +54,13 @@ class Traffic:
 
     def can_send(self, peer: Peer, now: float) -> bool:
         """Whether `seal` has a session to use; otherwise packets must be staged."""
-        session = peer.current
-        return session is not None and peer.reachable_path is not None and not session.is_expired(now)
+        session, path = peer.current, peer.path
+        return session is not None and path is not None and path.is_open and not session.is_expired(now)
 
     def is_silent(self, peer: Peer, now: float) -> bool:
         """Whether nothing may be sent to the peer, because another device has it or may have it."""
-        return peer.is_passive or self._tenure.doubts(peer.timers, now)
+        tenure = self._tenure
+        return peer.is_passive or (now > tenure.until and tenure.doubts(peer.timers, now))
 
     def seal(self, peer: Peer, packets: Packets, now: float) -> tuple[Path, Datagrams] | None:
         """Make one data message of each packet, for the returned path. The caller sends them before its next call.
@@ -99,7 +100,8 @@ class Traffic:
                 self._output.drop(Drop.EXPIRED_SESSION)
                 continue
             peer.sent_bytes += length + TRANSPORT_OVERHEAD
-            if peer.timers.data_sent(now):
+            timers = peer.timers
+            if timers.data_sent(now) and timers.new_handshake_at < peer.scheduled_at:
                 self._deadlines.update(peer)
             if session.wants_rekey(now):
                 self._initiate(peer, now)
