@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from siderolink.cli.output import show, tell, to_json
+from siderolink.cli.output import show, show_message, to_json
 from siderolink.cli.secret import read_secret
 from siderolink.cli.settings import SettingsOptions, SettingsReader
 from siderolink.client.config import Ingress, IngressRule, MachineSettings
@@ -47,9 +47,9 @@ def run_show(options: SettingsOptions, *, as_json: bool) -> bool:
     if not lines:
         show("nothing is set")
     for note in settings.notes:
-        tell(f"note: {one_line(note)}")
+        show_message(f"note: {one_line(note)}")
     for problem in settings.problems:
-        tell(f"problem: {one_line(problem)}")
+        show_message(f"problem: {one_line(problem)}")
     return not settings.problems
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from siderolink.cli.logs import say
+from siderolink.cli.logs import log_event
 from siderolink.client.link import events
 from siderolink.server import ServerEvent
 from siderolink.server.events import describe_event
@@ -58,13 +58,13 @@ def link_event(event: events.LinkEvent) -> tuple[str, str]:
 
 def log_link_event(event: events.LinkEvent) -> None:
     name, level, text = _LINK[type(event)]
-    say(name, text(event), level=level)
+    log_event(name, text(event), level=level)
 
 
 def log_server_event(event: ServerEvent) -> None:
     found = describe_event(event)
     level = found.level
-    say(found.name, f"{found.subject} {found.text}".strip(), level=level, sample=found.sample, fields=found.fields)
+    log_event(found.name, f"{found.subject} {found.text}".strip(), level=level, sample=found.sample, fields=found.fields)
 
 
 def _carrier(event: events.Joined) -> str:

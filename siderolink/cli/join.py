@@ -15,7 +15,7 @@ from siderolink.cli.control import (
     peer_message,
 )
 from siderolink.cli.describe import link_event, log_link_event
-from siderolink.cli.logs import hide, lost_records, name_machine, say
+from siderolink.cli.logs import hide, log_event, lost_records, name_machine
 from siderolink.cli.maintenance import Maintenance, MaintenanceOptions
 from siderolink.cli.options import MetricsOptions
 from siderolink.cli.reporting import Reporting, report_part
@@ -141,7 +141,7 @@ class JoinedMachine:
             async def hold_firewall(ingress: Ingress) -> None:
                 await firewall.replace(ingress)
                 if ingress.is_needed:
-                    say("firewall", f"{ingress.default} by default, {len(ingress.rules)} rules")
+                    log_event("firewall", f"{ingress.default} by default, {len(ingress.rules)} rules")
                 await anyio.sleep_forever()
 
             # before the link, so that no port is open in between
@@ -185,7 +185,7 @@ class JoinedMachine:
         while True:
             url = _join_url(self._settings.current)
             if url is None:
-                say("waiting", "there is no join URL")
+                log_event("waiting", "there is no join URL")
                 if self._follower is not None:
                     self._follower.removed()
                 await self._settings.changed()
@@ -195,7 +195,7 @@ class JoinedMachine:
             except ConfigurationError as error:
                 if not has_joined:
                     raise
-                say("settings refused", f"{error}; no link until they change")
+                log_event("settings refused", f"{error}; no link until they change")
                 await self._settings.changed()
                 continue
             has_joined = True
@@ -217,9 +217,9 @@ class JoinedMachine:
             try:
                 options = self._link_options(before)
             except ConfigurationError as error:
-                say("settings refused", f"cannot use those from before an interrupted trial: {error}")
+                log_event("settings refused", f"cannot use those from before an interrupted trial: {error}")
             else:
-                say("settings", "a trial was interrupted; starting with the settings that worked before")
+                log_event("settings", "a trial was interrupted; starting with the settings that worked before")
                 return options, True
         return self._link_options(join), False
 
@@ -241,7 +241,7 @@ class JoinedMachine:
                     options = await self._note_options(settings)
                     await link.apply(options, timeout=0.0, keep=True, prove_first=is_interrupted)
                 except ConfigurationError as error:
-                    say("settings refused", f"{error}; the previous ones stay in force")
+                    log_event("settings refused", f"{error}; the previous ones stay in force")
                 if self._settings.current == settings:
                     await self._settings.changed()
 
@@ -378,7 +378,7 @@ def run_join(options: JoinOptions) -> None:
     """Join and stay joined. Raises SideroLinkError."""
     settings = FollowedSettings(SettingsReader(options.settings))
     for note in settings.current.notes:
-        say("note", note)
+        log_event("note", note)
     settings.log_problems()
     url = settings.current.url
     if url is None and options.maintenance is None:
@@ -389,5 +389,5 @@ def run_join(options: JoinOptions) -> None:
             )
         )
     if url is not None and url.source != "argument":
-        say("settings", f"join URL {url.value} from {url.source}")
+        log_event("settings", f"join URL {url.value} from {url.source}")
     run_until_stopped(JoinedMachine(options, settings).run)

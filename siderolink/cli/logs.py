@@ -1,6 +1,6 @@
 """The log of a long-running command: structured records, written by a separate thread.
 
-    say(), logging  ->  LogHandler: level, sampling  ->  LineQueue: never blocks  ->  LineWriter: a thread, text or JSON
+    log_event(), logging  ->  LogHandler: level, sampling  ->  LineQueue: never blocks  ->  LineWriter: a thread, text or JSON
 
 So a blocked or closed reader of standard output does not affect the service: a full queue drops and counts records, and a
 closed pipe ends the log but not the program. docs/logs.md is the operator's page.
@@ -38,7 +38,7 @@ _TRACEBACK = "traceback_text"
 _logger = logging.getLogger("siderolink.cli")
 
 
-def say(
+def log_event(
     name: str,
     text: str,
     *,

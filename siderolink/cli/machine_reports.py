@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 
-from siderolink.cli.logs import say
+from siderolink.cli.logs import log_event
 from siderolink.common.pb.siderolink.control import Reports as Counts
 from siderolink.common.tasks import background_tasks
 from siderolink.server import LinesDropped, MachineEvent, Reports, ReportsLost
@@ -23,30 +23,30 @@ def report_counts(reports: Reports) -> Counts:
 async def log_reports(reports: Reports, *, with_lines: bool) -> None:
     """Log reports until the server stops."""
     if reports.event_sink_port is not None:
-        say("event sink", f"on TCP port {reports.event_sink_port} of the overlay")
+        log_event("event sink", f"on TCP port {reports.event_sink_port} of the overlay")
     if reports.log_port is not None:
-        say("log receiver", f"on TCP and UDP port {reports.log_port} of the overlay")
+        log_event("log receiver", f"on TCP and UDP port {reports.log_port} of the overlay")
     async with background_tasks() as tasks:
         if with_lines:
             tasks.start_soon(_log_lines, reports)
         async for event in reports.events():
             match event:
                 case MachineEvent(machine=machine):
-                    say(
+                    log_event(
                         "event",
                         f"{machine.node_uuid} {event.summary}",
                         sample=(f"events of {machine.id}", EVENT_BURST),
                         fields=machine.log_fields | {"type": event.kind, "id": event.id},
                     )
                 case ReportsLost(count=count):
-                    say("events not logged", str(count), level=logging.WARNING)
+                    log_event("events not logged", str(count), level=logging.WARNING)
 
 
 async def _log_lines(reports: Reports) -> None:
     async for line in reports.lines():
         match line:
             case LinesDropped(machine=machine, reason=reason, count=count):
-                say(
+                log_event(
                     "kernel log",
                     f"{machine.node_uuid} {count} lines dropped: {reason}",
                     level=logging.WARNING,
@@ -54,9 +54,9 @@ async def _log_lines(reports: Reports) -> None:
                     fields=machine.log_fields,
                 )
             case ReportsLost(count=count):
-                say("kernel log", f"{count} lines not logged", level=logging.WARNING)
+                log_event("kernel log", f"{count} lines not logged", level=logging.WARNING)
             case _:
-                say(
+                log_event(
                     "kernel log",
                     f"{line.machine.node_uuid} {line.message}",
                     sample=(f"lines of {line.machine.id}", LINE_BURST),

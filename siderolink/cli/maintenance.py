@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 from grpclib import GRPCError, Status
 
-from siderolink.cli.logs import say
+from siderolink.cli.logs import log_event
 from siderolink.cli.reporting import Reporting
 from siderolink.cli.settings import FollowedSettings
 from siderolink.client.config import MachineSettings, Setting
@@ -91,7 +91,7 @@ class Maintenance:
             serve_maintenance(hooks, node_uuid=node_uuid, place=place, port=port, resources=self._resources) as api,
         ):
             tasks.start_soon(self._configuration.run)
-            say("maintenance API", f"on port {port}, {'every address' if place == Everywhere() else 'the overlay alone'}")
+            log_event("maintenance API", f"on port {port}, {'every address' if place == Everywhere() else 'the overlay alone'}")
             self._reporting.also_to(api.events.publish)
             self._reporting.publish(_in_maintenance())
             yield LinkFollower(api)
@@ -103,7 +103,7 @@ class Maintenance:
         answer = await self._configuration.apply(request)
         if request.dry_run:
             return answer
-        say("configuration", f"applied by the maintenance API ({request.mode})")
+        log_event("configuration", f"applied by the maintenance API ({request.mode})")
         warnings = answer.warnings
         if self._settings.has_url_argument and self._configuration.has_join:
             warnings += ("the join URL given as an argument overrides the one of this configuration",)
@@ -112,14 +112,14 @@ class Maintenance:
     async def _write_meta(self, key: int, value: bytes) -> None:
         async with self._changing_meta:
             await self._change_meta(key, value)
-        say("META", f"key {key} was written by the maintenance API")
+        log_event("META", f"key {key} was written by the maintenance API")
 
     async def _delete_meta(self, key: int) -> bool:
         async with self._changing_meta:
             if key not in self._meta.values:
                 return False
             await self._change_meta(key, None)
-        say("META", f"key {key} was deleted by the maintenance API")
+        log_event("META", f"key {key} was deleted by the maintenance API")
         return True
 
     async def _change_meta(self, key: int, value: bytes | None) -> None:
@@ -167,7 +167,7 @@ def _read_uuid(value: bytes) -> str | None:
     try:
         return str(uuid.UUID(value.decode()))
     except ValueError:
-        say("META", f"key {UUID_KEY} is not a UUID; the machine keeps its present one")
+        log_event("META", f"key {UUID_KEY} is not a UUID; the machine keeps its present one")
         return None
 
 
@@ -177,6 +177,6 @@ def _read_token(value: bytes | None) -> str | None:
         return None
     text = value.decode(errors="replace")
     if len(text) > _LONGEST_TOKEN or not (text.isprintable() and value == text.encode()):
-        say("META", f"key {UNIQUE_TOKEN_KEY} is not one line of at most {_LONGEST_TOKEN} characters; it is not used")
+        log_event("META", f"key {UNIQUE_TOKEN_KEY} is not one line of at most {_LONGEST_TOKEN} characters; it is not used")
         return None
     return text

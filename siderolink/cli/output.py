@@ -190,7 +190,7 @@ def to_json(value: Any, *, indent: int | None = 2) -> str:
     return text if printable(text) == text else json.dumps(value, indent=indent)
 
 
-def tell(text: str) -> None:
+def show_message(text: str) -> None:
     """Like `show`, on standard error, for messages that are not results."""
     print(printable(text), file=sys.stderr, flush=True)
 
@@ -198,7 +198,7 @@ def tell(text: str) -> None:
 def fail(text: str, status: int = 1) -> int:
     """Print on standard error why the command ends, if possible; returns the exit status."""
     try:
-        tell(f"siderolink: {text}")
+        show_message(f"siderolink: {text}")
     except OSError:
         pass
     return status

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import anyio
 from anyio.abc import TaskGroup
 
-from siderolink.cli.logs import say
+from siderolink.cli.logs import log_event
 from siderolink.client import Connected, Joined, LinkEvent, Reestablished
 from siderolink.client.config import LogURL, MachineSettings
 from siderolink.client.reporting import EventSender, LogDestination, LogSender, read_kernel_log
@@ -83,7 +83,7 @@ class Reporting:
                         self._read[log] = message.seq
                         sender.add(message)
         except (ConfigurationError, OSError) as error:
-            say("no kernel log", str(error), level=logging.WARNING)
+            log_event("no kernel log", str(error), level=logging.WARNING)
 
     def counts(self) -> Reports | None:
         """Counts of delivered, waiting and lost reports; None if nothing is reported."""

@@ -13,9 +13,9 @@ from typing import NoReturn
 import anyio
 from anyio.abc import TaskStatus
 
-from siderolink.cli.logs import say as say
+from siderolink.cli.logs import log_event as log_event
 from siderolink.cli.logs import stop_log
-from siderolink.common.degraded import say_once
+from siderolink.common.degraded import warn_once
 from siderolink.common.tasks import background_tasks
 
 SPARE_DESCRIPTORS = 64
@@ -27,7 +27,7 @@ def loop_options() -> dict[str, bool]:
     """Options that make anyio.run use the fastest available event loop."""
     has_uvloop = find_spec("uvloop") is not None
     if not has_uvloop:
-        say_once("uvloop is not installed")
+        warn_once("uvloop is not installed")
     return {"use_uvloop": has_uvloop}
 
 

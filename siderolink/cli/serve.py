@@ -16,7 +16,7 @@ from siderolink.cli.control import (
     peer_message,
 )
 from siderolink.cli.describe import log_server_event
-from siderolink.cli.logs import hide, lost_records, say
+from siderolink.cli.logs import hide, log_event, lost_records
 from siderolink.cli.machine_reports import log_reports, report_counts
 from siderolink.cli.memory import FreeMemory
 from siderolink.cli.options import metrics_options
@@ -170,10 +170,10 @@ class Serve:
             try:
                 left = await self._serving.server.drain(self._options.drain_timeout)
             except SideroLinkError as error:
-                say("not drained", str(error), level=logging.WARNING)
+                log_event("not drained", str(error), level=logging.WARNING)
                 return
             if left:
-                say("not drained", f"{left} machines are still here after {self._options.drain_timeout:g} s")
+                log_event("not drained", f"{left} machines are still here after {self._options.drain_timeout:g} s")
 
     def reload(self) -> None:
         """Reload the join token file and the certificates. Logs unusable ones and keeps the old ones in use."""
@@ -187,13 +187,13 @@ class Serve:
         try:
             token = self._read_token()
             if token is None or token == self._token:
-                say("unchanged", f"the join token{self._why_unchanged()}")
+                log_event("unchanged", f"the join token{self._why_unchanged()}")
                 return
             self._token = token
             self._serving.server.set_join_token(token)
-            say("reloaded", "the join token")
+            log_event("reloaded", "the join token")
         except SideroLinkError as error:
-            say("not reloaded", str(error), level=logging.WARNING)
+            log_event("not reloaded", str(error), level=logging.WARNING)
 
     def _why_unchanged(self) -> str:
         if self._options.stored_tokens_only:
@@ -263,14 +263,14 @@ class Serve:
     async def _run_beside(self, server: Server, events: EventStream) -> None:
         tls = ", TLS" if self._certificate is not None else ""
         carrier = f"UDP port {server.wireguard_port}" if server.wireguard_port is not None else "the tunnel alone"
-        say("serving", f"API on {self._options.api_listen}{tls}, WireGuard on {carrier}")
+        log_event("serving", f"API on {self._options.api_listen}{tls}, WireGuard on {carrier}")
         if self._options.admin_listen is not None:
-            say("administration", f"on TCP port {server.admin_port}, by API keys")
-        say("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
+            log_event("administration", f"on TCP port {server.admin_port}, by API keys")
+        log_event("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
         if self._state is not None:
-            say("remembering", f"{(await server.counters()).accepted_machines} machines, in {self._state}")
+            log_event("remembering", f"{(await server.counters()).accepted_machines} machines, in {self._state}")
         if self._reports is not None and (keep := self._reports.keep) is not None:
-            say("keeping reports", f"for {keep.max_age / DAY:g} days, in {keep.folder}")
+            log_event("keeping reports", f"for {keep.max_age / DAY:g} days, in {keep.folder}")
         calm_collector()
         notify("READY=1")
         async with background_tasks() as tasks:
@@ -289,9 +289,9 @@ def _certificate(file: Path | None, key: Path | None) -> ServerCertificate | Non
 def _reload_certificate(certificate: ServerCertificate, name: str) -> None:
     try:
         if certificate.reload():
-            say("reloaded", name)
+            log_event("reloaded", name)
     except SideroLinkError as error:
-        say("not reloaded", str(error), level=logging.WARNING)
+        log_event("not reloaded", str(error), level=logging.WARNING)
 
 
 def _join_policy(options: ServeConfig) -> JoinPolicy:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import anyio
 
-from siderolink.cli.logs import hide, say
+from siderolink.cli.logs import hide, log_event
 from siderolink.cli.options import default_state
 from siderolink.cli.secret import read_secret
 from siderolink.common.errors import ConfigurationError, SideroLinkError
@@ -210,7 +210,7 @@ class Serving:
         if self._scope is None:
             raise SideroLinkError("the server is restarting")
         self._between, self._started = between, anyio.Event()
-        say("starting again", "the server's state was changed")
+        log_event("starting again", "the server's state was changed")
         self._scope.cancel()
         await self._started.wait()
         if self._failure is not None:

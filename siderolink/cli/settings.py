@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import anyio
 
-from siderolink.cli.logs import say
+from siderolink.cli.logs import log_event
 from siderolink.cli.secret import read_secret
 from siderolink.client.config import MachineSettings, Setting, Sources, merge
 from siderolink.client.link.identity import machine_identity
@@ -186,7 +186,7 @@ class FollowedSettings:
                 if is_first:
                     raise
                 delay = backoff.next()
-                say("settings failed", f"{error}; again in {delay:.0f} s")
+                log_event("settings failed", f"{error}; again in {delay:.0f} s")
             except Exception:
                 delay = backoff.next()
                 log.exception("applying changed settings failed; retrying in %.0f s", delay)
@@ -202,7 +202,7 @@ class FollowedSettings:
     def log_problems(self) -> None:
         """Log ignored settings, one line each."""
         for problem in self.current.problems:
-            say("setting ignored", problem)
+            log_event("setting ignored", problem)
         self._reported = self.current.problems
 
     def _read_again(self) -> None:
@@ -211,7 +211,7 @@ class FollowedSettings:
         except ConfigurationError as error:
             refusal = str(error)
         if refusal is not None and refusal != self._refusal:
-            say("settings refused", f"{refusal}; the previous ones stay in force")
+            log_event("settings refused", f"{refusal}; the previous ones stay in force")
         self._refusal = refusal
         self._use(self._merge(self._applied, self._meta))
 
@@ -228,6 +228,6 @@ class FollowedSettings:
     def _use(self, settings: MachineSettings) -> None:
         if settings != self.current:
             self.current = settings
-            say("settings", "changed")
+            log_event("settings", "changed")
             self._changed.set()
             self._changed = anyio.Event()

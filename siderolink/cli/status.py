@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from siderolink.cli.control import query_all
-from siderolink.cli.output import describe_age, describe_size, show, tell
+from siderolink.cli.output import describe_age, describe_size, show, show_message
 from siderolink.cli.running import loop_options
 from siderolink.common.pb.siderolink.control import Peer, Reports, StatusResponse
 from siderolink.common.text import one_line
@@ -21,7 +21,7 @@ def run_status(*, as_json: bool) -> int:
     """Print the status of every running `serve` and `join`; returns 1 if one does not answer. Raises SideroLinkError."""
     result = anyio.run(query_all, backend_options=loop_options())
     for line in (*result.notes, *result.failures):
-        tell(f"siderolink: {one_line(line)}")
+        show_message(f"siderolink: {one_line(line)}")
     if as_json:
         show(json.dumps([to_json(answer) for answer in result.answers], indent=2))
     else:

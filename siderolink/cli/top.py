@@ -194,16 +194,16 @@ class _Screen:
         self._result = await query_all()
         self._rows = self._rates.rows(self._result.answers, time.monotonic())
         if self.view.is_timeline:
-            await self._ask_history()
+            await self._request_history()
 
     async def press(self, key: str) -> None:
         was_timeline = self.view.is_timeline
         self.view.press(key, [row.key for row in self._chosen()], self._page)
         if self.view.is_timeline and not was_timeline:
-            await self._ask_history()
+            await self._request_history()
         self.view.scrolled = min(self.view.scrolled, max(0, len(self._entries) - 1))
 
-    async def _ask_history(self) -> None:
+    async def _request_history(self) -> None:
         row = self._selected()
         self._entries, self._problem = (), ""
         if row is None or not row.node_uuid:

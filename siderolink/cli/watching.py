@@ -6,7 +6,7 @@ from pathlib import Path
 
 from watchfiles import awatch
 
-from siderolink.cli.logs import say
+from siderolink.cli.logs import log_event
 
 
 async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> None:
@@ -24,7 +24,7 @@ async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> Non
                 changed()
     except PermissionError:
         names = ", ".join(sorted(map(str, folders)))
-        say("not watched", f"{names}: this user may not list it; send SIGHUP after changes", level=logging.WARNING)
+        log_event("not watched", f"{names}: this user may not list it; send SIGHUP after changes", level=logging.WARNING)
 
 
 def _fingerprints(files: Sequence[Path]) -> list[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import anyio
 
 from siderolink.cli.admin.connection import Target, TargetOptions, find_target
-from siderolink.cli.logs import hide, say
+from siderolink.cli.logs import hide, log_event
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.serve_values import full_listen
 from siderolink.cli.watching import watch_files
@@ -56,7 +56,7 @@ async def _serve(options: WebOptions, target: Target, with_parent: bool) -> None
 
         def listening(address: HostPort) -> None:
             scheme = "http" if certificate is None else "https"
-            say("page", f"on {scheme}://{address}, of the server at {target}")
+            log_event("page", f"on {scheme}://{address}, of the server at {target}")
 
         await serve_page(options, listening)
 
@@ -64,9 +64,9 @@ async def _serve(options: WebOptions, target: Target, with_parent: bool) -> None
 def _reload(certificate: ServerCertificate) -> None:
     try:
         if certificate.reload():
-            say("reloaded", "the TLS certificate")
+            log_event("reloaded", "the TLS certificate")
     except SideroLinkError as error:
-        say("not reloaded", str(error), level=30)
+        log_event("not reloaded", str(error), level=30)
 
 
 async def _end_with_parent(scope: anyio.CancelScope) -> None:

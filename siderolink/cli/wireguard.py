@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
-from siderolink.cli.logs import say, start_log
+from siderolink.cli.logs import log_event, start_log
 from siderolink.cli.options import MetricsOptions
 from siderolink.cli.running import run_until_stopped
 from siderolink.common.errors import SideroLinkError
@@ -39,7 +39,7 @@ def run_wireguard(
 
     def is_ready() -> None:
         if ready is None:
-            say(name, "ready: set it up with wg and ip")
+            log_event(name, "ready: set it up with wg and ip")
         else:
             ready()
 
@@ -80,21 +80,21 @@ def _run(name: str, ready: Callable[[], None], metrics: MetricsOptions | None) -
     from siderolink.common.wireguard.opening import open_interface
 
     def on_event(event: "DeviceEvent") -> None:
-        say(name, _describe(event), level=logging.DEBUG)
+        log_event(name, _describe(event), level=logging.DEBUG)
 
     async def work() -> None:
         async with open_interface(name, on_event) as interface, AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(control_socket(name, [ControlService(InterfaceSource(interface.device))]))
             except SideroLinkError as error:  # the interface works without it
-                say(name, f"`siderolink status` will not show this interface: {error}", level=logging.WARNING)
+                log_event(name, f"`siderolink status` will not show this interface: {error}", level=logging.WARNING)
             if metrics is not None:
                 from siderolink.cli.metrics import endpoint, sources
 
                 await stack.enter_async_context(endpoint.serve_metrics(metrics, sources.InterfaceMetrics(interface.device)))
             ready()
             await interface.lost.wait()
-            say(name, "the interface was deleted, or its socket")
+            log_event(name, "the interface was deleted, or its socket")
 
     run_until_stopped(work)
 

@@ -71,7 +71,7 @@ def compose(ingress: Ingress, trusted: Iterable[str] = TRUSTED) -> tuple[list[Ch
         return [], []
     block = ingress.default == "block"
     names = [f"rule{number}" for number in range(len(ingress.rules))]
-    parts = [Part(name, list(_judge(rule, block))) for name, rule in zip(names, ingress.rules, strict=True)]
+    parts = [Part(name, list(_convert(rule, block))) for name, rule in zip(names, ingress.rules, strict=True)]
     trust = [Rule([arriving_by(interface)], "accept") for interface in trusted]
     selected = [(selector, name) for name, rule in zip(names, ingress.rules, strict=True) for selector in _select(rule)]
     new = connection_in("new")
@@ -115,7 +115,7 @@ def _select(rule: IngressRule) -> Iterator[list[Match]]:
             yield [protocol(number), port(ports.first, ports.last)]
 
 
-def _judge(rule: IngressRule, block: bool) -> Iterator[Rule]:
+def _convert(rule: IngressRule, block: bool) -> Iterator[Rule]:
     """With `block`, accept the rule's sources and return for others; else return for the sources and drop others."""
     for network in rule.exceptions:
         yield Rule([from_network(network)], "return" if block else "drop")

@@ -43,7 +43,7 @@ boot_time: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME
 class BootTimer:
     """One timer on `boot_time`. Deadlines that pass while the host sleeps fire when it wakes.
 
-    An event loop's own timers stop meanwhile. They are the fallback where the kernel has no such timer.
+    An event loop's own timers stop during sleep. They are the fallback if the kernel has no such timer.
     """
 
     def __init__(self, on_due: Callable[[], None]) -> None:

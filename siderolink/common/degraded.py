@@ -7,6 +7,6 @@ _logger = logging.getLogger("siderolink")
 
 
 @cache
-def say_once(lack: str) -> None:
+def warn_once(lack: str) -> None:
     """Log the reason why the data plane is slower than it could be."""
     _logger.warning("the data plane runs at reduced speed: %s", lack)

@@ -88,12 +88,12 @@ class MoveAway:
         return cls(public_key=PublicKey(data[6:]))
 
 
-async def hear_moves(
+async def receive_move_requests(
     on_move: Callable[[PublicKey], None], *, address: IPv6Address, server: IPv6Address, interface: str, namespace: str | None
 ) -> None:
     """Call `on_move` with the server's key for each move received at the machine's address, until cancelled.
 
-    Each may cost a call of the API, so those within MOVE_SECONDS count as one. `namespace` is where the interface is.
+    Each may cost a call of the API, so those within MOVE_SECONDS count as one. `namespace` is the interface's.
     Raises SideroLinkError if the port is not available.
     """
     with await bind_overlay(address, GOODBYE_PORT, interface, udp=True, namespace=namespace) as sock:
@@ -109,7 +109,7 @@ def _moves(sock: socket.socket, server: IPv6Address) -> Iterator[MoveAway]:
     for _ in range(_MOVES_AT_ONCE):
         try:
             data, source = sock.recvfrom(GOODBYE_BYTES + 1)
-        except OSError:  # nothing is left, or the interface is down, which its watch tells
+        except OSError:  # nothing is left, or the interface is down, which its watch reports
             return
         move = MoveAway.parse(data)
         if move is not None and IPv6Address(source[0].partition("%")[0]) == server:

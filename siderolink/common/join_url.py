@@ -62,9 +62,9 @@ class JoinURL:
             _refuse(f"a port is a number from 1 to 65535, not {self.port}")
         if self.join_token is not None:
             if not self.join_token:
-                _refuse("the join token is empty; leave it out instead")
+                _refuse("the join token is empty; omit it instead")
             if _has_control(self.join_token):
-                _refuse("the join token holds control characters")
+                _refuse("the join token contains control characters")
             if len(quote(self.join_token, safe="")) > MAX_LENGTH - 512:
                 _refuse(f"it would be longer than {MAX_LENGTH} characters")
 
@@ -77,9 +77,9 @@ class JoinURL:
         if len(text) > MAX_LENGTH:
             _refuse(f"it is longer than {MAX_LENGTH} characters")
         if _has_control(text):
-            _refuse("it holds control characters or line ends")
+            _refuse("it contains control characters or line ends")
         if "#" in text:
-            _refuse("it holds a '#'; inside a token, write %23")
+            _refuse("it contains a '#'; inside a token, write %23")
         scheme = _SCHEME.match(text)
         rest = text[scheme.end() :] if scheme else text
         found = _AUTHORITY_END.search(rest)
@@ -129,17 +129,17 @@ def _check_host(host: str) -> None:
         return
     address, percent, zone = host.partition("%")
     if percent and not _ZONE.fullmatch(zone):
-        _refuse("the zone of its IPv6 address is no interface name")
+        _refuse("the zone of its IPv6 address is not an interface name")
     try:
         IPv6Address(address)
     except AddressValueError:
-        _refuse("its host is no IPv6 address")
+        _refuse("its host is not an IPv6 address")
 
 
 def _split_authority(authority: str) -> tuple[str, int]:
     """Host and port of ``host``, ``host:port``, ``[IPv6 address]`` or ``[IPv6 address]:port``."""
     if "@" in authority:
-        _refuse("it holds a user name or password, which have no meaning here")
+        _refuse("it contains a user name or password, which a join URL cannot have")
     if authority.startswith("["):
         host, bracket, port = authority[1:].partition("]")
         host = host.replace("%25", "%", 1)
@@ -151,7 +151,7 @@ def _split_authority(authority: str) -> tuple[str, int]:
             _refuse("an IPv6 address belongs in brackets, as in grpc://[fd00::1]:443")
         host, _, port = authority.partition(":")
     if port and not (port.isascii() and port.isdigit() and len(port) <= 5):
-        _refuse("its port is no number from 1 to 65535")
+        _refuse("its port is not a number from 1 to 65535")
     return host, int(port) if port else DEFAULT_PORT
 
 
@@ -162,7 +162,7 @@ def _first(query: str, name: str) -> str | None:
         if _decode(key) != name:
             continue
         if ";" in value:
-            _refuse(f"the value of {name} holds a ';'; write %3B")
+            _refuse(f"the value of {name} contains a ';'; write %3B")
         decoded = _decode(value)
         if decoded is None:
             _refuse(f"the value of {name} is not percent-encoded UTF-8")

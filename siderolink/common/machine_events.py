@@ -174,27 +174,27 @@ def _first_fields(data: bytes | memoryview, shape: Shape, budget: _Budget) -> by
     return bytes(kept)
 
 
-def _word(value: Enum | int) -> str:
+def _enum_text(value: Enum | int) -> str:
     """An enum's value as text; its number if it has no name."""
     name = getattr(value, "name", None)
     return name.lower().replace("_", " ") if isinstance(name, str) else str(int(value))  # type: ignore[arg-type] # an IntEnum
 
 
 def _sequence(event: SequenceEvent) -> Iterator[str]:
-    yield f"sequence {event.sequence}: {_word(event.action)}"
+    yield f"sequence {event.sequence}: {_enum_text(event.action)}"
     if event.error is not None:
         yield f"error: {event.error.message}"
 
 
 def _service(event: ServiceStateEvent) -> Iterator[str]:
-    yield f"service {event.service}: {_word(event.action)}"
+    yield f"service {event.service}: {_enum_text(event.action)}"
     yield event.message
     if event.health is not None and not event.health.unknown:
         yield "healthy" if event.health.healthy else f"unhealthy: {event.health.last_message}"
 
 
 def _status(event: MachineStatusEvent) -> Iterator[str]:
-    yield f"stage {_word(event.stage)}"
+    yield f"stage {_enum_text(event.stage)}"
     if event.status is not None:
         yield "ready" if event.status.ready else "not ready"
         for condition in event.status.unmet_conditions:
@@ -203,8 +203,8 @@ def _status(event: MachineStatusEvent) -> Iterator[str]:
 
 _SUMMARIES: dict[type[MachineEventPayload], Callable[[Any_], "Iterator[str] | tuple[str, ...]"]] = {
     SequenceEvent: _sequence,
-    PhaseEvent: lambda event: (f"phase {event.phase}: {_word(event.action)}",),
-    TaskEvent: lambda event: (f"task {event.task}: {_word(event.action)}",),
+    PhaseEvent: lambda event: (f"phase {event.phase}: {_enum_text(event.action)}",),
+    TaskEvent: lambda event: (f"task {event.task}: {_enum_text(event.action)}",),
     ServiceStateEvent: _service,
     RestartEvent: lambda event: (f"restart, command {event.cmd}",),
     ConfigLoadErrorEvent: lambda event: (f"configuration error: {event.error}",),

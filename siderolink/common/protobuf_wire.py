@@ -123,7 +123,7 @@ _SMALL_BYTES = 512
 
 
 def refuse_strings_as_numbers(kind: type, data: bytes | memoryview) -> None:
-    """Raises MalformedWireError if a string stands in place of a single number, in the message or a nested one.
+    """Raises MalformedWireError if the message, or a nested one, has a string in place of a single number.
 
     The generated decoders would read it as a packed list first, at several microseconds per byte.
     """
@@ -174,12 +174,12 @@ def models_within(kind: type) -> Iterator[type[betterproto2.Message]]:
 
 
 def prepare(kind: type[betterproto2.Message]) -> None:
-    """Do the work of the generated code at a model's first use: some milliseconds, and many more for the very first model."""
+    """Do what the generated code does at a model's first use: it takes some milliseconds, and more for the very first model."""
     kind.FromString(bytes(kind()))
 
 
 def has_declared_types(message: betterproto2.Message) -> bool:
-    """Whether every field, those of messages within included, has a value of its declared kind."""
+    """Whether every field, including those of nested messages, has a value of its declared kind."""
     return all(is_right(getattr(message, name)) for name, is_right in _checks_of(type(message)))
 
 
@@ -188,7 +188,7 @@ _Check = Callable[[object], bool]
 
 @cache
 def _checks_of(kind: type[betterproto2.Message]) -> tuple[tuple[str, _Check], ...]:
-    """Each field of a model, and what its value has to be."""
+    """The fields of a model, each with the required kind of its value."""
     model: Any = kind
     return tuple((each.name, _check_of(each.metadata["betterproto"])) for each in dataclasses.fields(model))
 
@@ -207,7 +207,7 @@ def _value_check(declared: Any) -> _Check:
         return lambda value: isinstance(value, dict) and all(map(is_key, value)) and all(map(is_value, value.values()))
     if declared.proto_type != "message":
         return _CHECKS[declared.proto_type]
-    # well-known types become datetime, timedelta and the like; a number or bytes are what came instead of a message
+    # well-known types become datetime, timedelta and the like; a number or bytes mean that the field was not a message
     is_well_known = declared.unwrap is not None
 
     def is_message(value: object) -> bool:
@@ -219,7 +219,7 @@ def _value_check(declared: Any) -> _Check:
 
 
 def holds_nul(value: object) -> bool:
-    """Whether a text in a message has a NUL, which a database may not be able to look for."""
+    """Whether a text in a message contains a NUL, which some databases cannot search for."""
     match value:
         case str():
             return "\0" in value

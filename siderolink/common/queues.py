@@ -30,7 +30,7 @@ Lost = Callable[[int], T]
 
 
 class Overflow(Enum):
-    """What a subscription drops when its reader is too slow."""
+    """The items that a subscription drops when its reader is too slow."""
 
     DROP_OLDEST = auto()
     """The oldest items, for readers to which each item is independent."""

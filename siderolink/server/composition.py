@@ -213,7 +213,7 @@ class Composition:
 
     def _make_draining(self, device: Device, fleet: Fleet, goodbyes: Goodbyes) -> Draining:
         def ask(address: IPv6Address) -> None:
-            goodbyes.ask_to_move(address, device.public_key)
+            goodbyes.request_move(address, device.public_key)
 
         return Draining(fleet.membership, fleet.owners, fleet.directory, ask, Clock(time=self._store.time))
 
@@ -226,7 +226,7 @@ class Composition:
             tasks.start_soon(keep_running, "writing heartbeats", fleet.membership.run)
             tasks.start_soon(keep_running, "taking links", fleet.owners.run)
             tasks.start_soon(keep_running, "asking machines to move", self._draining.watch)
-            fleet.membership.on_failure = self._health.tell_watchers
+            fleet.membership.on_failure = self._health.notify_watchers
             tasks.start_soon(keep_running, "telling machines to check their links", self._health.run)
         if fleet.lease is not None:
             tasks.start_soon(fleet.lease.run)

@@ -137,7 +137,7 @@ class Fleet:
         async with caller.following(MachineServiceStub) as stub:
             with explained():
                 async for part in stub.follow_machines(FollowMachinesRequest()):
-                    self.take(part)
+                    self.apply(part)
                     if part.is_last and (self._caller() is None or not self._may_go_on(caller)):
                         return True
         return False
@@ -147,7 +147,7 @@ class Fleet:
         if self._whole.is_set():
             self._whole = anyio.Event()
 
-    def take(self, part: MachinesPart) -> None:
+    def apply(self, part: MachinesPart) -> None:
         """Process a part of the server's answer."""
         rows = self._rows if self._coming is None else self._coming
         self._stamp += 1
@@ -202,7 +202,7 @@ class Fleet:
         order = ORDERS[query.sort.removeprefix("-")]
         taken: list[tuple[float | str, str, Row]] = []
         for part in in_parts(self._rows.values(), _AT_ONCE):
-            taken += [(order(row.machine), row.machine.id, row) for row in part if _takes(query, selector, row)]
+            taken += [(order(row.machine), row.machine.id, row) for row in part if _matches(query, selector, row)]
             await checkpoint()
         taken.sort(reverse=query.sort.startswith("-"))  # ids differ, so rows are never compared
         await checkpoint()
@@ -226,7 +226,7 @@ def _is_in(machine: Machine, state: str) -> bool:
     return state == (machine.link if state in ("up", "down") else machine.admission)
 
 
-def _takes(query: Query, selector: Selector | None, row: Row) -> bool:
+def _matches(query: Query, selector: Selector | None, row: Row) -> bool:
     machine = row.machine
     return (
         (not query.text or query.text.lower() in row.text)

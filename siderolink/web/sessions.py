@@ -46,7 +46,7 @@ class Session:
     scopes: set[anyio.CancelScope] = field(default_factory=set, repr=False)
     is_over: bool = False
 
-    def tell(self, text: str, *, is_error: bool = False) -> None:
+    def set_notice(self, text: str, *, is_error: bool = False) -> None:
         self.notice, self.is_error = text, is_error
 
     def take_notice(self) -> tuple[str, bool]:

@@ -213,11 +213,11 @@ class Site:
             except ApiError as error:
                 if error.status not in (400, 403, 404, 409):
                     raise
-                session.tell(f"{str(error)[:1].upper()}{str(error)[1:]}.", is_error=True)
+                session.set_notice(f"{str(error)[:1].upper()}{str(error)[1:]}.", is_error=True)
                 return RedirectResponse(_back(request), status_code=303)
             match outcome:
                 case Done(text=text, location=location):
-                    session.tell(text)
+                    session.set_notice(text)
                     return RedirectResponse(location, status_code=303)
                 case Download(name=name, text=text):
                     headers = {"content-disposition": f'attachment; filename="{name}"'}

@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, ip_interface, ip_network
 import pytest
 
 from siderolink.cli.running import loop_options
-from siderolink.common.degraded import say_once
+from siderolink.common.degraded import warn_once
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceConfig, PeerConfig
 from siderolink.common.wireguard.opening import open_device
@@ -144,7 +144,7 @@ def pass_udp(one: Namespace, other: Namespace) -> None:
 def test_what_the_kernel_lacks_costs_nothing_but_speed(
     refuse: Refuse, said: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     refuse(monkeypatch)
     with caplog.at_level(logging.WARNING, "siderolink"), linked() as (one, other):
         pass_tcp(one, other)
@@ -155,7 +155,7 @@ def test_what_the_kernel_lacks_costs_nothing_but_speed(
 
 
 def test_without_uvloop(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     assert loop_options() == {"use_uvloop": True}
     monkeypatch.setattr("siderolink.cli.running.find_spec", lambda _: None)
     assert loop_options() == loop_options() == {"use_uvloop": False}

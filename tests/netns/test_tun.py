@@ -15,7 +15,7 @@ import pytest
 from anyio.from_thread import BlockingPortal
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from siderolink.common.degraded import say_once
+from siderolink.common.degraded import warn_once
 from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.wireguard.noise.output import Drop
 from siderolink.common.wireguard.noise.routing import InnerFilter
@@ -289,7 +289,7 @@ def transfer(one: Namespace, other: Namespace, client: str, server: str, data: b
 def test_a_kernel_that_refuses_super_packets_gets_their_packets(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, client: str, server: str, _: int
 ) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     refusing = Refusing()
     monkeypatch.setattr("siderolink.common.wireguard.tun.os.writev", refusing.writev)
     data = os.urandom(1 << 16) * 40
@@ -303,7 +303,7 @@ def test_a_kernel_that_refuses_super_packets_gets_their_packets(
         assert not any(tun.write_errors for tun in tunnel.tuns)
         assert [record.message for record in caplog.records if "super-packets" in record.message] == [
             "the data plane runs at reduced speed: "
-            "the TUN interface refuses super-packets (EINVAL), and gets their packets one by one"
+            "the TUN interface refuses super-packets (EINVAL); their packets are written one by one"
         ]
 
 

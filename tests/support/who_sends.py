@@ -14,7 +14,7 @@ _ETH_P_IP = 0x0800
 _SO_TIMESTAMPNS = 35
 _PORT = 51820
 _DATA = 4
-UNDER_WAY_SECONDS = 2.0
+IN_FLIGHT_SECONDS = 2.0
 _BOTH_SEND_SECONDS = 1.0
 
 
@@ -51,7 +51,7 @@ class Record:
         A server that was stopped or cut off sends what waited in it as soon as it goes on, and has two seconds to hear of it.
         """
         walks: dict[str, _Walk] = defaultdict(_Walk)
-        return [text for one in self.seen[since:] if (text := walks[one.machine].pass_by(one, UNDER_WAY_SECONDS + spare))]
+        return [text for one in self.seen[since:] if (text := walks[one.machine].pass_by(one, IN_FLIGHT_SECONDS + spare))]
 
 
 class _Walk:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.goodbye import GOODBYE_BYTES, MOVE_SECONDS, Goodbye, MoveAway, hear_moves
+from siderolink.common.goodbye import GOODBYE_BYTES, MOVE_SECONDS, Goodbye, MoveAway, receive_move_requests
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import is_placeholder, parse_uuid
 from siderolink.common.tasks import background_tasks
@@ -86,7 +86,7 @@ async def test_many_moves_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> No
     port, here = free_port(), IPv6Address("::1")
     monkeypatch.setattr("siderolink.common.goodbye.GOODBYE_PORT", port)
     heard: list[PublicKey] = []
-    hearing = partial(hear_moves, heard.append, address=here, server=here, interface="lo", namespace=None)
+    hearing = partial(receive_move_requests, heard.append, address=here, server=here, interface="lo", namespace=None)
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender:
         sender.bind(("::1", 0))
         sender.connect(("::1", port))

@@ -22,7 +22,7 @@ from siderolink.cli.admin.formats import (
     to_yaml,
     until,
 )
-from siderolink.cli.output import show, tell, to_json
+from siderolink.cli.output import show, show_message, to_json
 from siderolink.common.pb.siderolink.admin.v1 import (
     ApiKey,
     ApiKeyRequest,
@@ -102,7 +102,7 @@ def create(
             show(key.name)
         case _:
             ends = "never expires" if key.expires_at is None else f"expires {timestamp(key.expires_at)}"
-            tell(f"{one_line(key.name)}: {key.role}, {ends}; the key is not shown again")
+            show_message(f"{one_line(key.name)}: {key.role}, {ends}; the key is not shown again")
             show(secret)
 
 

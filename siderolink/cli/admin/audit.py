@@ -21,7 +21,7 @@ from siderolink.cli.admin.formats import (
     to_yaml,
 )
 from siderolink.cli.admin.records import HISTORY, Follow, Limit, Since, Until, print_all, read_history
-from siderolink.cli.output import own_version, show, tell, to_json
+from siderolink.cli.output import own_version, show, show_message, to_json
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin.v1 import (
     AuditEntry,
@@ -142,7 +142,7 @@ def _export(call: Call, wanted: AuditFilter, file: str) -> None:
         except BaseException:
             os.unlink(file)
             raise
-        tell(f"{file}: {size} bytes")
+        show_message(f"{file}: {size} bytes")
 
     call.run(work)
 

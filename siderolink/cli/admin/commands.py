@@ -22,7 +22,7 @@ from siderolink.cli.admin.connection import (
 )
 from siderolink.cli.admin.formats import OutputFormat, TableWriter, View, print_list, print_stream
 from siderolink.cli.options import with_parameters
-from siderolink.cli.output import flush, tell
+from siderolink.cli.output import flush, show_message
 from siderolink.common.admin_channel import ANSWER_LIMITS
 from siderolink.common.grpc import Limits
 from siderolink.common.text import one_line, printable
@@ -129,7 +129,7 @@ class Call:
                 except CommandError as error:
                     if len(names) == 1:
                         raise
-                    tell(f"siderolink: {one_line(name, limit=80)}: {error}")
+                    show_message(f"siderolink: {one_line(name, limit=80)}: {error}")
                     status = status or error.status
             return status
 
@@ -155,7 +155,7 @@ class Call:
                     print_stream(item, view, self.output, table)
             for name in before.keys() - found.keys():
                 del before[name]
-                tell(f"{one_line(name)} was removed")
+                show_message(f"{one_line(name)} was removed")
             flush()
             await anyio.sleep(_WATCH_SECONDS)
 

@@ -11,7 +11,7 @@ from anyio.abc import TaskGroup
 from siderolink.cli.admin.commands import Call, command
 from siderolink.cli.admin.completion import MachineName
 from siderolink.cli.admin.connection import CommandError, Connection, ExitStatus
-from siderolink.cli.output import describe_size, flush, show, tell
+from siderolink.cli.output import describe_size, flush, show, show_message
 from siderolink.cli.running import stop_on_signal
 from siderolink.common.grpc import GRPCError, Limits, Status, open_byte_stream
 from siderolink.common.grpc.listeners import accept, listen_tcp
@@ -118,7 +118,7 @@ class _Forwarding:
             try:
                 connection, _ = await accept(sock)
             except OSError as error:  # out of file descriptors
-                tell(f"siderolink: cannot accept a connection: {error.strerror or error}")
+                show_message(f"siderolink: cannot accept a connection: {error.strerror or error}")
                 await anyio.sleep(_ACCEPT_PAUSE)
                 continue
             tasks.start_soon(self._carry_or_warn, connection)
@@ -133,7 +133,7 @@ class _Forwarding:
                 self._error = error
                 self._scope.cancel()
             else:
-                tell(f"siderolink: {error}")
+                show_message(f"siderolink: {error}")
         finally:
             if is_whole:
                 sock.close()

@@ -29,7 +29,7 @@ from siderolink.cli.admin.formats import (
     until,
 )
 from siderolink.cli.admin.machines import Selector, TunnelChoice
-from siderolink.cli.output import show, tell, to_json
+from siderolink.cli.output import show, show_message, to_json
 from siderolink.cli.secret import read_secret
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin.v1 import (
@@ -201,9 +201,9 @@ def _print_secret(call: Call, token: Token, secret: str, join_url: str = "") -> 
         case _:
             ends = "never expires" if token.expires_at is None else f"expires {timestamp(token.expires_at)}"
             limit = f"{uses_of(token)} uses" if token.max_machines is None else f"{machines_of(token)} machines"
-            tell(f"{one_line(token.name)}: {token.state}, {limit}, {ends}")
+            show_message(f"{one_line(token.name)}: {token.state}, {limit}, {ends}")
             if join_url:
-                tell(f"machines join at {one_line(join_url)}")
+                show_message(f"machines join at {one_line(join_url)}")
             show(secret)
 
 
@@ -291,9 +291,9 @@ def _confirm_end(call: Call, name: str, what: str) -> None:
         stranded = [user for user in call.run(lambda connection: _users(connection, name)) if user.warning]
         for user in stranded[:20]:
             machine = "" if user.machine is None else f"{user.machine.name} ({user.machine.node_uuid})"
-            tell(one_line(f"{machine}: {user.warning}"))
+            show_message(one_line(f"{machine}: {user.warning}"))
         if len(stranded) > 20:
-            tell(f"and {len(stranded) - 20} more")
+            show_message(f"and {len(stranded) - 20} more")
     call.confirm(f"{what} {one_line(name, limit=80)}")
 
 

@@ -130,9 +130,9 @@ class FleetDemo:
         await step("three servers start over one database", self._serve, timeout=120)
         await step("a balancer stands before their APIs", self._balance)
         await step("six machines join", self._join, timeout=120)
-        await step("every server knows every machine", self._look)
+        await step("every server knows every machine", self._check_machines)
         await step("server 1 is killed with -9", self._kill, timeout=120)
-        await step("the others know", self._look_after)
+        await step("the others know", self._check_survivors)
         await step("server 1 comes back", self._return, timeout=90)
         await step("server 2 is drained, by a command at server 3", self._drain, timeout=120)
 
@@ -216,7 +216,7 @@ class FleetDemo:
         await _until(are_up)
         return found
 
-    async def _look(self) -> tuple[str, Fields]:
+    async def _check_machines(self) -> tuple[str, Fields]:
         for server in self._servers:
             await self._owners(server, MACHINES)
         last = self._servers[-1]
@@ -264,7 +264,7 @@ class FleetDemo:
                 tasks.start_soon(stop, machine)
         return told
 
-    async def _look_after(self) -> tuple[str, Fields]:
+    async def _check_survivors(self) -> tuple[str, Fields]:
         witness = self._servers[1]
         await _until(partial(self._are_alive, witness, *self._servers[1:]))
         for line in (await witness.siderolink("servers")).splitlines():

@@ -10,7 +10,7 @@ import anyio
 from siderolink.cli.admin.connection import DEFAULT_INTERFACE, Target, connect
 from siderolink.cli.demo import namespace
 from siderolink.cli.demo.balancer import Balancer
-from siderolink.cli.demo.node import Node, run_node, say
+from siderolink.cli.demo.node import Node, run_node, send
 from siderolink.cli.demo.probe import EchoCount, keep_pinging
 from siderolink.cli.demo.programs import Service, postgres, run_siderolink
 from siderolink.common.admin_channel import ServerAddress
@@ -103,7 +103,7 @@ def _report_line(line: str) -> None:
     text, _, fields = line.partition("Z ")[2].partition(" level=")
     if fields.startswith("warning") or text.startswith("serving"):
         kind, _, what = text.partition(": ")
-        say({"event": kind, "text": what})
+        send({"event": kind, "text": what})
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ Fields = dict[str, Any]
 T = TypeVar("T")
 
 
-def say(fields: Fields) -> None:
+def send(fields: Fields) -> None:
     print(json.dumps(fields), flush=True)
 
 
@@ -97,7 +97,7 @@ class Node:
 
         def report(event: "LinkEvent") -> None:
             name, text = link_event(event)
-            say({"event": name, "text": text})
+            send({"event": name, "text": text})
 
         context = connect(url, uuid=uuid, device=device, on_event=report)  # type: ignore[arg-type]  # checked by connect
         self._link = link = await self.hold(context)
@@ -196,9 +196,9 @@ class Node:
         try:
             if method is None:
                 raise SideroLinkError("no such request")
-            say({"id": number, "ok": await method(**request)})
+            send({"id": number, "ok": await method(**request)})
         except (SideroLinkError, OSError) as error:
-            say({"id": number, "error": str(error) or type(error).__name__})
+            send({"id": number, "error": str(error) or type(error).__name__})
 
 
 async def _line(process: Process) -> str:
@@ -215,7 +215,7 @@ async def _line(process: Process) -> str:
 
 async def _main(kind: type[Node]) -> None:
     await namespace.bring_up_loopback()
-    say({"event": "ready", "text": ""})
+    send({"event": "ready", "text": ""})
     async with AsyncExitStack() as stack, background_tasks() as tasks:
         node = kind(stack, tasks)
         while line := await anyio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):

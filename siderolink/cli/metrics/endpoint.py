@@ -22,7 +22,7 @@ import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from siderolink.cli.clock import ClockState, read_clock
-from siderolink.cli.logs import lost_records, say
+from siderolink.cli.logs import log_event, lost_records
 from siderolink.cli.metrics.http import PageAnswer, serve_pages
 from siderolink.cli.options import MetricsOptions
 from siderolink.common.errors import ConfigurationError
@@ -214,5 +214,5 @@ async def serve_metrics(options: MetricsOptions, source: MetricsSource) -> Async
     }
     async with serve_pages(options.listen, paths) as port, background_tasks() as tasks:
         tasks.start_soon(keep_running, "measuring the event loop", pages.run)
-        say("metrics", f"http://{HostPort(options.listen.host, port)}/metrics, with /healthz and /readyz")
+        log_event("metrics", f"http://{HostPort(options.listen.host, port)}/metrics, with /healthz and /readyz")
         yield

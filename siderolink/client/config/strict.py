@@ -108,10 +108,10 @@ class Configuration:
             fields["uniqueToken"] = other.settings.unique_token.value
         lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
         text = self.data.rstrip() + b"\n---\n" + "\n".join(lines).encode() + b"\n"
-        return Configuration(text, judge(text).settings, self.warnings)
+        return Configuration(text, decode(text).settings, self.warnings)
 
 
-def judge(data: bytes) -> Configuration:
+def decode(data: bytes) -> Configuration:
     """Raises ConfigurationError for what existing machines refuse, with their text; and for a main document."""
     found: dict[tuple[str, str, str], YamlDocument] = {}
     for document in read_stream(data, SOURCE):
@@ -119,7 +119,7 @@ def judge(data: bytes) -> Configuration:
         if name in found:
             raise ConfigurationError(f"duplicate document {'/'.join(name)} is not allowed (line {document.line})")
         found[name] = document
-        _judge_document(document, name)
+        _check_document(document, name)
     if not found:
         raise ConfigurationError("config not found")
     settings = parse_documents([(data, SOURCE)]).settings
@@ -141,7 +141,7 @@ def _name_of(document: YamlDocument) -> tuple[str, str, str]:
     return text("apiVersion"), text("kind") or VERSION, text("name")
 
 
-def _judge_document(document: YamlDocument, name: tuple[str, str, str]) -> None:
+def _check_document(document: YamlDocument, name: tuple[str, str, str]) -> None:
     value = document.value
     assert isinstance(value, dict)
     version, kind = name[0], value.get("kind") or ""

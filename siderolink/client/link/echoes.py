@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 UNANSWERED_AFTER = 3.0
 """Seconds without an answer to data after which echoes are sent. WireGuard itself takes 15 s for its own conclusion."""
 SILENT_AFTER = 10.0
-"""Seconds without a packet after which echoes are sent while no connection to the API tells that a server died. Keepalives
-come every 25 s only.
+"""Seconds without a packet after which echoes are sent while no connection to the API can report that a server died. Keepalives
+arrive only every 25 s.
 """
-LOOK_SECONDS = 1.0
-"""Minimum seconds between a check and the next look at the device."""
+MIN_POLL_SECONDS = 1.0
+"""Minimum seconds between a check and the next read of the device."""
 ECHO_SECONDS = 0.25
-"""The wait for an answer after the second echo request. A longer round trip costs a handshake, which clears the suspicion."""
+"""Seconds to wait for an answer to the second echo request. A longer round trip costs a handshake, which clears the
+suspicion."""
 _SERVER_DIED = "another server of its store died, and echoes over the link go unanswered"
 _UNANSWERED = "data and echoes go unanswered"
 _SILENT = "nothing was heard for a while, and echoes go unanswered"
@@ -36,7 +37,7 @@ class SendsEchoes(Protocol):
 
 
 class EchoCheck:
-    """Sends echo requests over one link when there is a reason, and tells when none is answered."""
+    """Sends echo requests over one link when there is a reason, and reports when none is answered."""
 
     def __init__(
         self,
@@ -49,9 +50,9 @@ class EchoCheck:
         may_move: bool,
         has_api: Callable[[], bool],
     ) -> None:
-        """`may_move`: there are other servers, so that a dead one is to be noticed soon.
+        """`may_move`: there are other servers, so a dead one should be detected quickly.
 
-        `has_api` returns whether a connection to the API stands, which tells of deaths.
+        `has_api` returns whether a connection to the API is open; the API reports dead servers.
         """
         self._host = host
         self._device = device
@@ -60,54 +61,54 @@ class EchoCheck:
         self._put = put
         self._may_move = may_move
         self._has_api = has_api
-        self._asked = anyio.Event()
+        self._requested = anyio.Event()
         self._failed_at = -float("inf")
         self._was_answered = False
-        # A server that answers no echoes, or a bad wire: each suspicion costs a handshake and a call.
+        # For servers that answer no echoes and for lossy networks: each suspicion costs a handshake and a call.
         self._pauses = Backoff(first=20.0, cap=600.0, floor=15.0)
 
-    def ask(self) -> None:
+    def check_now(self) -> None:
         """Another server died: check now."""
-        self._asked.set()
+        self._requested.set()
 
     async def still_carries(self) -> bool:
         """Whether an echo shows that the session works. Only for the kernel, where a new session loses packets in flight."""
-        if isinstance(self._device, CanShakeHands) or anyio.current_time() - self._failed_at < LOOK_SECONDS:
+        if isinstance(self._device, CanShakeHands) or anyio.current_time() - self._failed_at < MIN_POLL_SECONDS:
             return False
         return await self._host.is_answered(self._device.name, self._server)
 
     async def run(self) -> None:
-        """Check when asked, and when the server has been silent for too long, until cancelled."""
+        """Check when requested, and when the server has been silent for too long, until cancelled."""
         wait = 0.0
         while True:
             reason = await self._next_reason(wait)
             if await self._host.is_answered(self._device.name, self._server, ECHO_SECONDS):
                 self._was_answered = True
                 self._pauses.reset()
-                wait = LOOK_SECONDS
+                wait = MIN_POLL_SECONDS
                 continue
             wait = self._pauses.next()
             if reason == _SILENT and not self._was_answered:
-                continue  # this server may answer no echoes at all
+                continue  # this server may never answer echoes
             self._failed_at = anyio.current_time()
             self._put(EchoesUnanswered(reason))
 
     async def _next_reason(self, wait: float) -> str:
-        """Wait for a reason to check; do not look at the device before `wait` seconds have passed."""
+        """Wait for a reason to check; do not read the device before `wait` seconds have passed."""
         while True:
             with anyio.move_on_after(wait):
-                await self._asked.wait()
-                self._asked = anyio.Event()
+                await self._requested.wait()
+                self._requested = anyio.Event()
                 return _SERVER_DIED
-            reason, wait = await self._look()
+            reason, wait = await self._find_reason()
             if reason is not None:
                 return reason
 
-    async def _look(self) -> tuple[str | None, float]:
-        """Why to check now, if there is a reason; else in how many seconds there may be one.
+    async def _find_reason(self) -> tuple[str | None, float]:
+        """The reason to check now, or None and the number of seconds until there may be one.
 
-        Looks at the device only when it can show one. Reading the kernel's costs a system call, and it does not show whether
-        data is answered.
+        Reads the device only when that can show a reason. Reading the kernel's device costs a system call and does not show
+        whether data is answered.
         """
         shows_answers, is_told = isinstance(self._device, CanShakeHands), self._has_api()
         if not self._may_move:

@@ -9,7 +9,7 @@ from siderolink.common.keys import PublicKey
 
 
 class ConnectionState(StrEnum):
-    """Where a link is in its life."""
+    """The state of a link."""
 
     PROVISIONING = "provisioning"
     """Calling the server's API for addresses; there has been no handshake yet."""
@@ -18,11 +18,11 @@ class ConnectionState(StrEnum):
     CONNECTED = "connected"
     """Packets pass."""
     DEGRADED = "degraded"
-    """Packets are lost, some or all; the link may still recover on the same route."""
+    """Some or all packets are lost; the link may still recover on the same route."""
     REESTABLISHING = "re-establishing"
-    """The link was up and is dead; it tries the next route or calls Provision again."""
+    """The link was up and died; it tries the next route or calls Provision again."""
     LEFT = "left"
-    """It was left on purpose, or failed for good."""
+    """The link was left on purpose or failed permanently."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class StateChanged(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyCreated(LinkEvent):
-    """The link's ephemeral key was made; it lives in memory alone."""
+    """The link's ephemeral key was generated; it is kept only in memory."""
 
     public_key: PublicKey
 
@@ -83,7 +83,7 @@ class Connecting(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected(LinkEvent):
-    """The first handshake is done: traffic flows, and the link is watched from now on."""
+    """The first handshake completed: traffic flows, and the link is monitored from now on."""
 
     route: str
     seconds: float
@@ -92,7 +92,7 @@ class Connected(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handshake(LinkEvent):
-    """A session was made or renewed."""
+    """A session was established or renewed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +112,10 @@ class Disconnected(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved(LinkEvent):
-    """The link went to another server of the same store without being down: that one has answered a handshake."""
+    """The link moved without interruption to another server of the same store, which has answered a handshake."""
 
     route: str
-    """The route to the server that has the link now."""
+    """The route to the new server."""
     reason: str
 
 
@@ -160,7 +160,7 @@ class ConnectionsCut(LinkEvent):
     """Connections are cut at a regular age, as by a proxy's idle or stream timeout."""
 
     what: str
-    """Which connections, and what it means for the link."""
+    """Which connections, and the effect on the link."""
     age: float
     """Seconds."""
 
@@ -175,14 +175,14 @@ class SettingsTried(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingsApplied(LinkEvent):
-    """The link runs by new settings."""
+    """The link uses new settings."""
 
     changes: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingsRefused(LinkEvent):
-    """New settings do not work; the link stays as it was."""
+    """New settings do not work; the link is unchanged."""
 
     changes: str
     reason: str

@@ -13,7 +13,7 @@ from siderolink.client.link.signals import ClockJumped, NetworkChanged, Put, Rep
 from siderolink.common.addressing import server_address
 from siderolink.common.clock_watch import ClockWatch
 from siderolink.common.errors import OverlayInUseError, SideroLinkError
-from siderolink.common.goodbye import Goodbye, hear_moves, say_goodbye
+from siderolink.common.goodbye import Goodbye, receive_move_requests, say_goodbye
 from siderolink.common.netlink import NetworkChange, NetworkWatch, OutgoingRoute, route_to
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.transport.choice import Route
@@ -28,7 +28,7 @@ from siderolink.common.wireguard.opening import open_device
 
 
 class Host(Protocol):
-    """The host's services for a link. Tests and simulations substitute their own."""
+    """The host's services for a link, replaced in tests and simulations."""
 
     def open_device(
         self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent
@@ -107,15 +107,15 @@ class ThisHost:
             async with background_tasks() as tasks:
                 tasks.start_soon(repair)
                 tasks.start_soon(
-                    keep_running, "hearing of a server that leaves", partial(self._hear_moves, device, config, put)
+                    keep_running, "hearing of a server that leaves", partial(self._follow_move_requests, device, config, put)
                 )
                 await anyio.sleep_forever()
 
-    async def _hear_moves(self, device: Device, config: DeviceConfig, put: Put) -> None:
+    async def _follow_move_requests(self, device: Device, config: DeviceConfig, put: Put) -> None:
         for address in config.addresses[:1]:
             if isinstance(address, IPv6Interface):
-                with suppress(SideroLinkError):  # another program has the port; the link works without it
-                    await hear_moves(
+                with suppress(SideroLinkError):  # the port is in use; the link works without it
+                    await receive_move_requests(
                         lambda key: put(ServerLeaves(key)),
                         address=address.ip,
                         server=server_address(address.network),

@@ -1,4 +1,4 @@
-"""Which machine this is: the UUID it joins with, and the unique token it keeps for each server."""
+"""The machine's identity: its UUID, and its unique token for each server."""
 
 import hashlib
 import json
@@ -67,10 +67,10 @@ def machine_uuid(smbios: Path = SMBIOS_UUID, machine_id: Path = MACHINE_ID, fold
 
 
 class UniqueTokens:
-    """This machine's unique tokens, one for each server and UUID, made when first asked for and kept in private files.
+    """This machine's unique tokens, one for each server and UUID, generated on first use and stored in private files.
 
-    A token is what ``node_unique_token`` carries: ``{"Fingerprint": <64 hex digits>, "Token": <UUIDv4>}``. Without a folder,
-    or when it cannot be written, tokens live only as long as this object.
+    A token is the value of ``node_unique_token``: ``{"Fingerprint": <64 hex digits>, "Token": <UUIDv4>}``. Without a writable
+    folder, tokens last only as long as this object.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -100,7 +100,7 @@ def _file_name(name: tuple[str, int, str]) -> str:
 
 
 async def _fingerprint() -> str:
-    """SHA-256 over the sorted hardware addresses of the physical Ethernet links, as existing machines make it."""
+    """SHA-256 of the sorted hardware addresses of the physical Ethernet links, as existing machines compute it."""
     try:
         addresses = await run_netlink(_physical_addresses, None)
     except (OSError, NetlinkError):
@@ -126,7 +126,7 @@ def _kept(file: Path, made: str) -> str:
     try:
         if (text := _first_line(file, _LARGEST_FILE)) != "":
             return text
-        file.unlink()  # cut short by a crash
+        file.unlink()  # truncated by a crash
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
@@ -152,7 +152,7 @@ def _kept(file: Path, made: str) -> str:
 
 
 def _give_name(temporary: str, file: Path) -> None:
-    """Raises FileExistsError if the file is there already, where the file system can tell."""
+    """Raises FileExistsError if the file already exists and the file system can detect it."""
     try:
         os.link(temporary, file)
     except FileExistsError:

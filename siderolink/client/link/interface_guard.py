@@ -25,7 +25,7 @@ class InterfaceGuard:
     """Checks one interface whenever the kernel reports a change to it, and restores what is missing."""
 
     def __init__(self, name: str, addresses: tuple[Interface, ...], namespace: str | None) -> None:
-        """Raises OSError where there is no such interface."""
+        """Raises OSError if there is no such interface."""
         self.index = call_in(namespace, partial(socket.if_nametoindex, name))
         self._namespace = namespace
         self._addresses = addresses
@@ -67,7 +67,7 @@ async def _find_holder(overlay: Network, own_name: str) -> str | None:
     async with AsyncIPRoute() as ipr:
         async for found in await ipr.addr("dump", family=socket.AF_INET6):
             if ip_address(found.get_attr("IFA_ADDRESS")) in overlay:
-                with suppress(OSError):  # it has gone meanwhile
+                with suppress(OSError):  # it was just removed
                     name = socket.if_indextoname(found["index"])
                     if name != own_name:
                         return name
@@ -95,7 +95,7 @@ async def _repair_addresses(ipr: AsyncIPRoute, index: int, addresses: tuple[Inte
     present = {found.get_attr("IFA_ADDRESS") async for found in await ipr.addr("dump", index=index)}
     missing = [address for address in addresses if str(address.ip) not in present]
     if any(address.version == 6 for address in missing):
-        with suppress(OSError, DeviceError):  # it is gone, or IPv6 stays off: then the address cannot be added either
+        with suppress(OSError, DeviceError):  # it is gone or IPv6 is disabled; then the address cannot be added either
             enable_ipv6(socket.if_indextoname(index))
     for address in missing:
         flags = _IFA_F_NODAD if address.version == 6 else 0

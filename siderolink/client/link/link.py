@@ -61,7 +61,7 @@ class LinkStatus:
 
 
 class Link:
-    """A running link. Properties that can change when the link is re-established say so.
+    """A running link. The docstrings say which properties can change when the link is re-established.
 
     Before the server's first answer (visible only with `connect(wait=False)`), properties taken from it raise SideroLinkError.
     """
@@ -139,9 +139,9 @@ class Link:
     async def apply(
         self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False, prove_first: bool = False
     ) -> Verdict:
-        """Test other settings alongside the link and switch to them only if they work; see `LinkSupervisor.apply`.
+        """Test new settings alongside the link and switch to them only if they work; see `LinkSupervisor.apply`.
 
-        `dataclasses.replace(link.options, ...)` makes them.
+        Create them with `dataclasses.replace(link.options, ...)`.
         """
         return await self._supervisor.apply(options, timeout=timeout, keep=keep, prove_first=prove_first)
 
@@ -218,18 +218,18 @@ async def connect(
     handshake_timeout: float | None = HANDSHAKE_TIMEOUT,
     on_event: Callable[[LinkEvent], None] | None = None,
 ) -> AsyncIterator[Link]:
-    """Join the server at `url` and keep the link up. The body runs once traffic flows; leaving it removes everything.
+    """Join the server at `url` and keep the link up. The body runs once traffic flows; leaving it removes the interface.
 
-    `uuid` is the firmware's by default. With `identity`, a folder, the machine makes and keeps a unique token for each server
-    there, unless `unique_token` is given, so that only it can join by this UUID, also after a restart. `interface` is the
-    transport's usual name, `namespace` where the interface lives while datagrams and calls use the caller's. `private_key` is a
-    new one by default; with the same one, joining again is the same link to the server. An https URL's certificate is checked
-    against the system's roots, `ca_file` (PEM), or as `tls` says, which is made to offer HTTP/2. `on_event` is called on the
-    event loop for each event from the first on; it must be quick. A link that dies is re-established indefinitely, and `events`
-    tells; `Link.apply` changes its settings.
+    `uuid` defaults to the firmware's. `identity` is a folder in which the machine stores a unique token for each server, unless
+    `unique_token` is given; the token ensures that no other machine can join with this UUID, also after a restart. `interface`
+    defaults to the transport's usual name. `namespace` is the network namespace of the interface; datagrams and calls use the
+    caller's. `private_key` defaults to a new one; with the same key, the server treats a new join as the same link. The
+    certificate of an https URL is verified by the system's roots, by `ca_file` (PEM), or by `tls`, which is changed to offer
+    HTTP/2. `on_event` is called on the event loop for every event and must be quick. A dead link is re-established
+    indefinitely, which `events` reports; `Link.apply` changes its settings.
 
     Raises JoinURLError or ConfigurationError for unusable arguments; ServerUnreachableError, JoinRefusedError or
-    InvalidAnswerError where the first join fails; HandshakeTimeoutError after `handshake_timeout` seconds without a handshake
+    InvalidAnswerError if the first join fails; HandshakeTimeoutError after `handshake_timeout` seconds without a handshake
     (None waits indefinitely); a DeviceError if no interface can be created.
     """
     if tls is not None and ca_file is not None:
@@ -265,9 +265,9 @@ async def open_link(
     host: Host | None = None,
     keys: ServerKeys | None = None,
 ) -> AsyncIterator[Link]:
-    """Run a link with these options while the body runs. Permanent failures are raised in the body, as by `connect`.
+    """Run a link with these options while the body runs. Permanent failures are raised in the body, as in `connect`.
 
-    `keys` are the private keys per server, shared by links that follow each other.
+    `keys` are the private keys per server, shared by consecutive links.
     """
     broadcast: Broadcast[LinkEvent] = Broadcast(history=EVENT_HISTORY)
 

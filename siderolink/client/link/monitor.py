@@ -1,4 +1,4 @@
-"""Keeps a link on one route to the server: starts it, watches it, probes it when something looks wrong, and gives it up."""
+"""Runs one route to the server: starts it, monitors it, probes it on suspicion, and gives it up when it is dead."""
 
 import logging
 import random
@@ -43,14 +43,14 @@ _REOPEN_AFTER = 2
 """Unanswered handshakes before a stream is reopened."""
 _CHECK_AFTER = 3
 """Unanswered handshakes before the API is asked whether the server is still the same."""
-_ASK_OTHERS_AFTER = 1
-"""The same where the API broke, and an answer with several endpoints says that there may be other servers. Asked once more
-after `_CHECK_AFTER`."""
+_QUERY_OTHERS_AFTER = 1
+"""The same if the connection to the API broke and the answer's several endpoints suggest other servers. Repeated once after
+`_CHECK_AFTER`."""
 _SIZE_PROBE_AFTER = 1.0
 _SIZE_PROBE_AGAIN = 60.0
 _RETRY = (2.0, 4.0)
 _RETRY_CAP = 15.0
-"""Seconds between handshakes while the API is asked: at first, and after a long time."""
+"""Seconds between handshakes while the API is being called: at first, and after a long time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +65,19 @@ class LinkContext:
     provisioner: Provisioner
     emit: Callable[[events.LinkEvent], None]
     has_api: Callable[[], bool]
-    """Whether a connection to the API stands."""
+    """Whether a connection to the API is open."""
     says_goodbye: Callable[[], bool]
     """Whether to say goodbye to the server when the link is cancelled now."""
     attempt_timeout: float
     down_after: float
     wants_tunnel: bool
-    """Request the tunnel, even if the URL does not, when checking whether the server is still the same."""
+    """When checking whether the server is still the same, request the tunnel even if the URL does not."""
     leave_small_path: Callable[[], None] | None
     """Called when the route loses all large packets and the tunnel should be used; None if there is no such fallback."""
 
 
 class RouteMonitor:
-    """Starts one route to the server, watches it, probes it when something looks wrong, and gives it up when it is dead."""
+    """Starts one route to the server, monitors it, probes it on suspicion, and gives it up when it is dead."""
 
     def __init__(self, context: LinkContext, route: Route, answer: Provisioned, peer: PeerConfig) -> None:
         self._context = context
@@ -164,7 +164,7 @@ class RouteMonitor:
     # While the route may work
 
     async def _until_down(self) -> str | Provisioned:
-        """Why the route is dead, or an answer that shows that the server has changed."""
+        """The reason why the route is dead, or an answer showing that the server has changed."""
         now = time.monotonic()
         context = self._context
         watch = HandshakeWatch(now, attempt_timeout=context.attempt_timeout, down_after=context.down_after)
@@ -198,7 +198,7 @@ class RouteMonitor:
         if watch.unanswered == _REOPEN_AFTER + 1:
             self._route.reopen()
         may_have_others = watch.suspicion == _API_LOST and len(self._answer.endpoints) > 1
-        if may_have_others and watch.unanswered == _ASK_OTHERS_AFTER + 1 and self._check_at > watch.unanswered:
+        if may_have_others and watch.unanswered == _QUERY_OTHERS_AFTER + 1 and self._check_at > watch.unanswered:
             self._check_server()
         if watch.unanswered != self._check_at:
             return
@@ -230,7 +230,7 @@ class RouteMonitor:
                 self._progress.replaced(str(self._route), self._check_reason, has_link=has_link)
                 return answer
             case signals.LargePackets(pass_=passes):
-                return self._judge_size(passes)
+                return self._handle_size_result(passes)
             case signals.Replaced() | signals.Pause():
                 return await self._handle_settings_signal(signal, watch)
             case _:
@@ -253,7 +253,7 @@ class RouteMonitor:
             case signals.ApiBack():
                 self._context.retry.fire()
                 watch.probe_now(now)
-                # A server that remembers us answers the handshake, so a starting server is spared the call.
+                # A server that remembers this machine answers the handshake, which spares a starting server the call.
                 self._server_checked = False
                 self._check_at = watch.unanswered + _CHECK_AFTER
             case signals.ApiCutRegularly(age=age):
@@ -261,9 +261,9 @@ class RouteMonitor:
                 self._context.emit(events.ConnectionsCut(what=what, age=age))
                 watch.suspect(now, _API_LOST)
             case signals.ServerDied():
-                self._echoes.ask()
+                self._echoes.check_now()
             case signals.EchoesUnanswered(reason=reason) if watch.suspect(now, reason):
-                self._check_server()  # an answer that lists another server is there before a second handshake would be
+                self._check_server()  # an answer that lists another server arrives before a second handshake would complete
 
     def _handle_network_signal(self, signal: signals.Signal, watch: HandshakeWatch, now: float) -> None:
         match signal:
@@ -323,7 +323,7 @@ class RouteMonitor:
         if watch is not None:
             watch.suspect(time.monotonic(), "other settings were tried")
 
-    def _judge_size(self, passes: bool) -> str | None:
+    def _handle_size_result(self, passes: bool) -> str | None:
         if passes:
             self._progress.trouble_ended("size", "large packets pass")
             return None
@@ -340,7 +340,7 @@ class RouteMonitor:
         now, wall = time.monotonic(), time.time()
         if status is None:
             return
-        # The wall clock may have been set back: a handshake seen now cannot be older than the last look.
+        # The wall clock may have been set back: a handshake seen now cannot be older than the last poll.
         since = now - self._polled_at
         self._polled_at = now
         if status.silent_for is not None:
@@ -403,7 +403,7 @@ class RouteMonitor:
             self._checks_after_cut = False
 
     def _check_server(self) -> None:
-        """Ask once, in the background, whether the server is still the same."""
+        """Call the API once, in the background, to check whether the server is still the same."""
 
         async def ask() -> Provisioned:
             return await self._context.provisioner.request(tunnel=self._context.wants_tunnel)
@@ -440,7 +440,7 @@ class RouteMonitor:
         finally:
             self._is_moving = False
 
-    # While the API is asked
+    # While the API is being called
 
     async def _provision_until_handshake(
         self, provision_again: Callable[[], Awaitable[Provisioned]], reason: str

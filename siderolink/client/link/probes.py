@@ -37,9 +37,9 @@ log = logging.getLogger("siderolink")
 ROUNDS = 10
 """If 20 % of all datagrams are lost each way, all ten large ones are lost once in 30,000 attempts."""
 ROUND_SECONDS = 0.5
-"""Between echo requests, which is how long the answer to each may take."""
+"""Seconds between echo requests, and so the time limit for each answer."""
 SECOND_ECHO_AFTER = 0.1
-"""Seconds between the two echo requests that decide whether a link carries anything."""
+"""Seconds between the two echo requests that decide whether a link carries packets."""
 _SMALL, _LARGE = 16, DEFAULT_MTU - 48
 """Payload bytes: the large one makes an IPv6 packet of 1,280 bytes."""
 _ICMPV6, _ECHO_REQUEST, _ECHO_REPLY = 58, 128, 129
@@ -92,7 +92,7 @@ def _open_socket(interface: str) -> socket.socket:
 
 
 class _Probe:
-    """Raises OSError, and ConfigurationError for a namespace that is not there."""
+    """Raises OSError, or ConfigurationError if the namespace does not exist."""
 
     def __init__(self, interface: str, namespace: str | None) -> None:
         self.any = anyio.Event()
@@ -144,8 +144,8 @@ _UDP_TIMEOUT = 6.0
 class HandshakeTrial:
     """A handshake with a server in a separate WireGuard engine, without an interface.
 
-    The server sends to that engine from then on: any other device with the same key must stay silent meanwhile and shake hands
-    afterwards.
+    The server then sends to that engine, so any other device with the same key must be silent during the trial and start a
+    handshake afterwards.
     """
 
     key: PrivateKey
@@ -156,13 +156,13 @@ class HandshakeTrial:
     timeout: float
     """Seconds for the handshake by one route."""
     echo: tuple[IPv6Address, IPv6Address] | None = None
-    """The overlay addresses of machine and server. With them, data must be answered, too: by an echo reply, or else by the
-    keepalive that every WireGuard sends 10 s after data."""
+    """The overlay addresses of machine and server. If given, data must be answered, too: by an echo reply, or by the keepalive
+    that every WireGuard implementation sends 10 s after unanswered data."""
 
 
 async def try_handshake(trial: HandshakeTrial, route: Route) -> str | None:
-    """Try one handshake by a route; None if it succeeds, else why not."""
-    # Imported only here: it needs the data plane, which a kernel device does without.
+    """Try one handshake by a route; None if it succeeds, else the reason."""
+    # Imported only here: it needs the data plane, which a kernel device does not use.
     from siderolink.common.wireguard.packet_device import open_packet_device
 
     done = anyio.Event()
@@ -241,7 +241,7 @@ async def until_udp_passes(
 ) -> None:
     """Try handshakes by UDP, at growing intervals and whenever triggered, until one succeeds.
 
-    The link uses the tunnel meanwhile. The server answers by UDP after such a handshake, so the link must go back at once.
+    Meanwhile the link uses the tunnel. After such a handshake the server sends by UDP, so the link must switch back at once.
     """
     while True:
         await retry.sleep(backoff.next())
@@ -256,13 +256,13 @@ STABLE = 5.0
 _SPACING = 30.0
 """Minimum seconds between connections when each ends early although the API answers."""
 _LEARN_AGAIN = 1800.0
-"""Where a proxy cuts idle connections: seconds before checking again whether it still does."""
+"""Seconds until it is checked again whether a proxy still cuts idle connections."""
 
 
 async def _until_api_ends(
-    url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None], on_news: Callable[[], None]
+    url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None], on_update: Callable[[], None]
 ) -> float:
-    """Watch the API; returns for how many seconds it was reachable, 0 if it was not."""
+    """Watch the API; returns the number of seconds for which it was reachable."""
     began_at: list[float] = []
 
     def up() -> None:
@@ -272,7 +272,7 @@ async def _until_api_ends(
     try:
         with translate_errors():
             async with open_channel(url.host, url.port, tls) as channel:
-                await channel.watch_health(up, on_news)
+                await channel.watch_health(up, on_update)
     except JoinError:
         pass
     except Exception:
@@ -287,13 +287,13 @@ async def watch_api(
     retry: RetryTrigger,
     on_state: Callable[[bool], None] = lambda is_connected: None,
 ) -> None:
-    """Keep a health call to the server's API open until cancelled. The call ends within moments of the server.
+    """Keep a health call to the server's API open until cancelled. The call ends as soon as the server stops.
 
-    A server without that call is watched by an idle connection. A proxy that cuts idle connections would cost a dial and
-    handshakes each time, for ever: three cuts at the same age, each followed by a successful dial, are taken for its habit, and
-    no connection is kept any more. `on_state` is told when a connection stands, and when it does not.
+    A server without that call is watched by an idle connection. If a proxy cuts idle connections, each cut costs a dial and
+    handshakes. After three cuts at the same age, each followed by a successful dial, no connection is kept any more. `on_state`
+    is called with True when a connection is open, and with False when it ends.
     """
-    # Handshakes find a server that remembers us, so a starting server is spared the call.
+    # Handshakes detect a server that remembers this machine, which spares a starting server the call.
     backoff = Backoff(first=4.0, cap=30.0, factor=1.5)
     context = (tls or True) if url.tls else None
     is_lost = ends_soon = False

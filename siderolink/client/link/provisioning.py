@@ -31,7 +31,7 @@ from siderolink.common.transport.choice import choose
 log = logging.getLogger("siderolink")
 
 PROVISION_TIMEOUT = 30.0
-"""Seconds: servers may hold a machine's call for this long until somebody decides about it."""
+"""Seconds; servers may delay an answer this long while they wait for an administrator's decision."""
 MAX_ENDPOINTS = 32
 
 _UNREACHABLE = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
@@ -56,13 +56,13 @@ class Provisioned:
     """This machine's overlay address, with the overlay's prefix length, /64."""
     server_address: IPv6Address
     endpoints: tuple[HostPort, ...]
-    """Where to dial by UDP, the preferred first; empty for the tunnel."""
+    """The server's UDP endpoints, in order of preference; empty for the tunnel."""
     virtual_address: tuple[IPv6Address, int] | None
     """This machine's address on the tunnel stream; None for UDP."""
 
 
 def make_request(url: JoinURL, machine: NodeInfo, public_key: PublicKey) -> ProvisionRequest:
-    """The call's message: optional fields only if they have a value, the unique token always."""
+    """The request message: optional fields only if they have a value, the unique token always."""
     return ProvisionRequest(
         node_uuid=machine.uuid,
         node_public_key=public_key.encode(),
@@ -74,9 +74,9 @@ def make_request(url: JoinURL, machine: NodeInfo, public_key: PublicKey) -> Prov
 
 
 def read_response(response: ProvisionResponse, public_key: PublicKey) -> Provisioned:
-    """Check an answer to the machine of `public_key`. Raises InvalidAnswerError, naming the field.
+    """Check an answer to the machine with `public_key`. Raises InvalidAnswerError, which names the field.
 
-    An answer changes this host's addresses and routes, so it may only name one /64 of unique local addresses.
+    An answer changes this host's addresses and routes, so it is limited to one /64 of unique local addresses.
     """
     try:
         server_key = PublicKey.parse(response.server_public_key)
@@ -143,7 +143,7 @@ async def provision(
     tls: ssl.SSLContext | None = None,
     timeout: float = PROVISION_TIMEOUT,
 ) -> Provisioned:
-    """Call Provision once, on a connection of its own. `tls` takes the place of the system's roots for an https URL.
+    """Call Provision once, on a separate connection. For an https URL, `tls` replaces the system's roots.
 
     Raises ServerUnreachableError, JoinRefusedError or InvalidAnswerError.
     """
@@ -167,8 +167,8 @@ def _refusal(error: GRPCError, url: JoinURL, machine: NodeInfo) -> JoinError:
 
 
 PASSING = frozenset({"ALREADY_EXISTS", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"})
-"""Refusals that are temporary: another link of this machine must end first, there is no room now, or something failed at
-the server or at a proxy on the way."""
+"""Temporary refusals: another link of this machine must end first, there is no room at present, or the server or a proxy
+failed."""
 
 
 class Provisioner:

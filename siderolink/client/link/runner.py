@@ -76,7 +76,7 @@ class LinkOptions:
 
     @property
     def server(self) -> tuple[str, int]:
-        """What key and unique token belong to: the API's host and port."""
+        """The server to which key and unique token belong: the API's host and port."""
         return self.url.host.lower(), self.url.port
 
 
@@ -90,7 +90,7 @@ class LinkRunner:
         host: Host | None = None,
         keys: ServerKeys | None = None,
     ) -> None:
-        """`keys` may outlive the link: new ones are added."""
+        """New keys are added to `keys`, which may outlive the link."""
         self.options = options
         self._emit = emit
         self.host = host or ThisHost(options.namespace)
@@ -100,7 +100,7 @@ class LinkRunner:
         self._timestamps: Timestamps | None = None
         self._retry = RetryTrigger()
         self._provisioner = self.provisioner(options, emit)
-        # The pause before the next Provision call grows while answers lead to no handshake.
+        # The pause before the next Provision call grows as long as answers do not lead to a handshake.
         self._fruitless = Backoff(first=2.0, cap=60.0, at_once=True)
         self._turn = 0
         self._handshakes = 0
@@ -140,7 +140,7 @@ class LinkRunner:
         return self._udp_answer is not None and self.transport is not None and self.transport.kind == "tunnel"
 
     def key_for(self, options: LinkOptions) -> PrivateKey:
-        """The private key for a server: one for each, kept for as long as the link lives."""
+        """The private key for a server: one per server, kept as long as the link exists."""
         if options.server not in self._keys:
             self._keys[options.server] = PrivateKey.generate()
         return self._keys[options.server]
@@ -193,7 +193,7 @@ class LinkRunner:
         return self.progress.machine.is_up
 
     def fits(self, options: LinkOptions, answer: Provisioned) -> bool:
-        """Whether these settings with this answer can use the interface that is there."""
+        """Whether these settings with this answer can use the existing interface."""
         return (
             self.device is not None
             and self._signals is not None
@@ -209,7 +209,7 @@ class LinkRunner:
         return is_udp or (options.tls is self.options.tls and options.url.tls == self.options.url.tls)
 
     def replace_settings(self, options: LinkOptions, answer: Provisioned | None) -> None:
-        """Use other settings from now on, beginning with an answer that they produced, or with a Provision call."""
+        """Use other settings from now on, starting with the answer that they produced or with a Provision call."""
         keeps_interface = answer is not None and self.fits(options, answer)
         is_same = keeps_interface and answer == self.answer and self._carries_alike(options)
         is_other_server = options.server != self.options.server
@@ -239,7 +239,7 @@ class LinkRunner:
 
     @asynccontextmanager
     async def silenced(self) -> AsyncIterator[None]:
-        """Send nothing on the link while the body runs; it shakes hands again afterwards."""
+        """Send nothing on the link while the body runs; start a handshake afterwards."""
         pause = Pause()
         try:
             if self._signals is not None:
@@ -257,7 +257,7 @@ class LinkRunner:
         backoff = Backoff(first=1.0, cap=30.0, at_once=True)
         is_unusable = False
         while True:
-            if is_unusable:  # the server may know better by now
+            if is_unusable:  # the server may give a usable answer by now
                 with suppress(JoinError):
                     answer = await self._provisioner.request(tunnel=self.is_fallback)
             try:
@@ -277,7 +277,7 @@ class LinkRunner:
             await anyio.sleep(backoff.next())
 
     async def _hold(self, answer: Provisioned) -> Provisioned:
-        """Keep one device for as long as the server's answers fit it; returns the first answer that does not."""
+        """Keep one device as long as the server's answers fit it; returns the first answer that does not."""
         transport = self._adopt(answer)
         config = DeviceConfig(
             name=self.options.interface or transport.interface,
@@ -342,7 +342,7 @@ class LinkRunner:
             self._adopt(answer)
 
     def rising_timestamps(self) -> "Timestamps":
-        """Shared by all devices: a server accepts no initiation that is older than the last one of the same key."""
+        """Shared by all devices, because a server accepts no initiation older than the last one of the same key."""
         from siderolink.common.wireguard.noise import Timestamps
 
         if self._timestamps is None:
@@ -401,10 +401,10 @@ class LinkRunner:
         """While the tunnel replaces UDP, notice when UDP works again."""
         udp = self._udp_answer
         assert udp is not None
-        # UDP passed handshakes but no large packets, so a handshake alone is no reason to return to it soon.
+        # UDP passed handshakes but no large packets, so a handshake alone is not enough to return to it soon.
         tries = Backoff(first=900.0, cap=3600.0, floor=600.0) if self._udp_is_small else self._udp_tries
 
-        def server_key() -> PublicKey:  # which may have changed since
+        def server_key() -> PublicKey:  # read each time, because it may change
             return (self.answer or udp).server_key
 
         while True:  # the signal may arrive, and be ignored, while the tunnel is being reopened

@@ -16,7 +16,7 @@ from siderolink.common.wireguard.device import DeviceEvent, InterfaceLost
 
 @dataclass(frozen=True, slots=True)
 class RouteLost:
-    """The route failed for good."""
+    """The route failed permanently."""
 
     reason: str
 
@@ -30,11 +30,11 @@ class RouteInterrupted:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A new answer of the server to Provision."""
+    """The server's new answer to Provision."""
 
     answer: Provisioned
     has_link: bool = False
-    """Whether its server has answered a handshake already, so that the link goes on there."""
+    """Whether its server has already answered a handshake, so that the link continues there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class ApiBack:
 
 @dataclass(frozen=True, slots=True)
 class ServerDied:
-    """The API says that another server of its store died. It may be the one that has the link."""
+    """The API reports that another server of its store died. The link may be at that server."""
 
 
 @dataclass(frozen=True, slots=True)
 class EchoesUnanswered:
-    """Echo requests over the link went unanswered, when there was a reason to send them."""
+    """Echo requests that were sent over the link on suspicion went unanswered."""
 
     reason: str
 
@@ -69,10 +69,10 @@ class ApiCutRegularly:
 
 @dataclass(frozen=True, slots=True)
 class NetworkChanged:
-    """This host's addresses or routes changed, or a carrier came."""
+    """This host's addresses or routes changed, or an interface regained its carrier."""
 
     carriers: frozenset[int] = frozenset()
-    """The indexes of interfaces that lost their carrier and have it again."""
+    """The indexes of interfaces that lost and regained their carrier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class ClockJumped:
 
 @dataclass(frozen=True, slots=True)
 class LargePackets:
-    """Whether packets as large as the interface takes pass by the route in use."""
+    """Whether packets as large as the interface's MTU pass by the route in use."""
 
     pass_: bool
 
@@ -118,7 +118,7 @@ class Pause:
     """Send nothing until `ended`: another engine with the same key is being tested, and the server would roam between both."""
 
     begun: anyio.Event = field(default_factory=anyio.Event)
-    """Set by the monitor once nothing is sent any more."""
+    """Set by the monitor once it has stopped sending."""
     ended: anyio.Event = field(default_factory=anyio.Event)
 
 

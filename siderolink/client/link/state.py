@@ -21,7 +21,7 @@ TRANSITIONS: Mapping[ConnectionState, frozenset[ConnectionState]] = {
 
 
 class StateMachine:
-    """The state, its reason, and since when. `on_change` gets old state, new state and reason of each transition."""
+    """The state, its reason, and its start. `on_change` is called with old state, new state and reason of each transition."""
 
     def __init__(
         self, on_change: Callable[[ConnectionState, ConnectionState, str], None], clock: Callable[[], float] = time.time
@@ -65,19 +65,19 @@ class Progress:
         self._started_at = time.monotonic()
         self._down_at = 0.0
         self._moves_because = ""
-        """Why the next route has the link already; empty if it does not."""
+        """Why the link is already at the next route; empty if it is not."""
         self.has_new_settings = False
         """Whether the link is being recreated with other settings and has not come up yet."""
         self._troubles: dict[str, str] = {}
         self.machine = StateMachine(self._changed)
         self.handshakes = 0
-        """How many there were."""
+        """Number of completed handshakes."""
         self.connected = anyio.Event()
-        """Set once the first handshake is done."""
+        """Set once the first handshake completed."""
         self.down = anyio.Event()
-        """Set while the link was up and is not now."""
+        """Set while a link that was up is down."""
         self.next_handshake = anyio.Event()
-        """Set, and replaced by another, when a handshake has completed."""
+        """Set and replaced by a new event at each completed handshake."""
 
     @property
     def state(self) -> ConnectionState:
@@ -89,7 +89,7 @@ class Progress:
             self.machine.go(ConnectionState.PROVISIONING, reason)
 
     def connecting(self, route: str) -> None:
-        """A route is being tried, or has the link already."""
+        """A route is being tried, or the link is already there."""
         reason, self._moves_because = self._moves_because, ""
         if reason and self.machine.is_up:
             self._emit(events.Moved(route=route, reason=reason))
@@ -125,7 +125,7 @@ class Progress:
             self.connected.set()
 
     def replaced(self, route: str, reason: str, *, has_link: bool) -> None:
-        """Another answer of the API counts from now on. `has_link`: the route that is told next was answered already."""
+        """A new answer of the API replaces the current one. `has_link`: the next route has already answered a handshake."""
         if has_link and self.machine.is_up:
             self._moves_because = reason
         else:

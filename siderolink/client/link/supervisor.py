@@ -2,7 +2,8 @@
 
 New settings are tested alongside the link: a Provision call, then a handshake by each route in a separate WireGuard engine
 without an interface. Only settings that work take over. At the same server (the API's host and port) they keep the link's key,
-so the present link is silent during that handshake, or the server would send to both in turn; it shakes hands again afterwards.
+so the present link is silent during that handshake; otherwise the server would roam between the two. Afterwards it starts a
+handshake.
 If the answer has the same address and kind of transport as before, the running interface stays; otherwise it is replaced.
 """
 
@@ -27,9 +28,9 @@ log = logging.getLogger("siderolink")
 VERDICT_TIMEOUT = 20.0
 """Seconds within which the caller learns the outcome of a change."""
 PROMPT_TIMEOUT = 1.0
-"""The same for META writes: the server waits for their end before it answers the new Provision call."""
+"""The same for META writes, because the server waits for them before it answers the new Provision call."""
 _ANSWER_GRACE = 1.0
-"""Seconds between an answer and the step that silences or ends the old link, over which the caller may be waiting."""
+"""Seconds between an answer and the step that silences or ends the old link, in case the caller is waiting over that link."""
 _TAKEOVER = 20.0
 """Seconds in which settings that passed the test must bring the link up; otherwise the old ones return."""
 _SHORTEST_TRY = 2.0
@@ -38,11 +39,11 @@ _LONGEST_TRY = 8.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The outcome of a change of settings; its text is for people and holds no secret."""
+    """The outcome of a change of settings. Its texts are for people and contain no secret."""
 
     outcome: Literal["unchanged", "applied", "pending", "refused"]
-    """`applied`: the link runs by the new settings. `pending`: they are still being tried, and retried until they work or are
-    replaced; the old link stays meanwhile. `refused`: they do not work and were dropped; the old link stays."""
+    """`applied`: the link uses the new settings. `pending`: they are still being tried, and retried until they work or are
+    replaced; the old link stays in use. `refused`: they do not work and were dropped; the old link stays in use."""
     reason: str = ""
     """Why they were refused, or are still pending."""
     warnings: tuple[str, ...] = ()
@@ -73,7 +74,7 @@ class _Change:
 
 
 class LinkSupervisor:
-    """Applies new settings to one link. `run` must be running meanwhile."""
+    """Applies new settings to one link while `run` is running."""
 
     def __init__(self, runner: LinkRunner, emit: Callable[[events.LinkEvent], None]) -> None:
         self._runner = runner
@@ -82,11 +83,12 @@ class LinkSupervisor:
         self._changed = anyio.Event()
         self._trial = anyio.CancelScope()
         self._is_switching = False
-        """Until the link is up by new settings or back with the old ones; later settings wait for that."""
+        """Whether a switch is in progress, until the link is up with the new settings or back with the old ones. Later settings
+        wait for it."""
         self.refusal = ""
         """Why the latest settings are not in force; empty if they are."""
         self.last_refused = ""
-        """Which change was refused and dropped last, and why; empty once a later one was applied."""
+        """The last change that was refused and dropped, and why; empty once a later one was applied."""
 
     async def apply(
         self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False, prove_first: bool = False
@@ -94,12 +96,12 @@ class LinkSupervisor:
         """Use these settings if they work. Returns the outcome within `timeout` seconds.
 
         Without `keep`, settings that fail or take longer are dropped. With it they are `pending` after the timeout and retried
-        until they work; a refusal that comes sooner is reported and retried all the same. Later settings replace earlier ones
-        that are not in force yet.
+        until they work; an earlier refusal is reported, and they are still retried. Later settings replace earlier ones that
+        are not in force yet.
 
-        With `keep`, settings that the server accepts with another answer than before are `pending` before their handshake: it
-        silences the link for a moment, and the caller may be at its other end. Where there has been no link yet, they replace
-        the present ones untested, unless `prove_first` is set.
+        With `keep`, settings for which the server gives a different answer are reported as `pending` before their handshake,
+        because the handshake briefly silences the link over which the caller may be connected. If there has been no link yet,
+        they replace the present ones untested, unless `prove_first` is set.
         """
         change = self._change
         if change is None or not (keep and change.is_kept and change.options == options):
@@ -107,7 +109,7 @@ class LinkSupervisor:
             self._put(change)
         with anyio.move_on_after(timeout):
             await change.decided.wait()
-        if change.verdict is not None:  # it may have come at the last moment
+        if change.verdict is not None:  # it may have been set at the last moment
             return change.verdict
         if keep:
             return Verdict(outcome="pending", reason="the new settings are still being tried")
@@ -143,7 +145,7 @@ class LinkSupervisor:
         self._changed = anyio.Event()
 
     async def _try(self, change: _Change) -> None:
-        """Test once. Afterwards the change is decided, and forgotten unless it is to be retried."""
+        """Test once. Afterwards the change is decided, and dropped unless it will be retried."""
         runner, options = self._runner, change.options
         changes = describe_changes(runner.options, options)
         if options == runner.options:
@@ -177,9 +179,9 @@ class LinkSupervisor:
             await anyio.sleep(_ANSWER_GRACE)
 
     async def prove(self, options: LinkOptions, on_accepted: Callable[[], Awaitable[None]] | None = None) -> Provisioned:
-        """The server's answer to these settings, once a handshake has shown that it works. Raises SideroLinkError.
+        """The server's answer to these settings, proved by a handshake. Raises SideroLinkError.
 
-        `on_accepted` is awaited between an answer and the handshake that it needs.
+        `on_accepted` is awaited between an answer and the handshake that it requires.
         """
         runner = self._runner
         provisioner = runner.provisioner(options, lambda event: None)
@@ -230,7 +232,7 @@ class LinkSupervisor:
         verdict = Verdict(outcome="applied", warnings=warnings)
         with anyio.CancelScope(shield=True):
             if not change.is_kept:
-                # Before the switch: the caller may be waiting for it on the interface that ends.
+                # Decided before the switch, because the caller may be connected over the interface that is being removed.
                 self._settle(change, verdict)
                 await anyio.sleep(0.0 if keeps_interface else _ANSWER_GRACE)
             runner.replace_settings(options, answer)
@@ -238,7 +240,7 @@ class LinkSupervisor:
         if (keeps_interface and answer == before[1]) or await self._comes_up(answer):
             self._settle(change, verdict)
             return
-        # The trial worked and the switch did not: the interface cannot be created, for instance.
+        # The trial succeeded but the switch failed, for example because the interface cannot be created.
         reason = f"the link did not come up within {_TAKEOVER:.0f} s: {runner.progress.machine.reason}"
         runner.replace_settings(*before)
         self._fail(change, changes, reason, is_final=False)
@@ -285,7 +287,7 @@ class LinkSupervisor:
 async def try_first(options: LinkOptions, keys: ServerKeys, *, timeout: float = VERDICT_TIMEOUT) -> Verdict:
     """Try settings for a machine that has no link yet.
 
-    Only a permanent refusal prevents their use, because an unreachable server may become reachable later.
+    Only a permanent refusal prevents their use: an unreachable server may become reachable later.
     """
 
     def ignore(_: events.LinkEvent) -> None:

@@ -1,20 +1,20 @@
-"""When a link counts as up, suspect or down. Pure: times are passed in, in seconds.
+"""Decides when a link is up, suspect or down. Pure: times are passed in, in seconds.
 
 A link is judged by its handshakes alone. WireGuard renews a session every 120 s while there is traffic, and the persistent
 keepalive is traffic; so a healthy link's last handshake is at most 120 s old, and a link whose last one is 275 s old is dead.
 
-A failure is found sooner than that. Any symptom makes the link *suspect*: a handshake is begun at once and then every
-second, and the first that completes clears the suspicion. Fifteen losses in a row are no accident, even where 20 % of all
-datagrams are lost each way: that happens once in five million suspicions. So a healthy link is never declared down.
+Failures are detected sooner than that. Any symptom makes the link *suspect*: a handshake is started at once and then every
+second, and the first one that completes clears the suspicion. Fifteen consecutive losses are not chance: with 20 % loss each
+way, they occur once in five million suspicions. So a healthy link is never declared down.
 """
 
 DOWN_AFTER = 275.0
 """Seconds since the last handshake: reject after 180, one retry of 5, attempts for 90."""
 ATTEMPT_TIMEOUT = 8.0
-"""Seconds a new route gets for its first handshake."""
+"""Time limit in seconds for the first handshake on a new route."""
 FIRST_PROBE = 1.0
 PROBE_GROWTH = 1.4
-"""On a new route the next handshake is begun a second after the first, then at growing intervals: the server may be slow."""
+"""On a new route the second handshake starts a second after the first; then intervals grow, because the server may be slow."""
 PROBE_LIMIT = 15
 PROBE_INTERVAL = 1.0
 ENDING_SECONDS = 3.0
@@ -22,7 +22,7 @@ ENDING_SECONDS = 3.0
 SILENT_AFTER = 35.0
 """Seconds without an authenticated packet that make a link suspect: most servers send a keepalive every 25 s."""
 QUIET_SILENT_AFTER = 60.0
-"""The same after a silence that turned out to be harmless: this server sends no keepalives, or packets are lost."""
+"""The same after a silence that proved harmless: this server sends no keepalives, or packets are lost."""
 
 
 class HandshakeWatch:
@@ -40,25 +40,25 @@ class HandshakeWatch:
         self._silent_after = SILENT_AFTER
         self._is_silent = False
         self._again: tuple[float, str] | None = None
-        """When to suspect the link once more, and why."""
+        """When to suspect the link again, and why."""
         self.suspicion: str | None = None
         """Why an established link is suspect; None if it is not."""
         self.unanswered = 0
-        """Handshakes begun since the suspicion."""
+        """Handshakes started since the suspicion."""
 
     @property
     def is_up(self) -> bool:
-        """Whether a handshake completed since, and the link was not found down after it."""
+        """Whether a handshake completed and the link was not found down since."""
         return self._handshake_at is not None
 
     @property
     def deadline(self) -> float:
-        """When to `check` and `take_probe` next, unless something happens before."""
+        """When to call `check` and `take_probe` next, unless something happens before."""
         again_at = float("inf") if self._again is None else self._again[0]
         return min(self._down_at, self._silent_at, self._probe_at, again_at)
 
     def handshake_completed(self, at: float) -> bool:
-        """Note a handshake; True where it brings the link up."""
+        """Note a handshake; returns True if it brings the link up."""
         came_up = self._handshake_at is None
         if self._handshake_at is None or at > self._handshake_at:
             self._handshake_at = at
@@ -75,14 +75,14 @@ class HandshakeWatch:
             self._silent_at = self._heard_at + self._silent_after
 
     def answered(self, now: float) -> None:
-        """Note an answer to a packet that was sent under suspicion, which clears it without a handshake."""
+        """Note an answer to a packet that was sent under suspicion; it clears the suspicion without a handshake."""
         if self._handshake_at is not None:
             self._clear_suspicion()
             self._down_at, self._probe_at = self._handshake_at + self._down_after, float("inf")
             self.heard(now)
 
     def suspect(self, now: float, reason: str) -> bool:
-        """Suspect an established link; True if it was not suspect before."""
+        """Suspect an established link; returns True if it was not suspect before."""
         if self._handshake_at is None or self.suspicion is not None:
             return False
         self.suspicion, self.unanswered = reason, 0
@@ -103,7 +103,7 @@ class HandshakeWatch:
             self._again = now + ENDING_SECONDS, reason
 
     def slept(self, now: float) -> None:
-        """The host was asleep, so no packet could arrive: restart the deadlines."""
+        """Restart the deadlines after the host was asleep and no packet could arrive."""
         if self._handshake_at is None:
             self._down_at = now + self._attempt_timeout
             self.probe_now(now)
@@ -113,7 +113,7 @@ class HandshakeWatch:
         self.suspect(now, "the host slept")
 
     def probe_now(self, now: float) -> None:
-        """A handshake is likely to succeed now: start the next one immediately, if one is due."""
+        """Start the handshake that is due immediately, because it is likely to succeed now."""
         if self._probe_at != float("inf"):
             self._probe_at = now
 
@@ -128,7 +128,7 @@ class HandshakeWatch:
         return True
 
     def check(self, now: float) -> str | None:
-        """Why the link is down at `now`; None if it is not. A long silence makes it suspect."""
+        """The reason why the link is down at `now`; None if it is not. A long silence makes it suspect."""
         if self._again is not None and now >= self._again[0]:
             self.suspect(*self._again)
             self._again = None
@@ -149,7 +149,7 @@ class HandshakeWatch:
 
 
 class RegularCuts:
-    """Recognises connections that are cut at a regular age, as proxies with an idle or stream timeout do."""
+    """Detects connections that are cut at a regular age, as by a proxy's idle or stream timeout."""
 
     ENOUGH = 3
     TOLERANCE = 0.1
@@ -160,7 +160,7 @@ class RegularCuts:
         self._ages: list[float] = []
 
     def note(self, age: float) -> float | None:
-        """Note a cut at this age; the mean age once the last three were alike, else None."""
+        """Note a cut at this age; returns the mean age if the last three were similar, else None."""
         self._ages = [*self._ages, age][-self.ENOUGH :]
         mean = sum(self._ages) / len(self._ages)
         alike = all(abs(age - mean) <= max(1.0, self.TOLERANCE * mean) for age in self._ages)

@@ -97,7 +97,7 @@ class ConfigurationKeeper:
         if not data:
             return
         try:
-            kept = await _judge(data)
+            kept = await _decode(data)
         except ConfigurationError as error:
             log.warning("the saved configuration %s is ignored: %s", self._path, one_line(str(error)))
             return
@@ -130,7 +130,7 @@ class ConfigurationKeeper:
         if mode != "try":
             self._set_trial(None)
         try:
-            found = await _judge(request.data)
+            found = await _decode(request.data)
         except ConfigurationError as error:
             text = str(error)[:_LONGEST_TEXT]
             self._on_refusal(ConfigLoadErrorEvent(error=one_line(text.partition("\n")[0])))
@@ -223,10 +223,10 @@ class ConfigurationKeeper:
                 self._resources.put(MACHINE_CONFIG, name, spec, annotations=MACHINE_CONFIG_ANNOTATIONS)
 
 
-async def _judge(data: bytes) -> "Configuration":
+async def _decode(data: bytes) -> "Configuration":
     with needing_extra():
-        from siderolink.client.config.strict import judge
-    return await anyio.to_thread.run_sync(judge, data)
+        from siderolink.client.config.strict import decode
+    return await anyio.to_thread.run_sync(decode, data)
 
 
 async def _difference(before: "Configuration | None", after: "Configuration") -> str:

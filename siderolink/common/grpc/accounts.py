@@ -38,7 +38,7 @@ class CallBudget:
         """The sources that a call with a valid token came from."""
 
     def know(self, source: str) -> None:
-        """A call from the source carried a valid token: its processor time is no longer limited."""
+        """Record that a call from the source carried a valid token: its processor time is no longer limited."""
         self.known.pop(source, None)
         self.known[source] = None
         self.used_unproven -= self._taken_unproven.pop(source, 0)
@@ -50,7 +50,7 @@ class CallBudget:
         return not source or source in self.known
 
     def charge(self, source: str, seconds: float, now: float) -> float:
-        """Charge a source for processor time; returns how many seconds its input has to wait.
+        """Charge a source for processor time; returns the seconds for which its input must wait.
 
         This is 0 for known sources, and while all others together use less than half of one processor. Above that, each of
         these may use a quarter.

@@ -180,7 +180,7 @@ class ByteStream:
         self._heard_at = asyncio.get_running_loop().time()
         size = sum(map(len, pieces))
         if not self._is_grpc:
-            self._judge_answer()
+            self._check_response()
         if self._receiver is not None or self._outcome.done():
             self._deliver(pieces, size if flow else 0)
             return
@@ -195,7 +195,7 @@ class ByteStream:
         if len(self._early) > self._window:
             self.refuse(Refusal.FLOW_CONTROL, "more data than the stream's window allows", Status.RESOURCE_EXHAUSTED)
 
-    def _judge_answer(self) -> None:
+    def _check_response(self) -> None:
         """Client: end the stream if the response is not gRPC."""
         self._is_grpc = True
         headers = self._stream.headers

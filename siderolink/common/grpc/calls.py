@@ -121,7 +121,7 @@ class Caller:
     ipv6_bits: int = 64
 
     def of_call(self, headers: Headers) -> object:
-        """Where one call comes from: the connection's address, or what a trusted proxy says of it."""
+        """The origin of one call: the connection's address, or the client that a trusted proxy names."""
         if not isinstance(self.address, tuple):
             return self.address
         fields = [value for name, value in headers if name == "x-forwarded-for"]
@@ -241,7 +241,7 @@ class CallHandler(AbstractHandler):
         task.add_done_callback(done)
 
     def cancel(self, stream: GrpclibH2Stream) -> None:
-        """The peer has reset the stream."""
+        """Handle a reset of the stream by the peer."""
         task = self._tasks.get(stream)
         if task is not None:
             task.cancel()

@@ -153,10 +153,10 @@ class GrpcChannel(private.ConnectingChannel):
         for protocol in tuple(self._connections):
             await protocol.lost.wait()
 
-    async def watch_health(self, on_up: Callable[[], None], on_news: Callable[[], None] = lambda: None) -> None:
+    async def watch_health(self, on_up: Callable[[], None], on_update: Callable[[], None] = lambda: None) -> None:
         """Call `on_up` once the server answers, and return when it is gone. Uses one long-lived call.
 
-        `on_news` is called for each further message within one call: servers of this package send one when another server of
+        `on_update` is called for each further message within one call: servers of this package send one when another server of
         their store died.
 
         The call (``grpc.health.v1.Health/Watch``) keeps the connection open at reverse proxies, which close idle ones after a
@@ -175,7 +175,7 @@ class GrpcChannel(private.ConnectingChannel):
         while True:
             before = answers
             try:
-                status, message = await self._call_health(heard, on_news)
+                status, message = await self._call_health(heard, on_update)
             except (grpclib.exceptions.StreamTerminatedError, ServerUnreachableError):
                 if not answers and not protocol.connection.is_closing():
                     raise
@@ -191,8 +191,8 @@ class GrpcChannel(private.ConnectingChannel):
                 return
         await protocol.lost.wait()
 
-    async def _call_health(self, heard: Callable[[object], None], on_news: Callable[[], None]) -> tuple[grpclib.Status, str]:
-        """Make one health call and wait for its end; returns its status and what was said with it."""
+    async def _call_health(self, heard: Callable[[object], None], on_update: Callable[[], None]) -> tuple[grpclib.Status, str]:
+        """Make one health call and wait for its end; returns its status and message."""
         guard = PrefixGuard(_MAX_HEALTH_BYTES)
 
         def receive(pieces: Sequence[memoryview]) -> None:
@@ -201,7 +201,7 @@ class GrpcChannel(private.ConnectingChannel):
             for piece in pieces:
                 guard.feed(bytes(piece))
             if guard.messages > max(before, 1):
-                on_news()
+                on_update()
 
         try:
             async with open_byte_stream(self, HEALTH_WATCH) as stream:

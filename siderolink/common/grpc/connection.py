@@ -52,7 +52,7 @@ def h2_config(*, server: bool) -> H2Configuration:
 
 
 def new_h2_connection(limits: Limits, *, server: bool) -> Engine:
-    """A new engine. It need not produce the preface, which is the same for all connections: see `first_words`."""
+    """A new engine. It need not produce the preface, which is the same for all connections: see `connection_preface`."""
     connection = Engine(h2_config(server=server))
     if not server or not private.remember_requests(connection):
         connection.decoder = frames.HeaderDecoder()
@@ -87,7 +87,7 @@ def _settings(limits: Limits, *, server: bool) -> dict[SettingCodes, int]:
 
 
 @lru_cache(maxsize=8)
-def first_words(limits: Limits, *, server: bool) -> bytes:
+def connection_preface(limits: Limits, *, server: bool) -> bytes:
     """The connection preface (RFC 9113, 3.4) of either side, including the initial connection window."""
     connection = H2Connection(h2_config(server=server))
     connection.local_settings = Settings(client=not server, initial_values=_settings(limits, server=server))
@@ -202,7 +202,7 @@ class Connection(_GrpclibConnection):
         self.raw_streams = RawStreams(engine, self.transport, self._write_gate, self.scanner, limits)
         self.stream_close_waiter = self._stream_gate = Gate()
         self._on_flood: Callable[[Refused], None] | None = on_flood
-        self._first_words = first_words(limits, server=server)
+        self._preface = connection_preface(limits, server=server)
 
     def create_stream(self, *, stream_id: int | None = None, wrapper: Wrapper | None = None) -> H2Stream:
         return H2Stream(self, stream_id=stream_id, wrapper=wrapper)
@@ -257,7 +257,7 @@ class Connection(_GrpclibConnection):
 
     def begin(self) -> None:
         """Send the preface unless it was sent. A server sends its preface together with its answer to the peer's."""
-        words, self._first_words = self._first_words, b""
+        words, self._preface = self._preface, b""
         if words:
             self.transport.write(words)
 

@@ -144,9 +144,9 @@ class FloodGuard:
 class FrameScanner:
     """Reads frame headers in front of the HTTP/2 engine, so that the engine only does what a call needs.
 
-    DATA of streams in `raw` is handed out as it comes. The preface, PING, PRIORITY, frames of unknown types and DATA for
-    streams that this side has reset never reach the engine. Of SETTINGS it sees the known ones, with a header table of 4,096
-    bytes at most.
+    DATA of streams in `raw` is yielded unprocessed. The preface, PING, PRIORITY, frames of unknown types and DATA for streams
+    that this side has reset never reach the engine. It gets only the known SETTINGS, with a header table of at most 4,096
+    bytes.
     """
 
     def __init__(self, limits: Limits, guard: FloodGuard, *, server: bool) -> None:

@@ -9,7 +9,7 @@ from siderolink.common.grpc.processor import Processor
 from siderolink.common.grpc.refusals import Refusal, Refused
 
 _LONGEST_WAIT = 1.0
-_LOOK_EVERY = 64
+_CLOCK_EVERY = 64
 """Pieces of raw streams between two readings of the clock."""
 _FREE_BYTES = 4096
 """Size of a read that is not charged while it waits for its turn."""
@@ -18,9 +18,9 @@ _FREE_BYTES = 4096
 class Input:
     """The input of one connection.
 
-    On a server, input is processed in the turns of its source; a known source does not wait for one if that takes nothing from
-    others. Raw streams of known sources, local processes, and clients never wait, but also use at most `TURN_SECONDS` of one
-    iteration of the loop.
+    On a server, input is processed in the turns of its source; a known source need not wait for its turn if that does not delay
+    others. Raw streams of known sources, local processes, and clients never wait, but they also use at most `TURN_SECONDS` of
+    one iteration of the loop.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Input:
         if is_over:
             self._pieces = None
             if self._backlog or wait or self._queued:
-                self._take_backlog(wait)
+                self._process_backlog(wait)
         if self._pieces is None:
             if self.is_paused:
                 self.is_paused = False
@@ -132,7 +132,7 @@ class Input:
         else:
             self._queue_input()
 
-    def _take_backlog(self, wait: float) -> None:
+    def _process_backlog(self, wait: float) -> None:
         data = b"".join(self._backlog)
         self._backlog.clear()
         if data or wait:
@@ -157,7 +157,7 @@ class Input:
         sink_id = 0
         parts: list[memoryview] = []
         for stream_id, piece in pieces:
-            if parts and (stream_id != sink_id or len(parts) >= _LOOK_EVERY):
+            if parts and (stream_id != sink_id or len(parts) >= _CLOCK_EVERY):
                 raw.feed(sink_id, parts)
                 parts = []
                 now = self._loop.time()

@@ -1,4 +1,4 @@
-"""Limits on what one peer of the API may use."""
+"""Limits on the resources that one peer of the API may use."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -113,7 +113,7 @@ class Limits:
         return max(self.max_received_bytes, self.max_message_bytes + 5 + self.max_frame_bytes)
 
     def __hash__(self) -> int:
-        """Of a few fields: every connection looks up what is the same for all with its limits."""
+        """A hash of a few fields only, because every connection looks up shared values by its limits."""
         return hash((self.max_message_bytes, self.connection_window_bytes, self.max_streams))
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallLimits:
-    """Limits of the calls of one method, where they are tighter than those of `Limits`."""
+    """Limits for the calls of one method that are tighter than those of `Limits`."""
 
     max_message_bytes: int | None = None
     """Maximum request message."""

@@ -185,7 +185,7 @@ class MessageBuffer(Buffer):
                 self._pass_on()
 
     def eof(self) -> None:
-        """The peer has half-closed the stream."""
+        """Handle the half-close of the stream by the peer."""
         self.settle()
         if self._is_whole:
             self._is_eof_kept = True
@@ -276,7 +276,7 @@ class ServerCodec(ProtoCodec):
 
 
 def _declared(message: Any) -> Any:
-    """The message. Raises MalformedWireError where a field came with another wire type, which the decoders let pass."""
+    """The message. Raises MalformedWireError if a field has another wire type, which the decoders do not check."""
     if isinstance(message, betterproto2.Message) and not has_declared_types(message):
         raise MalformedWireError("a field is of another type")
     return message

@@ -30,7 +30,7 @@ from siderolink.common.grpc import frames
 NO_LISTENERS = _DispatchServerEvents()
 """No listeners for a call's events."""
 
-# Header blocks of an ordinary answer (RFC 7541). They do not use the dynamic table, so h2's encoder need not know of them.
+# Header blocks of an ordinary answer (RFC 7541). They do not use the dynamic table, so h2's encoder is not involved.
 _ANSWER_HEADERS = b"\x88\x0f\x10\x16application/grpc+proto"
 _ANSWER_TRAILERS = b"\x00\x0bgrpc-status\x010"
 ANSWER_STEPS = (StreamInputs.SEND_HEADERS, StreamInputs.SEND_DATA, StreamInputs.SEND_HEADERS, StreamInputs.SEND_END_STREAM)
@@ -44,7 +44,7 @@ _TAKES_WINDOW = (*_TAKES_DATA, StreamState.HALF_CLOSED_REMOTE)
 
 
 def grpclib_config(connection_window: int, *, server: bool) -> Configuration:
-    """grpclib's configuration without its own pings, which accept only a PING answer although any byte shows life."""
+    """grpclib's configuration without its own pings, which accept only a PING answer although any byte shows a live peer."""
     config = Configuration(_keepalive_time=None, http2_connection_window_size=connection_window)
     return config.__for_server__() if server else config.__for_client__()
 
@@ -191,7 +191,7 @@ class Call(Stream[Any, Any]):
 
 
 class _PlainFrame(NamedTuple):
-    """What h2 reads of an unpadded, complete HEADERS or DATA frame."""
+    """The parts of an unpadded, complete HEADERS or DATA frame that h2 reads."""
 
     stream_id: int
     data: bytes
@@ -219,16 +219,16 @@ def expect_frames(engine: H2Connection) -> None:
 
 
 def expect_frames_past_h2(engine: H2Connection) -> None:
-    """The short way of `expect_frames`."""
+    """The shortcut of `expect_frames`."""
     engine.incoming_buffer._preamble_len = 0
 
 
 def receive(engine: H2Connection, data: bytes) -> list[Event]:
     """Like h2's `receive_data`, without creating hyperframe's objects for plain frames."""
-    return short_receive(engine, data) if has_shortcuts() else engine.receive_data(data)
+    return receive_by_shortcut(engine, data) if has_shortcuts() else engine.receive_data(data)
 
 
-def short_receive(engine: H2Connection, data: bytes) -> list[Event]:
+def receive_by_shortcut(engine: H2Connection, data: bytes) -> list[Event]:
     """The shortcut of `receive`."""
     events: list[Event] = []
     waiting = engine.incoming_buffer
@@ -256,26 +256,26 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
     if kind == frames.WINDOW_UPDATE and len(frame.data) == 4:
         return _receive_window_update(engine, frame.stream_id, int.from_bytes(frame.data))
     received: _PlainFrame | _PlainGoAway = frame
-    take: Any  # h2's own frames have what ours have of them
+    handle: Any  # our frames have the attributes of h2's own that are used
     if kind == frames.HEADERS:
         is_new = frame.stream_id & 1 and frame.stream_id > engine.highest_inbound_stream_id
         if flags & ~frames.END_STREAM != frames.END_HEADERS or engine.config.client_side or not is_new:
             return None
-        take = engine._receive_headers_frame
+        handle = engine._receive_headers_frame
     elif kind == frames.DATA:
         stream = engine.streams.get(frame.stream_id)
         if stream is None or flags & ~frames.END_STREAM or stream.state_machine.state not in _TAKES_DATA:
             return None
-        take = engine._receive_data_frame
+        handle = engine._receive_data_frame
     elif kind == frames.GOAWAY and not frame.stream_id and len(frame.data) >= 8:
-        take = engine._receive_goaway_frame
+        handle = engine._receive_goaway_frame
         last, code = _GOAWAY.unpack_from(frame.data)
         received = _PlainGoAway(last & _LARGEST_WINDOW, code, frame.data[_GOAWAY.size :])
     else:
         return None
     events: list[Event]
     try:
-        answer, events = take(received)
+        answer, events = handle(received)
     except H2ProtocolError as error:
         engine._terminate_connection(error.error_code)
         raise
@@ -284,7 +284,7 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
 
 
 def _receive_window_update(engine: H2Connection, stream_id: int, delta: int) -> list[Event] | None:
-    """The event of more room on the connection or an open stream; None if h2 has to judge the frame."""
+    """The event of more window on the connection or an open stream; None if h2 must process the frame."""
     widened = engine.streams.get(stream_id) if stream_id else engine
     if widened is None or not 0 < delta <= _LARGEST_WINDOW - widened.outbound_flow_control_window:
         return None
@@ -296,14 +296,14 @@ def _receive_window_update(engine: H2Connection, stream_id: int, delta: int) -> 
 
 
 _PLAIN_FIELDS = frozenset((b":method", b":scheme", b":path", b":authority", b"content-type", b"user-agent", b"te"))
-"""Fields that clients of one kind send alike and that contain no secret."""
+"""Fields that are the same for all clients of one kind and contain no secret."""
 _MOST_BEGINNINGS = 16
 _MOST_FIELDS = 12
 _LONGEST_BEGINNING = 512
 
 
 class Beginning(NamedTuple):
-    """How a connection's first header block began, up to its first field that is not plain, and the resulting state."""
+    """The beginning of a connection's first header block, up to its first field that is not plain, and the resulting state."""
 
     block: bytes
     headers: tuple[HeaderTuple, ...]
@@ -390,7 +390,7 @@ def remember_requests(engine: H2Connection) -> bool:
 
 
 def open_window(engine: H2Connection, size: int) -> None:
-    """Let a new engine expect `size` more bytes. The caller tells the peer."""
+    """Let a new engine expect `size` more bytes. The caller sends the window update to the peer."""
     if has_shortcuts():
         open_window_past_h2(engine, size)
     else:
@@ -404,7 +404,7 @@ def open_window_past_h2(engine: H2Connection, size: int) -> None:
 
 
 def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
-    """Account in h2 for DATA sent past it. Returns False if h2 has to send the data itself."""
+    """Account in h2 for DATA sent without it. Returns False if h2 must send the data itself."""
     if not has_shortcuts():
         return False
     engine.streams[stream_id].outbound_flow_control_window -= size
@@ -415,7 +415,7 @@ def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
 def short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes | None:
     """A complete answer as frames, built without h2: headers, one DATA frame within the windows, and trailers.
 
-    None if h2 has to send it itself; also for the first answer after the peer requested another header table size, because the
+    None if h2 must send it itself; also for the first answer after the peer requested another header table size, because the
     next block must begin with the new size (RFC 7541, 4.2), which only h2's encoder writes.
     """
     if not has_shortcuts():
@@ -453,7 +453,7 @@ def answer_past_h2(engine: H2Connection, stream_id: int, message: bytes) -> byte
 
 @lru_cache(maxsize=1)
 def has_shortcuts() -> bool:
-    """Whether the installed h2 and hpack have the names that the shortcuts need, and both paths lead to the same result."""
+    """Whether the installed h2 and hpack have the names that the shortcuts need, and both paths give the same result."""
     from siderolink.common.grpc.h2_trial import try_shortcuts
 
     try:

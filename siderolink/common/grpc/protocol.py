@@ -113,7 +113,7 @@ class Http2Protocol(H2Protocol):
             self._fail(error)
 
     def _flood(self, refused: Refused) -> None:
-        """Too many refusals were caused by this peer. Its connection ends a little later: one of its calls may be running."""
+        """End the connection of a peer that caused too many refusals, a little later: one of its calls may be running."""
         if self._input is not None and self._input.flooded is None:
             self._input.flooded = refused
             self._loop.call_soon(self.refuse, refused.refusal, refused.message)

@@ -56,7 +56,7 @@ class RawStreams:
         self._ids.discard(stream_id)
 
     def wake(self) -> None:
-        """There may be room again on all raw streams."""
+        """Notify all raw streams that there may be room again."""
         for sink in tuple(self.sinks.values()):
             sink.wake()
 

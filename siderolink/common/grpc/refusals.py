@@ -71,7 +71,7 @@ class Refusal(StrEnum):
     REQUEST_TIMEOUT = "request_timeout"
     """A call's request message was not complete in time, or the call exceeded its method's time limit."""
     ANSWER_NOT_TAKEN = "answer_not_taken"
-    """The peer left no room for an answer, or left too much unread or for too long."""
+    """The peer left no room for an answer, or left too much data unread, or left it unread for too long."""
     STREAM_IDLE = "stream_idle"
     """A byte stream received nothing for too long."""
     INTERNAL_ERROR = "internal_error"

@@ -188,7 +188,7 @@ class GrpcServer:
                 connection.send(settings + frames.frame_header(len(payload), frames.GOAWAY, 0, 0) + payload)
 
     def _enter(self, accepted: "_Accepted") -> bool:
-        """Count a connection, or turn it away; False in that case. Others may have to make room."""
+        """Count a connection; returns False if it is refused. Others may be closed to make room."""
         if isinstance(accepted.address, tuple):
             accepted.source = source_of(str(accepted.address[0]), self._limits.ipv6_source_bits)
             accepted.is_proxy = bool(self._proxies.forwarded_from) and contains(self._proxies.forwarded_from, accepted.name)
@@ -303,7 +303,7 @@ class _Accepted:
     source: str = ""
     """The key that identifies one source; empty for a local socket."""
     is_proxy: bool = False
-    """Whether it forwards for others, and is trusted to say for whom."""
+    """Whether it is a proxy that is trusted to name its clients."""
 
     @property
     def name(self) -> str:

@@ -1,9 +1,9 @@
 """Turns of the event loop: input and calls that need processor time share it by source, known sources first.
 
-In one turn of the loop, strangers together get `TURN_SECONDS`, and known sources twice as much. What does not fit waits for the
-next turn, in which everything else, such as the streams of proven machines, is served between. Each source has a slice in
-its turn, whatever number of connections it has. While no known source waits and their share lasts, their input does not wait
-for a turn either.
+In one turn of the loop, unknown sources together get `TURN_SECONDS`, and known sources twice as much. Other work waits for the
+next turn; everything else, such as the streams of proven machines, is served in between. Each source has one slice in its turn,
+regardless of its number of connections. While no known source is waiting and their share is not used up, their input is
+processed at once.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class _Class:
 
     def __init__(self, share: int) -> None:
         self.spent = 0.0
-        """Seconds used since the last turn outside of it: at once, or by calls that took longer than they were said to."""
+        """Seconds used outside of turns since the last one: by work run at once, and by calls beyond their estimate."""
         self._share = share
         self._waiting: OrderedDict[str, deque[Work]] = OrderedDict()
 
@@ -38,7 +38,7 @@ class _Class:
         self._waiting.setdefault(source, deque()).append(work)
 
     def run_at_once(self, work: Work, clock: Callable[[], float]) -> bool:
-        """Do the work now; False, and nothing done, where others wait or the share is used up."""
+        """Run the work now; returns False without running it if others are waiting or the share is used up."""
         if self._waiting or self.spent >= self._share * TURN_SECONDS:
             return False
         began = clock()
@@ -47,11 +47,11 @@ class _Class:
         return True
 
     def run(self, clock: Callable[[], float]) -> float:
-        """Do what waits, within the share; returns the seconds used."""
+        """Run the waiting work, within the share; returns the seconds used."""
         spent, self.spent = self.spent, 0.0
         began = now = clock()
         until = now + self._share * TURN_SECONDS - spent
-        is_first = not spent  # whatever a turn's length is, something is done in every other turn
+        is_first = not spent  # so that some work is done at least in every other turn, even if turns are short
         charged = 0.0
         while self._waiting and (is_first or now + charged < until):
             is_first = False
@@ -68,7 +68,7 @@ class Turns:
     """The turns of one server."""
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
-        """`clock` is the loop's by default."""
+        """`clock` defaults to the loop's."""
         self._clock = clock
         self._known = _Class(2)
         self._strangers = _Class(1)
@@ -82,7 +82,7 @@ class Turns:
             asyncio.get_running_loop().call_soon(self._run)
 
     def run_or_queue(self, source: str, work: Work, *, is_known: bool) -> None:
-        """Run a known source's work at once if that takes nothing from others; otherwise queue it for the source's turn."""
+        """Run a known source's work at once if that does not delay others; otherwise queue it for the source's turn."""
         if not is_known or not self._known.run_at_once(work, self._clock or asyncio.get_running_loop().time):
             self.queue(source, work, is_known=is_known)
 

@@ -25,9 +25,9 @@ _IFADDR: Final = struct.Struct("=BBBBi")
 _UP: Final = 1
 _NO_DUPLICATE_DETECTION: Final = 0x02
 _LINK_SCOPE: Final = 253
-"""Of link-local addresses, which the kernel assigns."""
+"""The scope of link-local addresses, which the kernel assigns."""
 _LOCAL_PAUSE, _LOCAL_CHECKS = 0.002, 500
-"""Seconds between polls of a local route, and their number. What has none after a second is left as it is."""
+"""Seconds between polls for an address's local route, and their maximum number; polling gives up after a second."""
 _CREATE, _EXCLUSIVE = 0x400, 0x200
 
 Interface = IPv4Interface | IPv6Interface
@@ -124,8 +124,8 @@ def _add_address(requests: RequestSocket, index: int, name: str, address: Interf
 async def _receives(requests: RequestSocket, addresses: Sequence[Interface]) -> None:
     """Wait until packets to these IPv6 addresses are received here.
 
-    A worker of the kernel adds their local routes a moment after it accepted the addresses; on a busy host that takes many
-    milliseconds. Until then they are used as sources already, and answers to them are dropped.
+    The kernel adds their local routes asynchronously after it accepted the addresses, which takes many milliseconds on a busy
+    host. Until then the addresses are already used as sources, and answers to them are dropped.
     """
     for address in addresses:
         for _ in range(_LOCAL_CHECKS if address.version == 6 else 0):

@@ -61,7 +61,7 @@ class NetworkChange:
     interfaces: frozenset[int]
     """The indexes of the interfaces that changed; 0 for a route without one."""
     carriers: frozenset[int]
-    """Those of them that lost their carrier and have it again."""
+    """Those of them that lost and regained their carrier."""
     lost: bool = False
     """The kernel dropped events: anything may have changed."""
 

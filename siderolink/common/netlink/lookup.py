@@ -25,9 +25,9 @@ class OutgoingRoute:
     """How packets to an address leave this host."""
 
     source: bytes
-    """The local address, 4 or 16 bytes; empty where the kernel names none."""
+    """The local address, 4 or 16 bytes; empty if the kernel names none."""
     interface: int
-    """The index of the interface; 0 where the route names none."""
+    """The index of the interface; 0 if the route names none."""
 
 
 class RouteLookup:
@@ -41,11 +41,11 @@ class RouteLookup:
         self._requests.close()
 
     def find(self, destination: bytes, *, source: bytes = b"", mark: int = 0, interface: int = 0) -> OutgoingRoute | None:
-        """The route to an address of 4 or 16 bytes; None if there is none. `interface`: look only for routes by that one.
+        """The route to an address of 4 or 16 bytes; None if there is none. `interface` restricts the lookup to that interface.
 
-        Raises NetlinkRefusal if the kernel cannot tell.
+        Raises NetlinkRefusal if the kernel gives no answer.
         """
-        answer = _ask(self._requests, destination, source=source, mark=mark, interface=interface)
+        answer = _get_route(self._requests, destination, source=source, mark=mark, interface=interface)
         if answer is None:
             return None
         found = answer.values(RTMSG.size) if answer.kind == NEWROUTE else {}
@@ -53,13 +53,13 @@ class RouteLookup:
 
 
 def is_received(requests: RequestSocket, address: bytes) -> bool:
-    """Whether the kernel receives packets to this address of 4 or 16 bytes. Raises NetlinkRefusal if it cannot tell."""
-    answer = _ask(requests, address)
+    """Whether the kernel receives packets to this address of 4 or 16 bytes. Raises NetlinkRefusal if it gives no answer."""
+    answer = _get_route(requests, address)
     route = answer.fixed(RTMSG) if answer is not None and answer.kind == NEWROUTE else None
     return route is not None and route[_TYPE] == _LOCAL
 
 
-def _ask(
+def _get_route(
     requests: RequestSocket, destination: bytes, *, source: bytes = b"", mark: int = 0, interface: int = 0
 ) -> Message | None:
     """The kernel's answer; None if there is no route. Raises NetlinkRefusal."""
@@ -71,7 +71,7 @@ def _ask(
         request += attribute(2, source)
     request += b"".join(attribute(kind, struct.pack("=I", value)) for kind, value in ((16, mark), (4, interface)) if value)
     try:
-        return requests.ask(GETROUTE, request)
+        return requests.request_one(GETROUTE, request)
     except NetlinkRefusal as error:
         if error.errno in (errno.EPERM, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
             raise
@@ -79,7 +79,7 @@ def _ask(
 
 
 def route_to(remote: str) -> OutgoingRoute | None:
-    """How packets to this numeric address would leave; None where there is no route."""
+    """How packets to this numeric address would leave; None if there is no route."""
     try:
         family, _, _, _, target = socket.getaddrinfo(remote, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
         address = socket.inet_pton(family, str(target[0]).partition("%")[0])

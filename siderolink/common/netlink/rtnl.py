@@ -139,7 +139,7 @@ class Route:
     """``0.0.0.0/0`` or ``::/0`` for the default."""
     gateway: IPAddress | None
     interface: int
-    """The index of the outgoing interface; 0 where there is none or there are several."""
+    """The index of the outgoing interface; 0 if there is none or there are several."""
     source: IPAddress | None
     """The preferred source address."""
     table: int
@@ -160,7 +160,7 @@ class HostNetwork:
     addresses: frozenset[Address] = frozenset()
     routes: frozenset[Route] = frozenset()
     is_complete: bool = True
-    """False where there are more than `MAX_ITEMS` of a kind, or they changed during each attempt to read them."""
+    """False if there are more than `MAX_ITEMS` of a kind, or they changed during each attempt to read them."""
     read_seconds: float = field(default=0.0, compare=False)
     """Processor time of this thread that reading them took, in seconds."""
 
@@ -280,7 +280,7 @@ def link_request(index: int, *attributes: bytes, flags: int = 0) -> bytes:
 
 
 def read_link(requests: RequestSocket, index: int) -> NetworkLink:
-    """One interface as it is now, with its counters. Raises NetlinkRefusal, with ENODEV where there is none."""
+    """The current state of one interface, with its counters. Raises NetlinkRefusal, with ENODEV if there is none."""
     for message in requests.request(GETLINK, link_request(index)):
         link = parse_link(message)
         if link is not None:

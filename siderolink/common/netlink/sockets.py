@@ -48,7 +48,7 @@ _PAUSE: Final = 0.1
 
 
 class NetlinkRefusal(OSError):
-    """Raised when the kernel refuses a request: its error number, and the kernel's explanation where it gives one."""
+    """Raised when the kernel refuses a request, with its error number and its explanation, if it gives one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class RequestSocket:
             if part.is_last:
                 return answers
 
-    def ask(self, kind: int, payload: bytes) -> Message:
+    def request_one(self, kind: int, payload: bytes) -> Message:
         """Send a request that has one answer, and return it. Raises NetlinkRefusal."""
         self._send(kind, payload, REQUEST)
         while True:
@@ -176,7 +176,7 @@ class EventSocket:
             try:
                 data, _, flags, sender = self._socket.recvmsg(_EVENT_BYTES)
             except BlockingIOError:
-                self._tell_overrun()
+                self._report_overrun()
                 break
             except OSError:  # ENOBUFS: the kernel dropped messages
                 self._was_overrun = True
@@ -190,7 +190,7 @@ class EventSocket:
                 return
         self._slow_down()
 
-    def _tell_overrun(self) -> None:
+    def _report_overrun(self) -> None:
         if self._was_overrun:
             self._was_overrun = False
             self._on_overrun()
@@ -234,7 +234,7 @@ def generic(command: int, payload: bytes) -> bytes:
 
 
 def family_id(requests: RequestSocket, name: str) -> int:
-    """The message type of a generic netlink family. Raises NetlinkRefusal, with ENOENT where the kernel has no such family."""
+    """The message type of a generic netlink family. Raises NetlinkRefusal, with ENOENT if the kernel has no such family."""
     for message in requests.request(16, generic(3, attribute(2, name.encode() + b"\0"))):
         found = message.values(4).get(1, b"")
         if len(found) == 2:

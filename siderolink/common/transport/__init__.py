@@ -1,1 +1,1 @@
-"""How WireGuard datagrams travel: `udp`, `tunnel`, and `choice`, the one place that chooses between them for a machine."""
+"""The transports of WireGuard datagrams; `choice` is the one place that selects UDP or the tunnel for a machine."""

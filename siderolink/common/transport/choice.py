@@ -29,11 +29,11 @@ __all__ = ["Answer", "LinkTransport", "OnInterrupted", "Route", "TunnelTransport
 
 STABLE_AFTER = 10.0
 """Seconds; a stream that lasted this long is reopened immediately."""
-_MOVE_SECONDS, _MOVE_LOOK_SECONDS = 2.0, 0.005
+_MOVE_SECONDS, _MOVE_POLL_SECONDS = 2.0, 0.005
 _MOVE_ATTEMPTS = 7
-"""How often to try a stream to another server, within about 20 s, because balancers notice a draining server with a delay."""
+"""Attempts to open a stream to another server, within about 20 s, because balancers detect a draining server with a delay."""
 _UNDER_WAY_SECONDS = 1.0
-"""How long an old stream is still read after another one has taken over."""
+"""Seconds for which an old stream is still read after another one has taken over."""
 STREAM_LIMITS = Limits(tcp_keepalive_idle=9, tcp_keepalive_interval=3)
 """A stream's connection is given up 18 s after its last sign of life. HTTP/2 pings may not be sent that often, because other
 servers end connections for it."""
@@ -61,7 +61,7 @@ class Route(Protocol):
         """The address (as text) to which this host sends on this route; None if unknown."""
 
     async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
-        """Set the peer up on the device, start a handshake, and forward datagrams.
+        """Configure the peer on the device, start a handshake, and forward datagrams.
 
         Returns the reason once this route no longer works.
         """
@@ -174,7 +174,7 @@ class UdpRoute:
         await device.set_peer(replace(peer, endpoint=self._address))
         with anyio.move_on_after(_MOVE_SECONDS):
             while before is not None:
-                await anyio.sleep(_MOVE_LOOK_SECONDS)
+                await anyio.sleep(_MOVE_POLL_SECONDS)
                 now = await device.peer(peer.public_key)
                 if now is None or now.last_handshake != before.last_handshake:
                     return now is not None
@@ -362,7 +362,7 @@ class _StreamBeside:
             return
         await device.handshake(peer.public_key, self.path)
         while not self._ended.is_set() and not self.is_answered:
-            await anyio.sleep(_MOVE_LOOK_SECONDS)
+            await anyio.sleep(_MOVE_POLL_SECONDS)
             self.is_answered = device.sends_by(peer.public_key, self.path)
 
     def decide(self) -> None:

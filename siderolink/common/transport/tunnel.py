@@ -74,7 +74,7 @@ class TunnelPath:
 
     @property
     def batch_bytes(self) -> int:
-        """So much that a writable path has room for it and what goes beyond, even after small packets that passed others."""
+        """A writable path has room for this many bytes and one super-packet more, even after small packets overtook others."""
         return self._limit * 3 // 8
 
     @property

@@ -34,9 +34,10 @@ MAX_READS: Final = 64
 MAX_BYTES: Final = 3 << 16
 """Maximum bytes read from the interface per loop iteration: one batch of four full super-packets."""
 MIXED_CHANGES: Final = 0.5
-"""Changes of the peer, of all packets read in one turn, above which packets are sealed and sent together though not alike."""
+"""The share of packets in one iteration that are for another peer than the one before, above which packets of different peers
+are sealed and sent together."""
 _AROUND: Final = 128
-"""No path and no message adds more to a packet."""
+"""Maximum bytes that a path and a message add to a packet."""
 REFUSALS_PER_SECOND: Final = 100
 """Maximum ICMP errors per second for packets to addresses without a peer."""
 
@@ -66,13 +67,14 @@ class DataPlane:
         self._set_mtu(engine.mtu)
         self.mixed = rows.mixed()
         self._lone = self.mixed if interface.fileno() >= 0 else None
-        """Reads and seals what comes after a lull."""
+        """Reads and seals the first packets after a pause."""
         self.send_many: SendMany | None = None
-        """Sends datagrams of many peers; without it they go one by one."""
+        """Sends datagrams of many peers; without it they are sent one by one."""
         self.is_passing = True
-        """Whether what paths deliver is processed."""
+        """Whether datagrams delivered by paths are processed."""
         self.after_lull: Callable[[], None] | None = None
-        """Called when what came after a lull has been written: what the host answers by itself waits and may leave at once."""
+        """Called after packets that followed a pause were written to the interface: the host's own answers are waiting by then
+        and can be sent at once."""
         self._mixed_frames = memoryview(bytearray(MAX_BYTES if self.mixed is not None else 0))
         self._is_mixed = False
         """Whether the last packets alternated between peers."""
@@ -85,7 +87,7 @@ class DataPlane:
         """The addresses of the last packet, which most packets share with the one before."""
         self._is_blocked = False
         self.backlog = Backlog()
-        """What was read while a path was full."""
+        """Frames read while a path was full."""
         self._quiet_flows = QuietFlows()
         self._read_at = self._delivered_at = 0.0
         self._changes = 0
@@ -107,7 +109,7 @@ class DataPlane:
     # From the interface
 
     def read_interface(self) -> bool:
-        """Read and send what is waiting, up to a limit; True if more of the backlog can be sent at once.
+        """Read and send waiting frames, up to a limit; True if more of the backlog can be sent at once.
 
         Raises DeviceError when the interface is gone.
         """
@@ -143,9 +145,9 @@ class DataPlane:
         return False
 
     def read_ahead(self) -> bool:
-        """Read what is waiting, up to a limit, though a path is full; False once the backlog has room for no more.
+        """Read waiting frames, up to a limit, although a path is full; False once the backlog is full.
 
-        Packets of flows of which nothing waits are sent, as far as their path takes them. Raises DeviceError.
+        Packets of flows without a packet in the backlog are sent if their path has room. Raises DeviceError.
         """
         now, backlog = boot_time(), self.backlog
         for _ in range(MAX_READS):
@@ -204,7 +206,7 @@ class DataPlane:
         self.drain(now)
 
     def _send_lone(self, mixed: MixedPackets, send_many: SendMany, packets: list[tuple[Peer, int, int]], now: float) -> None:
-        """Send packets of many peers, each by itself."""
+        """Send packets of many peers, each as a separate datagram."""
         sealed = self._engine.seal_many(self._mixed_frames, packets, mixed.seal, now)
         full = send_many(self._mixed_frames, sealed)  # type: ignore[arg-type] # see _device_path
         if full is not None:
@@ -227,7 +229,7 @@ class DataPlane:
     def _send_single(self, frame: memoryview, now: float, *, is_ahead: bool = False) -> bool:
         """Send one packet with the least latency; False if it needs the path for batches.
 
-        `is_ahead`: also False if its path has no room for it; and the path is not told to be full.
+        `is_ahead`: also False if its path has no room for it; the path is then not reported as full.
         """
         pair, size = address_pair(frame, VNET_SIZE), len(frame) - VNET_SIZE
         if pair is None or frame[1] != Gso.NONE or size > self._engine.mtu:
@@ -265,7 +267,7 @@ class DataPlane:
         if frame[1] == Gso.NONE:
             collector: SuperPacketSplitter | SmallPacketGatherer = self._gatherer
             if self._quiet_flows.busy:
-                self._quiet_flows.judge(frame, now)
+                self._quiet_flows.learn(frame, now)
         else:
             collector = self._splitter
             self._quiet_flows.busy = bytes(frame[:LONGEST_HEADER])

@@ -76,8 +76,8 @@ class PeerConfig:
     persistent_keepalive: int = 0
     """Seconds between keepalives, 0 to 65,535; 0 disables them."""
     is_passive: bool = False
-    """Another device with the same key serves the peer: send it nothing, forget its endpoint, and keep its sessions only for
-    what it still sends here. Packets to it are answered as unreachable. A new session that it begins makes it active."""
+    """Another device with the same key serves the peer: send it nothing, forget its endpoint, and keep its sessions only to
+    receive. Packets to it are answered with ICMP unreachable. A new session that the peer starts makes it active."""
     rate_in: int | None = None
     """Limit in bytes of inner packets per second from the peer; excess packets are dropped and counted. None disables it."""
     rate_out: int | None = None
@@ -136,7 +136,8 @@ class PeerStatus:
     silent_for: float | None = None
     """Seconds since the last authenticated packet, by a clock that never steps; None if there was none, or no such clock."""
     unanswered_for: float | None = None
-    """Seconds since the first data or initiation after which nothing was heard; None without any, or where it is not known."""
+    """Seconds since the first data or initiation that was sent and not followed by a packet from the peer; None if there is
+    none, or the device does not report it."""
 
     def silence(self, now: float) -> float | None:
         """Seconds since the last authenticated packet, at Unix time `now` of this host; None if there was none."""
@@ -212,9 +213,9 @@ class InterfaceLost:
 
 
 BANDWIDTH_DROPS: Final = ("bandwidth_in", "bandwidth_out")
-"""How drops of a peer's own limits are named: from it, to it."""
+"""The names of drops by a peer's own limits: from it, to it."""
 COMMON_BANDWIDTH_DROPS: Final = ("bandwidth_all_in", "bandwidth_all_out")
-"""The same of the limits of all peers together."""
+"""The same for the limits on all peers together."""
 
 DeviceEvent = PeerHandshake | PathChanged | HandshakeGaveUp | PeerSilent | InterfaceLost
 OnDeviceEvent = Callable[[DeviceEvent], None]
@@ -289,7 +290,7 @@ class Device(Protocol):
 
 @runtime_checkable
 class CanShakeHands(Protocol):
-    """A device that can begin a handshake on request; the kernel's cannot."""
+    """A device that can start a handshake on request; the kernel's cannot."""
 
     async def handshake(self, public_key: PublicKey, path: Path | None = None) -> None:
         """Start a handshake with the peer. Its sessions stay valid. Ignores unknown peers.
@@ -305,15 +306,15 @@ DeviceContext = AbstractAsyncContextManager[Device]
 
 
 async def dial_peer(device: Device, peer: PeerConfig, path: Path | None = None, *, keeps_session: bool = False) -> None:
-    """Set the peer up, and begin a handshake with it at its endpoint or by `path`.
+    """Configure the peer, and start a handshake with it at its endpoint or by `path`.
 
-    A kernel's device loses the peer's sessions by that. With `keeps_session` it sends a keepalive in the present one instead,
-    and begins a handshake only where there is none.
+    On the kernel's device this ends the peer's sessions. With `keeps_session` it sends a keepalive in the present session
+    instead, and starts a handshake only if there is none.
     """
     if not isinstance(device, CanShakeHands) and not keeps_session:
-        # The kernel begins a handshake only 5 s after the last; it forgets when that was with the peer itself.
+        # The kernel starts a handshake only 5 s after the last one; removing the peer resets that time.
         await device.remove_peer(peer.public_key)
-    # A keepalive that goes from off to on is sent at once: it starts the handshake, or shows a known peer the new path.
+    # Switching keepalives on sends one at once: it starts the handshake, or shows a known peer the new path.
     await device.set_peer(replace(peer, persistent_keepalive=0))
     if path is not None:
         device.offer_path(peer.public_key, path)

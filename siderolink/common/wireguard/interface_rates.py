@@ -1,8 +1,9 @@
-"""Limits of bandwidth for the kernel's WireGuard: named limits of nftables in maps by the peers' addresses.
+"""Bandwidth limits for the kernel's WireGuard: named nftables limits in maps by the peers' addresses.
 
-Packets of peers are judged as they come out of the interface, packets to them last of all, in a table of their own. It belongs
-to this process: the kernel removes it when that ends, however it ends (before Linux 5.12 the next start does). Changes are
-gathered and made a thousand at a time, since each transaction waits until no packet is in the old rules.
+Packets from peers are checked as soon as they leave the interface, packets to peers after all other rules, in a separate table.
+The table belongs to this process: the kernel removes it when the process ends for any reason (before Linux 5.12, the next start
+removes it). Changes are collected and applied up to a thousand at a time, because each transaction waits until no packet uses
+the old rules.
 """
 
 import asyncio
@@ -39,9 +40,9 @@ _RETRY_SECONDS: Final = 30.0
 Direction = Literal["in", "out"]
 _HOOKS: Final[dict[Direction, Hook]] = {"in": "prerouting", "out": "postrouting"}
 _OF_ALL: Final[dict[Direction, str]] = {"in": "all-in", "out": "all-out"}
-"""The parts with the rules of all peers together."""
+"""The parts with the rules for all peers together."""
 _REASONS: Final = dict(zip([*_HOOKS.values(), *_OF_ALL.values()], [*BANDWIDTH_DROPS, *COMMON_BANDWIDTH_DROPS], strict=True))
-"""How the drops of each chain are counted."""
+"""The reason under which the drops of each chain are counted."""
 Place = tuple[Direction, bytes]
 """A direction and a peer's address."""
 
@@ -55,14 +56,14 @@ def rates_table(interface: str) -> str:
 class _Limit:
     per_second: int
     number: int
-    """Tells the successive limits of one place apart."""
+    """Distinguishes successive limits of one place."""
 
 
 class InterfaceRates:
     """The limits of one interface. The kernel holds nothing before the first one is set."""
 
     def __init__(self, interface: str, namespace: str | None, everyone: Mapping[Direction, int | None]) -> None:
-        """`everyone`: bytes a second for all peers together. Use `open`."""
+        """`everyone`: bytes per second for all peers together. Use `open`."""
         self._interface = interface
         self._name = rates_table(interface)
         self._namespace = namespace
@@ -71,7 +72,7 @@ class InterfaceRates:
         self._requests: RequestSocket | None = None
         self._wanted: dict[Place, int] = {}
         self._peers: dict[bytes, dict[Place, int]] = {}
-        """What each peer wants, by its key."""
+        """The configured limits of each peer, by its key."""
         self._made: dict[Place, _Limit] = {}
         self._changed: dict[Place, None] = {}
         self._wake = asyncio.Event()
@@ -83,9 +84,9 @@ class InterfaceRates:
     async def open(
         cls, interface: str, namespace: str | None, *, rate_in: int | None, rate_out: int | None, is_needed: bool
     ) -> AsyncIterator["InterfaceRates"]:
-        """Limit an interface's peers while the body runs. `is_needed`: there will be limits of single peers.
+        """Limit an interface's peers while the body runs. `is_needed`: single peers will be limited, too.
 
-        Raises DeviceUnavailableError where limits are needed and cannot be set.
+        Raises DeviceUnavailableError if limits are needed and cannot be set.
         """
         rates = cls(interface, namespace, {"in": rate_in, "out": rate_out})
         await rates._remove_leftover()
@@ -100,7 +101,7 @@ class InterfaceRates:
                 await rates._close()
 
     def set_peer(self, peer: PeerConfig) -> None:
-        """Limit a peer from now on, or no more; the kernel is told within a moment."""
+        """Set or remove a peer's limits; they are applied in the kernel after a moment."""
         wanted: dict[Place, int] = {}
         for network in peer.allowed_ips:
             if network.version == 6 and network.prefixlen == 128:
@@ -128,7 +129,7 @@ class InterfaceRates:
     # --- the kernel
 
     async def _remove_leftover(self) -> None:
-        """A table that a killed process left, on a kernel that does not do it."""
+        """Remove the table of a killed process, on a kernel that does not remove it."""
         with suppress(OSError, SideroLinkError):
             await call_in(self._namespace, partial(Table, self._name, owned=False)).close()
 
@@ -187,14 +188,14 @@ class InterfaceRates:
                 except (OSError, SideroLinkError) as error:
                     self._changed |= dict.fromkeys(places)
                     if not self._is_failing:
-                        _logger.error("limits of bandwidth of single machines are not in force: %s", error)
+                        _logger.error("bandwidth limits of single machines are not in force: %s", error)
                     self._is_failing = True
                     await anyio.sleep(_RETRY_SECONDS)
                 else:
                     self._is_failing = False
 
     async def _apply(self, places: Sequence[Place]) -> None:
-        """Make the kernel's limits of these places those that are wanted, in one transaction."""
+        """Apply the configured limits of these places in the kernel, in one transaction."""
         after: dict[Place, _Limit | None] = {}
         for place in places:
             wanted, made = self._wanted.get(place), self._made.get(place)
@@ -252,7 +253,7 @@ class InterfaceRates:
         return +found
 
     async def peer_drops(self) -> dict[bytes, tuple[int, int]]:
-        """Packets from and to each peer beyond its own limits, by its key; other tasks run meanwhile."""
+        """Packets from and to each peer beyond its own limits, by its key. Yields to other tasks."""
         if not self._made or not self.drops():
             return {}
         packets: dict[str, int] = {}

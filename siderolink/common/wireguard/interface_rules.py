@@ -153,7 +153,7 @@ def _only_ports(here: Match, open_ports: frozenset[tuple[int, int]]) -> Sequence
 
 
 async def remove_leftover_rules(interface: str, namespace: str | None) -> None:
-    """Remove the table that a killed process left for an interface which is gone; one that another process owns stays."""
+    """Remove the table that a killed process left for an interface that no longer exists, unless another process owns it."""
     rules = InterfaceRules(interface, namespace, outlives_process=True)
     try:
         await rules.set(isolate=False, open_ports=None)

@@ -30,9 +30,9 @@ _logger = logging.getLogger("siderolink")
 
 
 def open_device(kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext:
-    """Make a device; leaving the context removes the interface and all that came with it.
+    """Create a device; leaving the context removes the interface and everything created with it.
 
-    `auto` takes the kernel's WireGuard where it can make such a link, else the built-in one over /dev/net/tun.
+    `auto` uses the kernel's WireGuard if it can create such an interface, else the built-in one over /dev/net/tun.
     Raises DeviceUnavailableError, InterfaceInUseError or AddressInUseError on entering.
     """
     if kind == "kernel":
@@ -86,7 +86,7 @@ class BareInterface:
 
 @asynccontextmanager
 async def open_interface(name: str, on_device_event: OnDeviceEvent = lambda event: None) -> AsyncIterator[BareInterface]:
-    """Make the interface, down and without key or address; leaving the context removes it and its socket.
+    """Create the interface, down and without key or address; leaving the context removes it and its socket.
 
     Raises DeviceUnavailableError or InterfaceInUseError.
     """

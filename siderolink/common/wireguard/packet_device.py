@@ -8,7 +8,7 @@ from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, VNET_
 from siderolink.common.wireguard.userspace import UserspaceDevice
 
 OnPacket = Callable[[bytes], None]
-"""Takes one inner IP packet, on the event loop; it must be quick and must not raise."""
+"""Called with one inner IP packet, on the event loop; must be quick and must not raise."""
 
 
 class CallableInterface:
@@ -33,7 +33,7 @@ class CallableInterface:
 
 
 class PacketDevice(UserspaceDevice):
-    """Make one with `open_packet_device`."""
+    """Created by `open_packet_device`."""
 
     def send(self, packet: bytes) -> None:
         """Send one IP packet to the peer that has its destination; dropped and counted if there is none."""

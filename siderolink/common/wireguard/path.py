@@ -95,7 +95,7 @@ class Path(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """False once this path is closed for good."""
+        """False once this path is closed permanently."""
 
     @property
     def is_writable(self) -> bool:

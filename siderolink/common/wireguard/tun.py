@@ -10,7 +10,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
-from siderolink.common.degraded import say_once
+from siderolink.common.degraded import warn_once
 from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.netlink import configure_interface
 from siderolink.common.wireguard.device import Interface, check_interface
@@ -34,7 +34,7 @@ _MAX_FRAME: Final = 70_000
 _GONE: Final = (errno.EBADFD, errno.ENODEV)
 
 _NO_GSO: Final = (b"\0", b"")
-"""The second byte of a virtio_net_hdr, its GSO type, where there is only one packet; empty in what is no frame at all."""
+"""Values of a virtio_net_hdr's second byte, the GSO type, for a single packet; the empty one stands for no frame."""
 _PLAIN_HEADER: Final = bytes(10)
 _MAX_PACKET: Final = 65_535
 _FIRST_PAUSE: Final = 1.0
@@ -59,25 +59,26 @@ class Tun:
         self._fd = fd
         self.name = name
         self.tso = tso
-        """Whether the interface gives and takes super-packets of TCP, and packets without a checksum."""
+        """Whether the interface exchanges TCP super-packets, and packets without a checksum."""
         self.uso = uso
-        """The same of UDP."""
+        """The same for UDP."""
         self.write_errors = 0
-        """How many frames the kernel refused: the interface was down, or the frame was malformed."""
+        """Number of frames that the kernel refused: the interface was down, or the frame was malformed."""
         self.refused_super_packets = 0
-        """How many super-packets the kernel refused although it had agreed to take them; their packets were written instead."""
+        """Number of super-packets that the kernel refused although it had accepted the offload; their packets were written one
+        by one."""
         self._retry_at = self._pause = 0.0
         self._splitter: Splitter | None = None
         self.frame = memoryview(bytearray(_MAX_FRAME))
-        """Where `read` puts a frame."""
+        """The buffer that `read` fills."""
         self._buffers = [self.frame]
 
     @classmethod
     def open(cls, name: str, mtu: int, *, offloads: bool = True) -> "Tun":
-        """Make the interface; it has no address and is down until configure(). Leaving it as a context closes it.
+        """Create the interface; it has no address and is down until configure(). Leaving it as a context closes it.
 
-        Raises ConfigurationError for a name or an MTU the kernel would not take, InterfaceInUseError if there is such an
-        interface, DeviceUnavailableError if this host has no TUN interfaces or they are not allowed.
+        Raises ConfigurationError for a name or an MTU that the kernel would refuse, InterfaceInUseError if the interface
+        exists, DeviceUnavailableError if this host has no TUN interfaces or does not permit them.
         """
         check_interface(name, mtu)
         try:
@@ -89,9 +90,9 @@ class Tun:
             tso = offloads and _set_offload(fd, _TSO)
             uso = tso and _set_offload(fd, _TSO | _USO)
             if offloads and not tso:
-                say_once("TUN interfaces have no offloads (TUNSETOFFLOAD)")
+                warn_once("TUN interfaces have no offloads (TUNSETOFFLOAD)")
             elif offloads and not uso:
-                say_once("TUN interfaces do not segment UDP (TUN_F_USO4, Linux 6.2)")
+                warn_once("TUN interfaces do not segment UDP (TUN_F_USO4, Linux 6.2)")
             return cls(fd, name, tso=tso, uso=uso)
         except BaseException:
             os.close(fd)
@@ -123,9 +124,9 @@ class Tun:
         return self.frame[:size]
 
     def write(self, buffers: Sequence[Buffer]) -> bool:
-        """Write one frame, which may lie in several buffers. False, and counted, if the interface does not take it.
+        """Write one frame, which may consist of several buffers. Returns False and counts it if the interface refuses it.
 
-        A kernel that refuses a super-packet gets its packets one by one, and is tried again after a while.
+        If the kernel refuses a super-packet, its packets are written one by one; super-packets are tried again after a while.
         """
         is_super_packet = buffers[0][1:2] not in _NO_GSO
         if is_super_packet and self._retry_at and time.monotonic() < self._retry_at:
@@ -142,7 +143,7 @@ class Tun:
         return True
 
     def _write_packets(self, buffers: Sequence[Buffer], *, was_refused: bool = False) -> bool:
-        """Write the packets of a super-packet, each by itself."""
+        """Write the packets of a super-packet one by one."""
         from siderolink.common.wireguard.packets import Splitter
         from siderolink.common.wireguard.packets.shape import MalformedFrame
 
@@ -168,7 +169,7 @@ class Tun:
         return not failed
 
     def _note_refusal(self) -> None:
-        say_once("the TUN interface refuses super-packets (EINVAL), and gets their packets one by one")
+        warn_once("the TUN interface refuses super-packets (EINVAL); their packets are written one by one")
         self.refused_super_packets += 1
         self._pause = min(max(_FIRST_PAUSE, 2 * self._pause), _LONGEST_PAUSE)
         self._retry_at = time.monotonic() + self._pause
@@ -178,8 +179,8 @@ class Tun:
     ) -> None:
         """Set the interface's MTU and addresses (without IPv6 duplicate detection) and bring it up.
 
-        `namespace` is the one it was made in, where that is not the caller's. Super-packets are capped so that they
-        fill whole UDP sends. Raises ConfigurationError or DeviceError.
+        `namespace` is the one in which it was created, if not the caller's. Super-packets are capped so that they fill whole
+        UDP sends. Raises ConfigurationError or DeviceError.
         """
         size = fitting_gso_max_size(mtu) if self.tso else None
         await configure_interface(self.name, addresses, mtu, up=up, gso_max_size=size, namespace=namespace)
@@ -201,7 +202,7 @@ def _packet_length(row: memoryview) -> int:
 def fitting_gso_max_size(mtu: int) -> int:
     """The interface's gso_max_size at which a super-packet of TCP over IPv6 fills one UDP send of sealed rows.
 
-    Linux takes a little more than 320 bytes (MAX_TCP_HEADER) off it before it counts payload.
+    Linux subtracts a little more than 320 bytes (MAX_TCP_HEADER) from it before it counts payload.
     """
     row = 32 + min(mtu, 65_000)
     segments = max(1, 65_507 // row)
@@ -213,7 +214,7 @@ def _attach(fd: int, name: str) -> None:
     try:
         fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), flags))
     except OSError as error:
-        # EINVAL: there is an interface of that name and another kind
+        # EINVAL: an interface of another kind has that name
         if error.errno in (errno.EBUSY, errno.EEXIST, errno.EINVAL):
             raise InterfaceInUseError(f"the interface {name} already exists: remove it, or choose another name") from error
         raise _unavailable(error) from error

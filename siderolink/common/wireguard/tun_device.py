@@ -20,10 +20,10 @@ from siderolink.common.wireguard.userspace import UserspaceDevice
 PATIENCE: Final = 0.005
 """Seconds for which a full path may delay packets for other peers."""
 AHEAD_INTERVAL: Final = 0.005
-"""Seconds between two looks at the interface while a path stays full."""
+"""Seconds between two polls of the interface while a path stays full."""
 
 _TX_DROPPED: Final = 7
-"""Its place in struct rtnl_link_stats64."""
+"""The index of this counter in struct rtnl_link_stats64."""
 
 _logger = logging.getLogger("siderolink")
 
@@ -52,14 +52,14 @@ class TunDevice(UserspaceDevice):
     @classmethod
     @asynccontextmanager
     async def open(cls, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator["TunDevice"]:
-        """Make the interface and the sockets; leaving removes both.
+        """Create the interface and the sockets; leaving removes both.
 
         Raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or ConfigurationError.
         """
         async with AsyncExitStack() as stack:
             rules = InterfaceRules(config.name, config.namespace, outlives_process=False)
-            stack.push_async_callback(rules.close)  # after the interface, which is closed before
-            # made inside the namespace it is for; the sockets are opened in this one
+            stack.push_async_callback(rules.close)  # runs after the interface was closed
+            # created inside the interface's namespace; the sockets are opened in this one
             tun = stack.enter_context(call_in(config.namespace, partial(Tun.open, config.name, config.mtu)))
             device = cls(config, tun, rules, on_event)
             stack.callback(device.close)
@@ -71,7 +71,7 @@ class TunDevice(UserspaceDevice):
             yield device
 
     def watch(self, *, is_up: bool) -> None:
-        """Begin to read and to follow the interface."""
+        """Start reading and following the interface."""
         self._is_up = is_up
         if is_up:
             self.start()
@@ -106,9 +106,9 @@ class TunDevice(UserspaceDevice):
         return self._monitor.read() if self._monitor is not None else None
 
     def pause_reading(self, path: Path) -> bool:
-        """Send no more: packets wait in the backlog and the interface's queue, their senders slow down, and nothing is lost.
+        """Stop sending: packets wait in the backlog and the interface's queue, so their senders slow down and nothing is lost.
 
-        With several peers, it waits for a stalled one once and briefly; after that the peer's own queue overflows.
+        With several peers, a stalled one delays the others only once and briefly; after that its own queue overflows.
         """
         if path in self._stalled:
             return False
@@ -162,7 +162,7 @@ class TunDevice(UserspaceDevice):
         self._readable()
 
     def _read_ahead(self) -> None:
-        """Read ahead while a path stays full; what is read once it has room again needs no timer."""
+        """Read ahead while a path stays full; once it has room again, no timer is needed."""
         self._ahead_timer = None
         try:
             if self.plane.read_ahead():

@@ -1,7 +1,7 @@
 """Follows a TUN interface by netlink, also into another network namespace.
 
 A netlink socket reports on the namespace in which it was opened. When the interface is moved, the monitor opens a new socket
-there; the device's UDP sockets stay where they are, as WireGuard users expect. The interface's state is asked for each time,
+there; the device's UDP sockets stay where they are, as WireGuard users expect. The interface's state is requested each time,
 because it may have changed, or moved on, before the socket was open.
 """
 
@@ -35,7 +35,7 @@ class TunMonitor:
     """Calls `on_change` when the interface is set up or down or gets another MTU. Reading the interface shows its deletion."""
 
     def __init__(self, tun_fd: int, on_change: Callable[[NetworkLink], None], namespace: str | None = None) -> None:
-        """`namespace` is where the interface is, if not in the calling thread's. Raises OSError or ConfigurationError."""
+        """`namespace` is the interface's, if not the calling thread's. Raises OSError or ConfigurationError."""
         self._tun_fd = tun_fd
         self._on_change = on_change
         self._last: tuple[bool, int] | None = None
@@ -72,7 +72,7 @@ class TunMonitor:
             self._on_change(link)
 
     def _follow(self) -> None:
-        """The interface left its namespace: listen where it is now."""
+        """Listen in the namespace that the interface moved to."""
         for _ in range(_MOVES):
             try:
                 namespace = fcntl.ioctl(self._tun_fd, _TUNGETDEVNETNS)
@@ -81,7 +81,7 @@ class TunMonitor:
             try:
                 with ThreadPoolExecutor(1) as thread:  # a network namespace is a property of the thread
                     opened = thread.submit(_open_in, namespace, self._tun_fd).result()
-            except OSError:  # moved on meanwhile
+            except OSError:  # it has moved again
                 continue
             finally:
                 os.close(namespace)
@@ -105,7 +105,7 @@ def _open_in(namespace: int, tun_fd: int) -> _Opened:
 
 
 def _open_for(tun_fd: int) -> _Opened:
-    """In the calling thread's namespace, where the interface is."""
+    """Open them in the calling thread's namespace, which is the interface's."""
     with ExitStack() as stack:
         events = stack.enter_context(closing(open_events(LINKS)))
         requests = stack.enter_context(closing(RequestSocket()))

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final
 
-from siderolink.common.degraded import say_once
+from siderolink.common.degraded import warn_once
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.readers import read_on
 from siderolink.common.wireguard.noise.output import Drop
@@ -266,7 +266,7 @@ class UdpSocket:
         self._receive(Datagrams(self._data[start : start + size], count, stride, 0, cache), path)
 
     def _receive_mixed(self, mixed: MixedPackets, receive_many: ReceiveMany, most: int) -> None:
-        """Receive what is waiting in one call. Neighbours of one length from one sender become one batch, as ever."""
+        """Receive waiting datagrams in one call. Consecutive ones of one length from one sender become one batch, as above."""
         found, has_failed = mixed.receive(self._sock.fileno(), self._data, most, MAX_READS)
         if has_failed:  # caused by an earlier send; the socket still works
             read_on(self._loop, self._sock, self._on_readable)
@@ -400,7 +400,7 @@ class UdpSocket:
             self._sock.sendto(data, path.address)
         if path is self._suspect and count == 1:  # the address was not the cause
             self._suspect = None
-            say_once(_CANNOT_SEGMENT)
+            warn_once(_CANNOT_SEGMENT)
 
     def _can_retry(self, code: int, path: UdpPath, count: int) -> bool:
         """Disable an option that the kernel may have refused; returns False if none is left.
@@ -413,7 +413,7 @@ class UdpSocket:
             if code == errno.EINVAL and control is not None:
                 self._suspect = path
             elif code != errno.EMSGSIZE:
-                say_once(_CANNOT_SEGMENT)
+                warn_once(_CANNOT_SEGMENT)
             while len(self._plain) >= _MAX_PLAIN:
                 del self._plain[next(iter(self._plain))]
             self._plain[path.address] = self._loop.time() + _PLAIN_SECONDS
@@ -465,11 +465,11 @@ class UdpSocket:
 
 
 def _can_segment(sock: socket.socket) -> bool:
-    """Whether the kernel supports UDP_SEGMENT. One that does not ignores it, and would send all rows as one datagram."""
+    """Whether the kernel supports UDP_SEGMENT. Other kernels ignore it and would send all rows as one datagram."""
     try:
         sock.setsockopt(_SOL_UDP, _UDP_SEGMENT, 0)
     except OSError:
-        say_once("UDP sends cannot be segmented (UDP_SEGMENT, Linux 4.18)")
+        warn_once("UDP sends cannot be segmented (UDP_SEGMENT, Linux 4.18)")
         return False
     return True
 
@@ -492,4 +492,4 @@ def _set_options(sock: socket.socket, *, gro: bool) -> None:
         try:
             sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
         except OSError:
-            say_once("received UDP datagrams cannot be joined (UDP_GRO, Linux 5.0)")
+            warn_once("received UDP datagrams cannot be joined (UDP_GRO, Linux 5.0)")

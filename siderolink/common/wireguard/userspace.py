@@ -151,7 +151,7 @@ class UserspaceDevice:
 
     async def counters(self) -> DeviceCounters:
         now, count = boot_time(), len(self.engine.peers)
-        # counts of peers removed meanwhile are in the objects held here
+        # counts of peers that are removed while tasks run are in the objects held here
         received, sent = self.engine.removed_received_bytes, self.engine.removed_sent_bytes
         ages: list[float] = []
         for part in in_parts(self.engine.peers.values(), 500):

@@ -74,7 +74,7 @@ class MachineAnswers:
         self._open_api = open_api
         self._limiter = anyio.CapacityLimiter(AT_ONCE)
 
-    async def ask(self, name: str) -> MachineAnswer:
+    async def query(self, name: str) -> MachineAnswer:
         """Raises NotFoundError, SideroLinkError if the link is not up, and ServerUnreachableError if there is no answer."""
         status = await self._machines.get(name)
         if self._open_api is None or status.state is not LinkState.UP:
@@ -82,20 +82,20 @@ class MachineAnswers:
         try:
             with anyio.fail_after(SECONDS):
                 async with self._limiter, self._open_api(status.machine) as channel:
-                    return await ask_machine(channel)
+                    return await query_machine(channel)
         except TimeoutError:
             raise ServerUnreachableError(f"the machine's API did not answer within {SECONDS:g} s") from None
 
 
-async def ask_machine(channel: GrpcChannel) -> MachineAnswer:
+async def query_machine(channel: GrpcChannel) -> MachineAnswer:
     """Make all calls; failures of single calls are noted. Raises ServerUnreachableError or InvalidAnswerError."""
     answer = MachineAnswer()
     calls: Sequence[tuple[str, Callable[[GrpcChannel, MachineAnswer], Awaitable[None]]]] = (
-        ("version", _ask_version),
-        ("stage", _ask_stage),
-        ("hostname", _ask_hostname),
-        ("addresses", _ask_addresses),
-        ("disks", _ask_disks),
+        ("version", _query_version),
+        ("stage", _query_stage),
+        ("hostname", _query_hostname),
+        ("addresses", _query_addresses),
+        ("disks", _query_disks),
     )
     for name, ask in calls:
         try:
@@ -106,7 +106,7 @@ async def ask_machine(channel: GrpcChannel) -> MachineAnswer:
     return answer
 
 
-async def _ask_version(channel: GrpcChannel, answer: MachineAnswer) -> None:
+async def _query_version(channel: GrpcChannel, answer: MachineAnswer) -> None:
     found = await MachineServiceStub(channel).version(Empty())
     for message in found.messages[:1]:
         answer.version = _text("" if message.version is None else message.version.tag)
@@ -122,7 +122,7 @@ async def _resource(channel: GrpcChannel, namespace: str, kind: str, name: str, 
     return decode_answer(found.resource.spec.proto_spec, into)
 
 
-async def _ask_stage(channel: GrpcChannel, answer: MachineAnswer) -> None:
+async def _query_stage(channel: GrpcChannel, answer: MachineAnswer) -> None:
     found = await _resource(channel, "runtime", "MachineStatuses.runtime.talos.dev", "machine", MachineStatusSpec)
     try:
         answer.stage = (MachineStatusEventMachineStage(found.stage).name or "").lower().replace("_", " ")
@@ -133,12 +133,12 @@ async def _ask_stage(channel: GrpcChannel, answer: MachineAnswer) -> None:
         answer.unmet = [_text(f"{one.name}: {one.reason}") for one in found.status.unmet_conditions[:_MOST]]
 
 
-async def _ask_hostname(channel: GrpcChannel, answer: MachineAnswer) -> None:
+async def _query_hostname(channel: GrpcChannel, answer: MachineAnswer) -> None:
     found = await _resource(channel, "network", "HostnameStatuses.net.talos.dev", "hostname", HostnameStatusSpec)
     answer.hostname = _text(f"{found.hostname}.{found.domainname}" if found.domainname else found.hostname)
 
 
-async def _ask_addresses(channel: GrpcChannel, answer: MachineAnswer) -> None:
+async def _query_addresses(channel: GrpcChannel, answer: MachineAnswer) -> None:
     found = await _resource(channel, "network", "NodeAddresses.net.talos.dev", "current", NodeAddressSpec)
     answer.addresses = list(_addresses(found.addresses[:_MOST]))
 
@@ -149,7 +149,7 @@ def _addresses(prefixes: Sequence[NetIpPrefix]) -> Iterator[str]:
             yield f"{ip_address(prefix.ip)}/{prefix.prefix_length}"
 
 
-async def _ask_disks(channel: GrpcChannel, answer: MachineAnswer) -> None:
+async def _query_disks(channel: GrpcChannel, answer: MachineAnswer) -> None:
     found = await StorageServiceStub(channel).disks(Empty())
     disks = [disk for message in found.messages for disk in message.disks]
     answer.disks = [

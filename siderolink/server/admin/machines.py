@@ -97,8 +97,8 @@ def with_elsewhere(status: MachineStatus, other: LinkElsewhere | None) -> Machin
 
 
 async def statuses(device: Device, links: Sequence[MachineLink], limits: LimitWatch | None = None) -> list[MachineStatus]:
-    """The status of each link's machine; `limits` knows which of its limits bite. Other tasks run meanwhile."""
-    biting = {} if limits is None else limits.all_biting()
+    """The status of each link's machine; `limits` provides the active limits. Yields to other tasks."""
+    active = {} if limits is None else limits.all_active()
     keys = [link.machine.public_key for link in links if link.machine.public_key is not None]
     peers = dict[PublicKey | None, PeerStatus]()
     for found in in_parts(await device.peers(keys), 1000):
@@ -111,7 +111,7 @@ async def statuses(device: Device, links: Sequence[MachineLink], limits: LimitWa
                 machine=link.machine,
                 state=link.state,
                 peer=peers.get(link.machine.public_key),
-                limits_biting=biting.get(link.machine.id, ()),
+                limits_biting=active.get(link.machine.id, ()),
             )
             for link in part
         ]
@@ -182,7 +182,7 @@ class _Filter:
         self._token = query.token.lower()
         self._token_id, self._token_digest = token_id, token_digest
 
-    def takes(self, link: MachineLink) -> bool:
+    def matches(self, link: MachineLink) -> bool:
         machine = link.machine
         return (
             (not self._admissions or machine.admission in self._admissions)
@@ -305,7 +305,7 @@ class MachineAdministration:
 
         def is_taken(machine: Machine) -> bool:
             link = self._directory.get(machine.id) or MachineLink(machine, LinkState.DOWN)
-            return taken.takes(link)
+            return taken.matches(link)
 
         return is_taken
 
@@ -314,7 +314,7 @@ class MachineAdministration:
         found: list[MachineLink] = []
         for part in in_parts(list(self._directory), _AT_ONCE):
             shown = (_as_elsewhere(link, elsewhere.get(link.machine.id)) for link in part)
-            found += [link for link in shown if taken.takes(link)]
+            found += [link for link in shown if taken.matches(link)]
             await checkpoint()
         return found
 
@@ -331,7 +331,7 @@ class MachineAdministration:
             token = await self._store.transact(work)
         limited = set[str]()
         if LIMITED in query.states:
-            limited.update(() if self._limits is None else self._limits.all_biting())
+            limited.update(() if self._limits is None else self._limits.all_active())
             limited.update(machine_id for machine_id, link in elsewhere.items() if link.limits_biting)
         return _Filter(query, self._hostnames, limited, *(token or ("", b"")))
 

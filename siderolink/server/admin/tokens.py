@@ -211,7 +211,7 @@ class Tokens:
         async def work(transaction: Transaction) -> JoinToken:
             added = replace(made, is_default=True) if make_default else made
             if make_default:
-                await _take_default(transaction)
+                await _clear_default(transaction)
             await transaction.tokens.put(added)
             await transaction.audit(self._entry(actor, "token.create", added, {}, _shown(added)))
             return added
@@ -303,7 +303,7 @@ class Tokens:
             if token.kind is not TokenKind.PLAIN:
                 raise SideroLinkError("the token of a provider cannot be the default token")
             if not token.is_default:
-                await _take_default(transaction)
+                await _clear_default(transaction)
             return replace(token, is_default=True)
 
         return await self._change(name, "token.default", actor, change)
@@ -431,7 +431,7 @@ async def _named(transaction: Transaction, name: str) -> JoinToken:
     return token
 
 
-async def _take_default(transaction: Transaction) -> None:
+async def _clear_default(transaction: Transaction) -> None:
     """Unset the previous default token."""
     old = await transaction.tokens.find(*DEFAULT_TOKEN)
     if old is not None:

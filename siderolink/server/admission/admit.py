@@ -60,7 +60,7 @@ class Admission:
                 return refusal(JoinRefusal.BANNED)
         owner = await transaction.machine_by_uuid(request.node_uuid)
         holder = await transaction.machine_by_key(request.public_key)
-        request = await self._judge_token(transaction, request, owner, holder)
+        request = await self._check_token(transaction, request, owner, holder)
         grant = await self._decide(transaction, request, new_id, owner, holder)
         if isinstance(grant, Rejection):
             return grant
@@ -72,12 +72,12 @@ class Admission:
             return grant
         return await self._settle_use(transaction, request, grant, owner, holder)
 
-    async def _judge_token(
+    async def _check_token(
         self, transaction: Transaction, request: JoinRequest, owner: Machine | None, holder: Machine | None
     ) -> JoinRequest:
         """The request with its stored token looked up and the tunnel setting resolved from the row, the token and the call."""
         rows = [row for row in (owner, holder) if row is not None]
-        join = await self._tokens.judge(transaction, request.credentials.join, request.node_uuid, rows)
+        join = await self._tokens.check(transaction, request.credentials.join, request.node_uuid, rows)
         row = holder if holder is not None and holder.admission is MachineAdmission.PENDING else owner
         setting = TunnelSetting.INHERIT if row is None else row.tunnel_setting
         if setting is TunnelSetting.INHERIT and join.token is not None:
@@ -140,7 +140,7 @@ class Admission:
         return await self._admit_other_key(transaction, request, new_id, owner, holder)
 
     def _check_tokens(self, request: JoinRequest, owner: Machine | None, holder: Machine | None) -> TokenVerdict | Rejection:
-        """Judge the call's tokens and UUID, before considering the row."""
+        """Check the call's tokens and UUID, before considering the row."""
         if holder is not None and holder.admission is MachineAdmission.DENIED:
             return refusal(JoinRefusal.DENIED, holder)
         known = Known(owner=owner, is_equal=_is_known(request, owner, holder))

@@ -108,7 +108,7 @@ class PendingBudget:
             if not entries:
                 del self._by_source[waiting.source]
 
-    def takes_too_much(self, source: str) -> bool:
+    def exceeds_share(self, source: str) -> bool:
         """Whether the source has its full share while more than half of the budget is used."""
         if 2 * len(self) <= self._limits.max_pending:
             return False

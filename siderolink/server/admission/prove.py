@@ -94,7 +94,7 @@ class Proofs:
         return Proof(machine=row, before=before, claim=claim, basis=basis, has_bound=has_bound)
 
     async def move(self, transaction: Transaction, machine: Machine, source: str) -> tuple[Machine, Machine] | None:
-        """The holder of a key answered at this row's address: move the key to the row. None if that is no longer possible.
+        """Move a key to this row, at whose address its holder answered. None if that is no longer possible.
 
         `source` is the call's address. Returns the row, and the row that had the key before.
         """
@@ -177,9 +177,9 @@ def as_claimed(row: Machine, claim: Claim) -> Machine:
 
 
 async def expire(transaction: Transaction, machine_id: str) -> Machine | None:
-    """No handshake arrived in time: delete a machine that never had one; otherwise give up the key that was not proved.
+    """Handle a missing handshake: delete a machine that never had one; otherwise give up the key that was not proved.
 
-    Returns the deleted or changed row; None if nothing was to be done.
+    Returns the deleted or changed row; None if there was nothing to do.
     """
     machine = await transaction.machine(machine_id)
     if machine is None or machine.linked_at is not None or machine.public_key is None and machine.was_linked:

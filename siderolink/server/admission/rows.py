@@ -71,7 +71,7 @@ class Rows:
             victim = self.pending.oldest(rows_only=True)
             if victim is None:
                 return refusal(JoinRefusal.TOO_MANY_MACHINES)
-        elif self.pending.takes_too_much(request.source):
+        elif self.pending.exceeds_share(request.source):
             victim = self.pending.oldest(request.source)
             if victim is None:
                 return refusal(JoinRefusal.TOO_MANY_PENDING)

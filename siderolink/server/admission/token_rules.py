@@ -22,21 +22,21 @@ USED_UP_TEXT = "invalid join token: its limit of uses is reached"
 
 
 class TokenRules:
-    """Judges the join tokens of calls."""
+    """Checks the join tokens of calls."""
 
     def __init__(self, sealer: Sealer, clock: Clock) -> None:
         self._sealer = sealer
         self._clock = clock
 
     def wanted(self, join: JoinTokenResult) -> Sequence[TokenKey]:
-        """The keys of stored tokens needed to judge this one."""
+        """The keys of stored tokens needed to check this one."""
         if join.signed is not None:
             wanted: list[TokenKey] = [] if join.signed.signing_provider is not None else [DEFAULT_TOKEN]
             return [*wanted, *_provider_keys(join.signed)]
-        is_judged = join.is_valid or join.digest is None or join.state is JoinTokenState.MALFORMED
-        return [] if is_judged else [(TokenColumn.DIGEST, join.digest)]
+        is_decided = join.is_valid or join.digest is None or join.state is JoinTokenState.MALFORMED
+        return [] if is_decided else [(TokenColumn.DIGEST, join.digest)]
 
-    async def judge(
+    async def check(
         self, transaction: Transaction, join: JoinTokenResult, node_uuid: str, rows: Sequence[Machine]
     ) -> JoinTokenResult:
         """The result after looking up stored tokens. `rows` are the rows concerned: they may already have a use."""

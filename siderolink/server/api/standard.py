@@ -92,7 +92,7 @@ class HealthService(HealthBase):
             finally:
                 self._watchers.discard(told)
 
-    def tell_watchers(self) -> None:
+    def notify_watchers(self) -> None:
         """Have `run` send every watcher the state again: a machine whose own server is dead learns of it in this way."""
         self._has_news.set()
 

@@ -33,8 +33,8 @@ class Pace:
 class Window:
     """The window of unanswered dials. A prompt answer widens it, a slow one narrows it. `now` is in seconds.
 
-    A dial counts for twice the last answer's time, but at least a second; then the machine is presumed absent. So absent
-    machines do not delay the others for long, and slow ones are not dialled twice.
+    A dial counts for twice as long as the last answer took, but at least a second; then the machine is presumed absent. So
+    absent machines do not delay the others for long, and slow ones are not dialled twice.
     """
 
     LEAST, MOST = 100, 1000
@@ -98,7 +98,7 @@ async def dial_links(
     may_dial: Callable[[str], bool],
     endpoint_of: Callable[[MachineLink], Endpoint | None] = remembered_endpoint,
 ) -> None:
-    """Dial those of the machines that are down."""
+    """Dial the machines that are down."""
     pace, clock = pace or Pace(), clock or Clock()
     window, made = Window(), 0
     wake = anyio.Event()

@@ -22,7 +22,7 @@ from siderolink.server.store import Claim, Machine, MachineAdmission, Store
 EndStream = Callable[[StreamRefusal], None]
 
 _FEED_SECONDS = 2.0
-"""How long a change by another server may take to arrive: the feed polls every second."""
+"""Seconds a change by another server may take to arrive, because the feed polls every second."""
 _MOST_AWAITED = 256
 
 
@@ -289,7 +289,7 @@ class Directory:
         self._by_key[key] = link
 
     def release_key(self, link: MachineLink, key: PublicKey) -> bool:
-        """Returns whether the link had the key."""
+        """Release a key; returns whether the link had it."""
         if self._by_key.get(key) is not link:
             return False
         del self._by_key[key]

@@ -1,7 +1,7 @@
-"""A server that is to be left: its row says so, and the machines whose links it owns are asked to go to another server.
+"""Draining: a server's row marks it as draining, and the machines whose links it owns are asked to move to another server.
 
-Others leave it out of their answers from then on, and dial the machines that do not know the word (`failover`); those that
-cannot be dialled stay until the server stops. A server that drains goes on serving, and can be told to stay after all.
+The other servers omit it from their answers and dial the machines that do not understand the request (`failover`). Machines
+that cannot be dialled stay until the server stops. A draining server continues to serve, and the drain can be undone.
 """
 
 import logging
@@ -21,14 +21,15 @@ from siderolink.server.fleet.owners import Owners
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 1.0
-ASKED_TIMES: Final = 5
-"""A datagram may be lost, and the first answer of the API too."""
+POLL_SECONDS: Final = 1.0
+MAX_REQUESTS: Final = 5
+"""Requests to one machine: a datagram may be lost, and so may the API's first answer."""
 _AT_ONCE: Final = 32
+"""Machines asked at once; each then calls the API."""
 _PAUSE_SECONDS: Final = 0.02
-"""Between so many machines: they all ask the API at once."""
+"""Pause after each batch of `_AT_ONCE` machines."""
 
-AskToMove = Callable[[IPv6Address], None]
+RequestMove = Callable[[IPv6Address], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +41,33 @@ class DrainStep:
     others: int
     """Number of servers that are not draining."""
     is_over: bool = False
-    """Whether no machine is left, or the time is over."""
+    """Whether no machine is left, or the timeout has passed."""
 
 
 class Draining:
-    """Moves the machines of this server to other servers in an orderly way."""
+    """Moves the machines of this server to other servers."""
 
     def __init__(
-        self, membership: Membership | None, owners: Owners | None, directory: Directory, ask: AskToMove, clock: Clock
+        self,
+        membership: Membership | None,
+        owners: Owners | None,
+        directory: Directory,
+        request_move: RequestMove,
+        clock: Clock,
     ) -> None:
         self._membership = membership
         self._owners = owners
         self._directory = directory
-        self._ask_to_move = ask
+        self._request_move = request_move
         self._clock = clock
         self._wake = anyio.Event()
         self._is_final = False
         self.has_begun = False
 
     async def run(self, timeout: float) -> int:
-        """Before this server stops: let machines go until none is left that it owns, or for so many seconds.
+        """Drain before this server stops, until it owns no machine or `timeout` seconds have passed.
 
-        Tells how many are left. Returns at once where no other server stays.
+        Returns the number of machines left; returns at once if no other server remains.
         """
         if not self._others():
             return 0
@@ -72,31 +78,31 @@ class Draining:
         return left
 
     async def steps(self, timeout: float) -> AsyncGenerator[DrainStep]:
-        """Begin, and yield the progress every second, until no machine is left or the timeout is over.
+        """Start draining, and yield the progress every second until no machine is left or the timeout has passed.
 
-        `watch` does the asking, whether anybody reads this or not. Raises SideroLinkError where no other server stays, and
-        where the drain is undone meanwhile.
+        The requests are sent by `watch`, even if nobody reads the progress. Raises SideroLinkError if no other server remains
+        or the drain is undone.
         """
         await self._begin()
         ends_at = self._clock.monotonic() + timeout
         while (left := len(self._left())) and self._clock.monotonic() < ends_at:
             yield DrainStep(left, self._others())
-            await self._clock.sleep(min(LOOK_SECONDS, max(0.0, ends_at - self._clock.monotonic())))
+            await self._clock.sleep(min(POLL_SECONDS, max(0.0, ends_at - self._clock.monotonic())))
             if not self.has_begun:
                 raise SideroLinkError("the drain was undone")
         yield DrainStep(left, self._others(), is_over=True)
 
     async def undo(self) -> None:
-        """Stay after all: others name this server again. Machines that have gone do not come back by themselves.
+        """Undo the drain: other servers list this one again. Machines that have moved do not return by themselves.
 
-        Raises SideroLinkError where the server does not drain, or is about to stop.
+        Raises SideroLinkError if the server is not draining or is about to stop.
         """
         if self._membership is None or not self.has_begun:
             raise SideroLinkError("this server is not being drained")
         if self._is_final:
             raise SideroLinkError("this server is about to stop; that cannot be undone")
         self.has_begun = False
-        log.warning("this server is not being drained any more")
+        log.warning("this server is no longer draining")
         await self._describe(self._membership, is_draining=False)
 
     async def watch(self) -> None:
@@ -104,27 +110,27 @@ class Draining:
         while True:
             await self._wake.wait()
             self._wake = anyio.Event()
-            asked: dict[str, int] = {}
+            requests: dict[str, int] = {}
             while self.has_begun:
                 links = self._left()
-                asked = {link.machine.id: asked.get(link.machine.id, 0) for link in links}
-                for part in in_parts([link for link in links if asked[link.machine.id] < ASKED_TIMES], _AT_ONCE):
+                requests = {link.machine.id: requests.get(link.machine.id, 0) for link in links}
+                for part in in_parts([link for link in links if requests[link.machine.id] < MAX_REQUESTS], _AT_ONCE):
                     for link in part:
-                        asked[link.machine.id] += 1
-                        self._ask_to_move(link.machine.overlay_address)
+                        requests[link.machine.id] += 1
+                        self._request_move(link.machine.overlay_address)
                     await self._clock.sleep(_PAUSE_SECONDS)
-                await self._clock.sleep(LOOK_SECONDS)
+                await self._clock.sleep(POLL_SECONDS)
 
     async def _begin(self) -> None:
         """Raises SideroLinkError."""
         membership, others = self._membership, self._others()
         if membership is None or not others:
-            raise SideroLinkError("no other server would stay: machines have nowhere to go")
+            raise SideroLinkError("no other server remains: machines have nowhere to go")
         if not self.has_begun:
             self.has_begun = True
             self._wake.set()
             log.warning(
-                "this server drains: %d machines are asked to go to %d other servers; TCP connections that end here are reset",
+                "this server is draining: %d machines are asked to move to %d other servers; connections to this host will end",
                 len(self._left()),
                 others,
             )

@@ -1,7 +1,7 @@
-"""What a server does about others that fail or leave: it dials their machines, and holds back without the database.
+"""Failover: dials the machines of servers that died or drain, and limits what a server does without the database.
 
-Each machine of a dead server that can be dialled is dialled by one of the servers that are left. A server without the database
-cannot know who took its machines meanwhile: after a while it sends only to those that it hears.
+Each machine of a dead server that can be dialled is dialled by one of the remaining servers. A server without the database
+cannot know which of its machines another server took; after a while it sends only to machines that it hears.
 """
 
 import logging
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 10.0
-"""How long a server continues unchanged without the database."""
+"""Seconds for which a server continues unchanged without the database."""
 HEARD_SECONDS = 30.0
-"""After that it sends only to machines heard within this time."""
+"""After that, it sends only to machines heard within this many seconds."""
 _POLL_SECONDS = 2.0
 _IN_ONE_GO = 1000
 _RETRY_SECONDS = 1.0
 DIAL_PAUSES = (2.0, 2.0, 10.0, 20.0, 40.0)
-"""Seconds between dials of a dead server's machines that have not answered.
+"""Seconds between dials of a dead server's machines that have not answered yet.
 
-The first are short: WireGuard itself tries again only after 5 s, and not while a server is in doubt. The others are for
-machines that do not answer at first, because their hosts are busy or their network is down.
+The first pauses are short, because WireGuard itself retries only after 5 s, and not while ownership is unclear. The later ones
+are for machines whose host is busy or whose network is down.
 """
 INVITE_AFTER = 5.0
-"""Seconds after which machines still at a draining server are dialled. Those that understand the request have left by then."""
+"""Seconds after which machines still at a draining server are dialled. Those that understand the request have moved by then."""
 INVITE_SECONDS = 1.5
-"""How long packets are sent to such a machine, so that it can complete the handshake and move."""
+"""Seconds for which packets are sent to such a machine, so that it can complete the handshake and move."""
 INVITATIONS = 3
 INVITE_INTERVAL_SECONDS = 10.0
-"""Time between two dials of one machine, during which only its owner sends to it."""
+"""Seconds between two dials of one machine, in which only its owner sends to it."""
 
 
 class Failover:
-    """Dials the machines of servers that died, and those that are left at a server that drains."""
+    """Dials the machines of servers that died, and machines that remain at a draining server."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Failover:
         self._store = store
         self._clock = clock
         self._pending: dict[str, Act] = {}
-        """Actions not begun yet, by server id."""
+        """Actions not started yet, by server id."""
         self._wake = anyio.Event()
         owners.membership.on_dead = partial(self._note, self.succeed)
         owners.membership.on_drained = partial(self._note, self.relieve)
@@ -83,7 +83,7 @@ class Failover:
         self._wake.set()
 
     async def run(self) -> None:
-        """Take over from each server that dies or drains, until cancelled. None of them waits for another."""
+        """Take over from each server that dies or drains, concurrently, until cancelled."""
         async with background_tasks() as tasks:
             while True:
                 await self._wake.wait()
@@ -95,7 +95,7 @@ class Failover:
     async def succeed(self, server_id: str) -> None:
         """Take over from a dead server.
 
-        Servers that see each other's heartbeats late may disagree for a moment about who dials a machine, and dials are lost.
+        Dials are repeated, because servers may briefly disagree about which of them dials a machine, and datagrams are lost.
         """
         await self._retry(self.take_over, server_id)
         for pause in DIAL_PAUSES:
@@ -105,7 +105,7 @@ class Failover:
             await self._retry(self.take_over, server_id)
 
     async def relieve(self, server_id: str) -> None:
-        """Invite the machines that stay at a server that drains, some seconds after it asked those that know the word."""
+        """Invite the machines that remain at a draining server, some seconds after it asked them to move."""
         for turn in range(INVITATIONS):
             await self._clock.sleep(INVITE_INTERVAL_SECONDS if turn else INVITE_AFTER)
             if not self._owners.membership.is_leaving(server_id):
@@ -121,17 +121,17 @@ class Failover:
                 await self._clock.sleep(_RETRY_SECONDS)
 
     async def take_over(self, server_id: str) -> None:
-        """Dial those machines of a dead server that this one inherits. Raises StoreError."""
+        """Dial the machines of a dead server that this one inherits. Raises StoreError."""
         await self._dial(server_id, self._owners.may_dial, self._reconciler.dial)
 
     async def invite(self, server_id: str) -> None:
-        """Dial those machines of a server that drains which this one is to have. Raises StoreError.
+        """Dial the machines of a draining server that this server should get. Raises StoreError.
 
-        The owner serves them until they answer: they are sent to for a moment only, and those that do not answer stay.
+        The owner serves them until they answer. This server sends to them only briefly; those that do not answer stay there.
         """
 
         async def dial(link: MachineLink, endpoint: Endpoint) -> None:
-            self._owners.moments.begin(link.machine.id, INVITE_SECONDS)
+            self._owners.send_windows.begin(link.machine.id, INVITE_SECONDS)
             await self._reconciler.dial(link, endpoint)
 
         await self._dial(server_id, self._may_invite, dial)
@@ -151,9 +151,9 @@ class Failover:
         async for owned in self._store.owners(server_id):
             link, endpoint = self._directory.get(owned.machine_id), _parse(owned.endpoint)
             if link is not None and link.streams:
-                self._owners.settle_all([owned.machine_id])  # it came here already, with the session of the dead one
+                self._owners.settle_all([owned.machine_id])  # it is here already, in the dead server's session
             if link is not None and endpoint is not None and may_dial(owned.machine_id):
-                self._owners.taken(owned)
+                self._owners.update(owned)
                 self._owners.raise_stamp(owned)
                 endpoints[owned.machine_id] = endpoint
                 links.append(link)
@@ -189,7 +189,7 @@ class Lease:
         clock: Clock,
         max_offline: float | None,
     ) -> None:
-        """`max_offline`: seconds without the database after which the server stops; None for never."""
+        """`max_offline`: seconds without the database after which the server stops; None disables it."""
         self._owners = owners
         self._directory = directory
         self._device = device
@@ -208,14 +208,14 @@ class Lease:
         offline_for = self._owners.membership.offline_for
         if self._max_offline is not None and offline_for >= self._max_offline:
             raise StoreError(
-                f"the database did not answer for {self._max_offline:g} s, which is as long as this server may go on"
+                f"the database did not answer for {self._max_offline:g} s, the longest that this server may run without it"
             )
         if offline_for >= LEASE_SECONDS:
             if not self._owners.is_holding_back:
-                log.warning("no database for %.0f s: only machines that were just heard are sent to", offline_for)
+                log.warning("no database for %.0f s: sending only to machines that were heard recently", offline_for)
             self._owners.hold_back(await self._unheard())
         elif self._owners.is_holding_back:
-            self._owners.go_on()
+            self._owners.resume()
 
     async def _unheard(self) -> list[str]:
         found = []

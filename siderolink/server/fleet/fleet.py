@@ -79,7 +79,7 @@ def make_fleet(
     directory = Directory(store, clock)
     sessions = Sessions(device, directory, max_unproven_streams=limits.max_unproven_streams, clock=clock)
     by_engine = device.kind == "userspace"
-    owners = None if membership is None else Owners(membership, directory, store, clock, stamps, tells_paths=by_engine)
+    owners = None if membership is None else Owners(membership, directory, store, clock, stamps, paths_are_proven=by_engine)
     last_seen.owners = owners
     liveness = Liveness(device, directory, clock, owners=owners)
     rows = Rows(prefix, limits, clock, entropy, count_machines=directory.__len__)

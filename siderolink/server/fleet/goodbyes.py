@@ -26,7 +26,7 @@ Remove = Callable[[str, LeaveReason], Awaitable[bool]]
 
 
 class Goodbyes:
-    """Receives goodbyes. WireGuard authenticates the source address of each packet."""
+    """Receives goodbyes, whose source addresses WireGuard authenticates."""
 
     def __init__(self, directory: Directory, monitor: Monitor, remove: Remove) -> None:
         self._directory = directory
@@ -52,7 +52,7 @@ class Goodbyes:
                     self._socket = None
                     loop.remove_reader(sock)
 
-    def ask_to_move(self, address: IPv6Address, server_key: PublicKey) -> None:
+    def request_move(self, address: IPv6Address, server_key: PublicKey) -> None:
         """Ask the machine at this overlay address to move to another server, by one unreliable datagram."""
         if self._socket is not None:
             _answer(self._socket, MoveAway(public_key=server_key).encode(), (str(address), GOODBYE_PORT))

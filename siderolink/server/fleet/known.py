@@ -1,8 +1,8 @@
-"""Known values as short keyed hashes, so that a call with none of them is refused without a query.
+"""Short keyed hashes of all known values, so that a call without any known value is refused without a query.
 
-These are the stored join tokens that are not revoked, the keys and virtual addresses of rows and claims, and the bound or
-assigned unique tokens. Each takes eight bytes in a table that is at most three quarters full. The hash key is specific to the
-process, so that nobody can search for colliding values.
+The values are the stored join tokens that are not revoked, the keys and virtual addresses of rows and claims, and the bound or
+assigned unique tokens. Each hash takes eight bytes in a table that is at most three quarters full. The hash key is random per
+process, so nobody can search for collisions.
 """
 
 import os
@@ -18,7 +18,7 @@ from siderolink.server.clock import Clock
 from siderolink.server.store import JoinToken, Machine, Store, TokenKind, TokenState
 
 _SHARDS: Final = 256
-"""A growing table is copied completely, so there are many small ones."""
+"""A growing table is copied as a whole, so it is divided into many small ones."""
 _LEAST_SLOTS: Final = 4
 _REFUSED_PER_SECOND, _REFUSED_AT_ONCE = 200.0, 1000.0
 _REFUSED_PER_SOURCE, _REFUSED_PER_SOURCE_AT_ONCE = 5.0, 100.0
@@ -103,7 +103,7 @@ def _put(slots: "array[int]", number: int) -> None:
 
 
 class Known:
-    """The hashes of one server. A positive answer may be wrong, once in 2^64 times."""
+    """The hashes of one server. A positive answer is wrong once in 2^64 times."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -216,7 +216,7 @@ class Known:
 
 
 class QueryBudget:
-    """Limits the queries for calls with known values that are refused all the same, per source and in total."""
+    """Limits the queries for calls that have known values but are still refused, per source and in total."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -1,7 +1,7 @@
-"""Which limits bite at which machines: looked at every few seconds, told when it begins and when it is over.
+"""Detects which limits of single machines drop something, by polling the drop counts, and publishes the begin and end of it.
 
-What a limit drops is counted where it does: by the device (bandwidth) and by the reports' intake. This adds up the differences,
-so that a count never falls while its machine is known, even if the device makes the peer anew.
+Drops are counted by the device (bandwidth) and by the receivers of reports. This module adds up the differences, so a count
+never falls while its machine is known, even if the device recreates the peer.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ LimitDrops = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(slots=True)
-class _Bite:
+class _Active:
     """A limit in effect."""
 
     since: float
@@ -40,12 +40,12 @@ class _Watched:
     seen: dict[str, int] = field(default_factory=dict)
     """The counts of the last poll."""
     dropped: Counter[str] = field(default_factory=Counter)
-    bites: dict[str, _Bite] = field(default_factory=dict)
+    active_limits: dict[str, _Active] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsChanged:
-    """A limit of the machine began to drop something, or is over."""
+    """A limit of the machine began or ceased to drop something."""
 
     machine: Machine
 
@@ -62,7 +62,7 @@ class LimitWatch:
         self.changes: Broadcast[LimitsChanged | ChangesLost] = Broadcast(
             lost=lambda _: ChangesLost(), overflow=Overflow.DROP_ALL
         )
-        """Machines of which other limits bite than at the last poll."""
+        """Machines whose active limits changed since the last poll."""
         self.report_drops: Callable[[], LimitDrops] = dict
         """Drops of machines' reports by limits, since each machine became known."""
 
@@ -90,47 +90,48 @@ class LimitWatch:
                 self._compare(link.machine, watched, found.get(machine_id, {}), now)
 
     def _compare(self, machine: Machine, watched: _Watched, found: Mapping[str, int], now: float) -> None:
-        biting_before = set(watched.bites)
+        active_before = set(watched.active_limits)
         for limit, count in found.items():
             before = watched.seen.get(limit, 0)
-            more = count - before if count >= before else count  # the device made the peer anew
+            more = count - before if count >= before else count  # the device recreated the peer
             if more:
                 watched.dropped[limit] += more
-                bite = watched.bites.get(limit)
-                if bite is None:
-                    bite = watched.bites[limit] = _Bite(now, now, 0)
+                active = watched.active_limits.get(limit)
+                if active is None:
+                    active = watched.active_limits[limit] = _Active(now, now, 0)
                     self._events.publish(LimitReached(machine=machine, limit=limit))
-                bite.last_at, bite.dropped = now, bite.dropped + more
+                active.last_at, active.dropped = now, active.dropped + more
         watched.seen = dict(found)
-        for limit, bite in list(watched.bites.items()):
-            if now - bite.last_at >= QUIET_SECONDS:
-                del watched.bites[limit]
+        for limit, active in list(watched.active_limits.items()):
+            if now - active.last_at >= QUIET_SECONDS:
+                del watched.active_limits[limit]
                 self._events.publish(
-                    LimitOver(machine=machine, limit=limit, dropped=bite.dropped, seconds=bite.last_at - bite.since)
+                    LimitOver(machine=machine, limit=limit, dropped=active.dropped, seconds=active.last_at - active.since)
                 )
 
-        if biting_before != watched.bites.keys():
+        if active_before != watched.active_limits.keys():
             self.changes.publish(LimitsChanged(machine=machine))
 
-    # --- what is known
+    # --- queries
 
     def dropped(self, machine_id: str) -> dict[str, int]:
         """Drops by the machine's limits at this server, by limit name, as of the last poll."""
         watched = self._watched.get(machine_id)
         return {} if watched is None else dict(watched.dropped)
 
-    def all_biting(self) -> dict[str, list[str]]:
-        """The names of the limits that bite now, by machine's id; of machines with any."""
-        return {machine_id: sorted(watched.bites) for machine_id, watched in self._watched.items() if watched.bites}
+    def all_active(self) -> dict[str, list[str]]:
+        """The names of the active limits, by machine id; machines without any are omitted."""
+        found = ((machine_id, sorted(watched.active_limits)) for machine_id, watched in self._watched.items())
+        return {machine_id: names for machine_id, names in found if names}
 
     def all_dropped(self) -> dict[str, dict[str, int]]:
-        """`dropped` of all machines that have any."""
+        """`dropped` for all machines that have any."""
         return {machine_id: dict(watched.dropped) for machine_id, watched in self._watched.items() if watched.dropped}
 
-    def bitten(self) -> Counter[str]:
-        """How many machines each limit bites now."""
-        return Counter(limit for watched in self._watched.values() for limit in watched.bites)
+    def limited_by(self) -> Counter[str]:
+        """The number of machines for which each limit is active."""
+        return Counter(limit for watched in self._watched.values() for limit in watched.active_limits)
 
-    def bitten_machines(self) -> int:
-        """How many machines any limit bites now."""
-        return sum(bool(watched.bites) for watched in self._watched.values())
+    def limited_machines(self) -> int:
+        """The number of machines for which any limit is active."""
+        return sum(bool(watched.active_limits) for watched in self._watched.values())

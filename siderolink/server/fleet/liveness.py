@@ -24,16 +24,16 @@ T = TypeVar("T")
 
 PROBES = 5
 PROBE_SECONDS = 1.0
-"""A live machine answers an echo or a handshake well within a second; five in a row are not lost by chance."""
+"""A live machine answers an echo or a handshake well within a second, and five consecutive losses are not chance."""
 MAX_WAITING = 8
 """Maximum calls waiting for one machine's probes."""
 RECONNECT_SECONDS = 30.0
-"""How long machines may take to reopen their streams to a restarted server: by then each has tried."""
+"""Seconds within which every machine has tried to reopen its stream to a restarted server."""
 _VALID_SECONDS = 30.0
 """How long unanswered probes stay valid while the machine is silent."""
 _LAST_PACKETS = 1.0
 """How long packets in flight may arrive after a goodbye."""
-ASK_SECONDS = 1.0
+QUERY_SECONDS = 1.0
 """Time limit for another server to answer when it heard a machine."""
 _MOST_ASKED = 5
 
@@ -48,8 +48,8 @@ class OwnerQueries(Protocol):
     """Queries another server of the same store."""
 
     async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
-        """When that server last heard the machine, in Unix time by the store's clock; 0.0 if it never did; None if it cannot be
-        asked. Never raises. The caller waits for `ASK_SECONDS` at most.
+        """When that server last heard the machine, in Unix time by the store's clock; 0.0 if never; None if it cannot be
+        queried. Never raises. The caller waits for `QUERY_SECONDS` at most.
         """
 
 
@@ -60,7 +60,7 @@ class NoOwnerQueries:
         return None
 
 
-class OwnerUnaskedError(Exception):
+class OwnerQueryNeededError(Exception):
     """Raised inside a transaction that needs another server's answer; `Liveness.decide` queries it and starts again."""
 
     def __init__(self, ownership: Ownership) -> None:
@@ -79,7 +79,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Unanswered:
-    """The last probes that a machine did not answer. One more byte from its key disproves that."""
+    """The last probes that a machine did not answer. Another byte from its key invalidates them."""
 
     public_key: PublicKey | None
     at: float
@@ -129,17 +129,17 @@ class Liveness:
             for _ in range(_MOST_ASKED):
                 try:
                     return await transact()
-                except OwnerUnaskedError as unasked:
-                    asked.add(unasked.ownership.machine_id)
-                    await self._query_owner(unasked.ownership)
-            raise StoreUnavailableError("the machine goes from server to server; ask again")
+                except OwnerQueryNeededError as needed:
+                    asked.add(needed.ownership.machine_id)
+                    await self._query_owner(needed.ownership)
+            raise StoreUnavailableError("the machine is moving between servers; try again")
         finally:
             for machine_id in asked:
                 self._owner_answers.pop(machine_id, None)
 
     async def _query_owner(self, owner: Ownership) -> None:
         heard_at: float | None = None
-        with anyio.move_on_after(ASK_SECONDS):
+        with anyio.move_on_after(QUERY_SECONDS):
             heard_at = await self.owner_queries.heard_at(owner.server_id, owner.machine_id)
         self._owner_answers[owner.machine_id] = owner.epoch, heard_at
 
@@ -150,7 +150,7 @@ class Liveness:
         return 0.0 if silence is None else self._clock.time() - silence
 
     async def newest_row(self, machine: Machine) -> Machine | None:
-        """The row with its last sighting here; None if another server has the link."""
+        """The row with the time when it was last seen here; None if another server owns the link."""
         if self._owners is None:
             return machine
         return None if self._owners.is_elsewhere(machine.id) else await self._directory.row(machine.id)
@@ -159,7 +159,7 @@ class Liveness:
         """Seconds since the other server that owns the link heard the machine; None if no other server owns it.
 
         The owner's answer decides. If it cannot be queried, silence counts from the newest of its stored notes, its last
-        heartbeat, and the end of the last outage of the database. Raises OwnerUnaskedError.
+        heartbeat, and the end of the last outage of the database. Raises OwnerQueryNeededError.
         """
         if self._owners is None or transaction is None:
             return None
@@ -168,7 +168,7 @@ class Liveness:
             return None
         answer = self._owner_answers.get(machine.id)
         if (answer is None or answer[0] != owner.epoch) and membership.is_alive(owner.server_id):
-            raise OwnerUnaskedError(owner)
+            raise OwnerQueryNeededError(owner)
         heard_at = answer[1] if answer is not None and answer[0] == owner.epoch else None
         if heard_at is None:
             server = membership.get(owner.server_id)
@@ -179,7 +179,7 @@ class Liveness:
     async def of(self, machine: Machine, transaction: Transaction | None = None) -> LinkLiveness:
         """The state of the machine's link, for a decision about its row.
 
-        Raises OwnerUnaskedError inside a transaction if another server owns the link; see `decide`.
+        Raises OwnerQueryNeededError inside a transaction if another server owns the link; see `decide`.
         """
         elsewhere = await self._unheard_elsewhere(machine, transaction)
         link = self._directory.get(machine.id)
@@ -203,7 +203,7 @@ class Liveness:
         )
 
     def _unheard(self, machine: Machine) -> float | None:
-        """Seconds since another server can have heard a machine that this one did not; None if its link was never proved.
+        """Seconds since another server may have heard a machine that this one did not; None if its link was never proved.
 
         Counted from this server's start or the store's last-seen time, whichever is later.
         """
@@ -239,7 +239,7 @@ class Liveness:
             await run.done.wait()
             if run.is_unanswered:
                 return True
-            # The answer may have come before this call did, and the machine may have been killed since.
+            # The shared probes may have been answered before this call arrived, and the machine killed since.
             run = self._runs.get(machine.id)
             if run is not None:
                 await run.done.wait()
@@ -247,7 +247,7 @@ class Liveness:
         return await self._probe(machine)
 
     def forget_probes(self, machine_id: str) -> None:
-        """Drop the result of probes, because another server has the machine."""
+        """Drop the results of probes, because another server owns the machine."""
         self._unanswered.pop(machine_id, None)
 
     async def _probe(self, machine: Machine) -> bool:
@@ -272,31 +272,32 @@ class Liveness:
         return self._clock.monotonic() - found.at <= _VALID_SECONDS
 
     def _can_be_probed(self, link: MachineLink) -> bool:
-        """A closed stream carries no probe. Then the time in which a living machine opens another one must suffice: where its
-        address names it alone, or where other streams from there went on, so that no proxy has cut them all at once.
+        """Whether silence after probes shows that the machine is dead.
 
-        A stream by which nothing authenticated came does not count: anybody may have opened it.
+        A closed stream carries no probes; then the machine counts as dead after the time in which a live one would have opened
+        another. That holds only if no other machine uses its source address, or other streams from there stayed open, because
+        a proxy may have cut all of them at once. Streams without authenticated packets do not count: anybody may open one.
         """
         if any(stream.is_proven and stream.path.is_open for stream in link.streams) or link.endpoint is not None:
             return True
         if link.cut_at is None and self._clock.monotonic() - self._began_at < RECONNECT_SECONDS:
-            return False  # this server was away, and not the machine
+            return False  # this server was unreachable, not the machine
         sources = self._directory.sources
         if link.source is None or not sources.is_shared(link.source):
             return link.source is not None
         return link.cut_at is not None and sources.has_stream_since_before(link.source, link.cut_at)
 
     async def _unanswered_since(self, link: MachineLink) -> int | None:
-        """Send the probes. Returns how many bytes had come from the key before and after them; None if more came.
+        """Send the probes. Returns the number of bytes received from the key so far; None if more arrived after the probes.
 
-        Bytes are counted because times are not exact enough: on a busy host, the clock moves on between two looks at it.
+        Bytes are counted because times are too inexact: on a busy host, the clock advances between two reads.
         """
         received = _received(await self._status(link.machine))
         for _ in range(PROBES):
             try:
                 await self._send(link)
             except SideroLinkError:
-                pass  # as if it had been lost
+                pass  # the same as a lost probe
             await self._clock.sleep(PROBE_SECONDS)
             if _received(await self._status(link.machine)) > received:
                 return None

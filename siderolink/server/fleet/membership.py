@@ -1,7 +1,7 @@
-"""The servers that share one store: this one's row with its heartbeat, and which of the others are alive.
+"""Membership: the servers that share one store, this one's row and heartbeat, and which of the others are alive.
 
-Each server writes its heartbeat twice a second, by the store's clock, and reads those of all. Nobody is dead to a server that
-cannot read heartbeats itself, and after an outage of the database everyone has the usual time to write again.
+Each server writes its heartbeat twice a second, by the store's clock, and reads all others'. A server that cannot read
+heartbeats declares nobody dead, and after an outage of the database every server has the usual time to write again.
 """
 
 import logging
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 DEAD_AFTER = 3.0
-"""Seconds after its last heartbeat when a server is dead to the others. A heartbeat may thus be late by 2.5 s."""
+"""Seconds after its last heartbeat when the others declare a server dead. So a heartbeat may be late by 2.5 s."""
 SURE_SECONDS = 2.5
-"""How long after its heartbeat a server is alive to the others, and keeps its machines."""
+"""Seconds after its heartbeat in which a server is certainly alive to the others and keeps its machines."""
 FORGOTTEN_AFTER = 600.0
 """Seconds after which a dead server's row is removed."""
 OUTAGE_SECONDS = DEAD_AFTER - HEARTBEAT_SECONDS
@@ -56,7 +56,7 @@ class Membership:
         schema: int = 0,
         stamps_by_host: bool = False,
     ) -> None:
-        """`server_id` is a new one for each run of a server by default.
+        """`server_id` defaults to a new one for each run of a server.
 
         `stamps_by_host`: the device takes its handshakes' timestamps from this host's clock, as the kernel's does.
         """
@@ -74,24 +74,25 @@ class Membership:
         self._read_at = clock.time()
         """When heartbeats were last read, on the store's clock."""
         self._beat_at = self._began_at = clock.monotonic()
-        """When the last heartbeat was written, and when that began."""
+        """When the last heartbeat was written, and when its writing began."""
         self.outage_ended_at = clock.time()
-        """On the store's clock. A server that has just started does not know the time before."""
+        """On the store's clock. A server knows nothing about the time before its start."""
         self._has_begun = False
         self._wake = anyio.Event()
         self._draining: set[str] = set()
-        """Others whose drains were told."""
+        """Other servers whose drains were reported."""
         self.on_dead: Callable[[str], None] = lambda server_id: None
         """Called once with the id of each server that is dead or was removed."""
         self.on_failure: Callable[[], None] = lambda: None
-        """Called when a server is dead, was removed or may have failed: machines with links to it should check them."""
+        """Called when a server is dead, was removed or may have failed; machines should then check their links."""
         self.on_drained: Callable[[str], None] = lambda server_id: None
-        """Told the id of each other server that begins to drain."""
+        """Called with the id of each other server that begins to drain."""
         self.on_return: Callable[[], Awaitable[None]] = _nothing
-        """Awaited after a time in which others may have taken this server for dead, before it is sure of its machines again."""
+        """Awaited after others may have declared this server dead, before it relies on its ownership again."""
         self._was_doubtful = False
         self.on_beat: Callable[[float | None], None] = lambda seconds: None
-        """Told at each heartbeat for how many seconds no other server takes this one's machines; None where there is none."""
+        """Called at each heartbeat with the number of seconds for which no other server takes this one's machines; None if
+        there is no other server."""
 
     # --- queries
 
@@ -99,7 +100,7 @@ class Membership:
         return self._row if server_id == self.id else self._others.get(server_id)
 
     def is_alive(self, server_id: str) -> bool:
-        """Whether it had a recent heartbeat, as far as this server can read them."""
+        """Whether the server had a recent heartbeat, as far as this one could read it."""
         server = self.get(server_id)
         if server is None or server is self._row:
             return server is not None
@@ -115,12 +116,12 @@ class Membership:
         return self._row.is_draining
 
     def is_leaving(self, server_id: str) -> bool:
-        """Whether a living server drains."""
+        """Whether a live server is draining."""
         server = self.get(server_id)
         return server is not None and server.is_draining and self.is_alive(server_id)
 
     def everyone(self) -> list[FleetServer]:
-        """The servers that were not removed, this one first, the silent ones included."""
+        """All servers that were not removed, including silent ones, this one first."""
         return [self._row, *(one for _, one in sorted(self._others.items()))]
 
     def heartbeat_age(self, server: FleetServer) -> float:
@@ -139,20 +140,20 @@ class Membership:
 
     @property
     def has_wrong_clock(self) -> bool:
-        """Whether machines that other servers dialled might refuse this one's handshakes as replays, or the other way round."""
+        """Whether machines dialled by other servers might refuse this one's handshakes as replays, or vice versa."""
         return self._stamps_by_host and abs(self.clock_offset) > MAX_CLOCK_OFFSET
 
     def endpoints(self) -> list[str]:
-        """Where machines reach the WireGuard of the servers that are alive and stay; this server's own come first.
+        """The WireGuard endpoints of the live servers that are not draining, this server's own first.
 
-        Those of a server that drains come last in its own answers, and in no other's.
+        The endpoints of a draining server come last in its own answers and are missing from those of others.
         """
         staying = [one for one in self.living() if not one.is_draining]
         found = [endpoint for one in staying + [self._row] for endpoint in one.endpoints]
         return list(dict.fromkeys(found))
 
     def heir(self, machine_id: str) -> str:
-        """The one server that dials a machine which no living server owns: the same one on each server that sees the same."""
+        """The server that dials a machine without a live owner; all servers that see the same members choose the same one."""
         living = self.living()
         staying = [one.id for one in living if not one.is_draining and abs(one.clock_offset) <= MAX_CLOCK_OFFSET]
         staying = staying or [one.id for one in living]
@@ -168,7 +169,7 @@ class Membership:
         peer_fingerprint: str | None = None,
         is_draining: bool | None = None,
     ) -> None:
-        """Change what this server's row says. None leaves it as it is; it is written at once."""
+        """Change this server's row and write it at once. None leaves a value unchanged."""
         row = self._row
         self._row = replace(
             row,
@@ -189,15 +190,15 @@ class Membership:
             known = self._others.get(server.id)
             newest = server.heartbeat_at if known is None else max(known.heartbeat_at, server.heartbeat_at)
             self._others[server.id] = replace(server, heartbeat_at=newest)
-        self._tell_changes({server.id} if is_gone else set())
+        self._report_changes({server.id} if is_gone else set())
 
     def suspect(self, server_id: str) -> None:
-        """Its process seems to have ended. It is dead only without heartbeats, but machines may check their links now."""
+        """Handle a hint that a server's process ended: machines check their links. It is dead only without heartbeats."""
         if server_id in self._others and server_id not in self._dead:
             log.warning("the server %s closed its connection and refuses another one: machines check their links", server_id)
             self.on_failure()
 
-    def _tell_changes(self, gone: set[str]) -> None:
+    def _report_changes(self, gone: set[str]) -> None:
         dead = gone | {server_id for server_id in self._others if not self.is_alive(server_id)}
         told, self._dead = self._dead, dead | (self._dead - self._others.keys())
         for server_id in dead - told:
@@ -212,7 +213,7 @@ class Membership:
 
     @property
     def pause(self) -> float:
-        """Seconds until the next heartbeat; fewer where another server will be dead before, which is told at once then."""
+        """Seconds until the next heartbeat, or until another server will be dead, so that its death is reported at once."""
         now = self._clock.time()
         heard = (max(one.heartbeat_at, self.outage_ended_at) for one in self._others.values() if self.is_alive(one.id))
         soonest = min((at + DEAD_AFTER - now for at in heard), default=HEARTBEAT_SECONDS)
@@ -222,7 +223,7 @@ class Membership:
     async def joined(self) -> AsyncIterator[None]:
         """Read the other servers, and remove the row of this server's previous run. Raises StoreError.
 
-        This server is one of them from its first `beat`, when it is ready to have machines, until the context ends.
+        This server becomes a member with its first `beat`, when it is ready for machines, and leaves at the end of the context.
         """
         await self._write(puts=False)
         try:
@@ -248,7 +249,10 @@ class Membership:
                 await self._wake.wait()
 
     async def beat(self) -> None:
-        """Write this server's row, and read the others'; after a doubt, be sure again first. Raises StoreError."""
+        """Write this server's row and read the others'. Awaits `on_return` first if others may have declared this one dead.
+
+        Raises StoreError.
+        """
         await self._write()
         while self._was_doubtful:
             self._was_doubtful = False
@@ -262,7 +266,7 @@ class Membership:
         self.on_beat(SURE_SECONDS - (self._clock.monotonic() - self._began_at) if self._others else None)
 
     async def _keep_writing(self) -> None:
-        """With many machines, it takes longer to hear what others took than until a server without heartbeats is dead."""
+        """Write heartbeats during `on_return`: with many machines, reading what others took takes longer than `DEAD_AFTER`."""
         while True:
             await anyio.sleep(HEARTBEAT_SECONDS)
             with suppress(SideroLinkError):
@@ -296,7 +300,7 @@ class Membership:
         self._beat_at, self._read_at = at, now
         gone = self._others.keys() - others.keys()
         self._others = others
-        self._tell_changes(gone)
+        self._report_changes(gone)
 
     def _watch_clock(self) -> None:
         if self.has_wrong_clock is not self._had_wrong_clock:
@@ -307,12 +311,12 @@ class Membership:
                     self.clock_offset,
                 )
             else:
-                log.warning("this host's clock is right again")
+                log.warning("this host's clock is correct again")
 
     async def leave(self) -> None:
-        """Remove this server's row, within a second, also when this task was cancelled."""
+        """Remove this server's row within a second, even if this task was cancelled."""
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
             try:
                 await self._store.transact_urgently(lambda transaction: transaction.ownership.delete_server(self.id))
             except SideroLinkError as error:
-                log.warning("this server's row could not be removed; the others will take it for dead: %s", error)
+                log.warning("this server's row could not be removed; the others will consider it dead: %s", error)

@@ -159,7 +159,7 @@ class Monitor:
             return
         age, goodbye_at = handshake.keys_age, link.goodbye_at
         if goodbye_at is not None and age is not None and age > self._clock.monotonic() - goodbye_at:
-            return  # begun before the goodbye, and confirmed by the machine on its way out
+            return  # started before the goodbye; the machine's confirmation was still in flight
         link.goodbye_at = None
         if self._owners is not None:
             self._owners.heard(link, is_new_session=True)
@@ -195,7 +195,7 @@ class Monitor:
         self._bring_up(link)
 
     def _lost(self, link: MachineLink) -> None:
-        """Another server has the machine now: end its link here, but keep its row."""
+        """End the link here because another server has the machine now; keep the row."""
         link.goodbye_at = None
         self._liveness.forget_probes(link.machine.id)
         self._directory.set_source(link, None)

@@ -1,7 +1,7 @@
-"""Moves a known key that joins with another UUID, once it answers an echo at an overlay address sent only to it.
+"""Moves a known key to another UUID once its holder answers an echo at an overlay address that was sent only to it.
 
-Public keys are not secret, so the call alone moves nothing. The key's holder takes the new address and answers an echo
-there inside the key's session; until then the old row stays as it is.
+Public keys are not secret, so a call alone moves nothing. The key's holder configures the new address and answers an echo there
+inside the key's session; until then the old row is unchanged.
 """
 
 import logging
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 MAX_MOVES = 256
 MAX_MOVES_OF_A_KEY = 4
-"""A stranger may name a key, too, so one call does not end another's move."""
+"""Anybody may name a key in a call, so one source's call does not end another's move."""
 MOVE_SECONDS = 60.0
 ECHO_SECONDS = 1.0
 LINGER_SECONDS = 10.0
-"""How long a key that was moved at once may still use the address that it had: answers may be under way from there."""
+"""Seconds for which a key that was moved at once may still use its old address, because packets may be in flight from there."""
 
 Ping = Callable[[IPv6Address], None]
 
@@ -41,7 +41,7 @@ Ping = Callable[[IPv6Address], None]
 @dataclass(slots=True)
 class _Move:
     link: MachineLink
-    """The row that has the key meanwhile."""
+    """The row that has the key until the move."""
     machine: Machine
     """The row after the move."""
     source: str
@@ -71,7 +71,7 @@ class Moves:
         self._clock = clock
         self._moves: dict[IPv6Address, _Move] = {}
         self._lingering: dict[PublicKey, tuple[IPv6Address, float]] = {}
-        """The addresses that keys had before they were moved at once, and when they lose them."""
+        """The old addresses of keys that were moved at once, and when the keys lose them."""
         self._wake = anyio.Event()
         self.on_moved: Callable[[MachineLink], None] = lambda link: None
         """Called with the link that has the key now."""
@@ -90,7 +90,7 @@ class Moves:
         return True
 
     async def linger(self, machine: Machine, before: Machine) -> None:
-        """The row has the key of another one now: let its peer use the other row's address, too, for a moment."""
+        """Let the peer of a key that was moved at once use the address of its old row, too, for a moment."""
         key = machine.public_key
         link = None if key is None else self._directory.by_key(key)
         if key is None or link is None or len(self._lingering) >= MAX_MOVES:
@@ -102,7 +102,7 @@ class Moves:
         self._wake.set()
 
     def _make_room(self, key: PublicKey, source: str) -> bool:
-        """End the source's earlier move of the key; where there are too many, the oldest, if it has had its time."""
+        """End the source's earlier move of the key. If there are too many moves, end the oldest one if its time is over."""
         of_key = self._of_key(key)
         for move in of_key:
             if same_source(move.source, source) or move.source == source:
@@ -175,10 +175,10 @@ class Moves:
         return address in self._moves
 
     async def answered(self, address: IPv6Address) -> None:
-        """An echo came from this address, inside the session of the key that waits for it: move the key to the new row."""
+        """Handle an echo from this address inside the session of the waiting key: move the key to the new row."""
         move = self._moves.get(address)
         if move is None or self._clock.monotonic() - move.began_at >= MOVE_SECONDS:
-            return  # `run` ends the one that is too late, and takes its address back
+            return  # too late; `run` ends the move and removes the address
         machine = move.machine
         for other in self._of_key(machine.public_key):
             self._end(other)

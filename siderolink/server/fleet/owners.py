@@ -1,9 +1,9 @@
-"""Which server owns which machine's link, where several servers share the store.
+"""Ownership of machines' links among the servers that share a store.
 
-A server owns a link from the first authenticated packet of a session on. Until another one takes it, it alone sends: the peers
-of machines that others own are passive. One that drains answers on for a second, for what is under way by the old path. A
-server that lost a link takes it again when the machine is heard later than what can
-still be under way.
+A server owns a link from the first authenticated packet of a session until another server takes it. Only the owner sends: at
+the other servers the machine's peer is passive. A draining server that loses a link still answers for a second, because packets
+may be in flight on the old path. A server that lost a link takes it again when it hears the machine after all packets in flight
+must have arrived.
 """
 
 import logging
@@ -29,20 +29,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNDER_WAY_SECONDS = 2.0
-"""How long after a loss packets of the machine may still be under way to the server that lost it."""
+IN_FLIGHT_SECONDS = 2.0
+"""How long packets of the machine may still be in flight to a server that lost its link."""
 RETRY_SECONDS = 1.0
-ANSWERS_ON_SECONDS = 1.0
-"""For so long a server that drains answers a machine that has gone to another one."""
+KEEP_ANSWERING_SECONDS = 1.0
+"""How long a draining server still answers a machine that moved to another server."""
 _LEAST_PAUSE = 0.1
 _AT_ONCE = 128
 _PEERS_IN_ONE_GO = 32
 
 
-class Moments:
-    """Machines that are sent to for a moment although another server owns them: those that left this server while it drains
-    are still answered, and those of another one that drains are invited.
-    """
+class SendWindows:
+    """Machines that this server may send to for a limited time although another server owns them: those that left this server
+    while it drains, and those that it invites from another draining server."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -58,16 +57,16 @@ class Moments:
         self._wake.set()
 
     def end(self, machine_id: str) -> None:
-        """No error if it is over."""
+        """End a machine's window, if there is one."""
         self._until.pop(machine_id, None)
 
     def end_all(self) -> list[str]:
-        """Returns the machines."""
+        """End all windows; returns their machines."""
         over, self._until = list(self._until), {}
         return over
 
     async def run(self, on_over: "Callable[[Iterable[str]], None]") -> None:
-        """Tell which are over, until cancelled."""
+        """Call `on_over` with the machines whose windows have ended, until cancelled."""
         while True:
             await self._wake.wait()
             self._wake = anyio.Event()
@@ -81,7 +80,7 @@ class Moments:
 
 
 class Owners:
-    """The owners of all links, as far as this server has heard; and what it wants to own."""
+    """The owners of all links as known to this server, and the links that it wants to own."""
 
     def __init__(
         self,
@@ -91,14 +90,14 @@ class Owners:
         clock: Clock,
         stamps: "CommonTimestamps | None" = None,
         *,
-        tells_paths: bool = True,
+        paths_are_proven: bool = True,
     ) -> None:
-        """`stamps`: those of the device's handshakes, where it lets us see them.
+        """`stamps`: the timestamps of the device's handshakes; None if the device does not expose them.
 
-        `tells_paths`: a passive peer's path changes only with data of a session, which is no replay; with the kernel's
-        device an initiation suffices.
+        `paths_are_proven`: a passive peer's path changes only by data within a session, which cannot be a replay. With the
+        kernel's device, an initiation suffices.
         """
-        self._tells_paths = tells_paths
+        self._paths_are_proven = paths_are_proven
         self.stamps = stamps
         self.membership = membership
         self._directory = directory
@@ -106,22 +105,22 @@ class Owners:
         self._clock = clock
         self._known: dict[str, Ownership] = {}
         self._lost_at: dict[str, float] = {}
-        """When links were lost, by the monotonic clock; those of the last seconds."""
+        """When links were lost in the last seconds, by the monotonic clock."""
         self._wanted: dict[str, None] = {}
         self._unsettled: dict[str, None] = {}
-        """The machines whose peers have to become passive, or active."""
-        self.moments = Moments(clock)
+        """Machines whose peers must be made passive or active."""
+        self.send_windows = SendWindows(clock)
         self._held: set[str] = set()
-        """Machines that are not sent to because the database is away, and they were not heard."""
+        """Machines that are not sent to because the database is unavailable and they were not heard recently."""
         self.is_holding_back = False
         self._is_away = False
         self._wake = anyio.Event()
         self.apply: Callable[[MachineLink], Awaitable[None]] | None = None
-        """Sets a link's peer again, by `may_send`."""
+        """Configures a link's peer again, as `may_send` decides."""
         self.on_lost: Callable[[MachineLink], None] = lambda link: None
         """Called with each link that another server took."""
 
-    # --- asked
+    # --- queries
 
     def of(self, machine_id: str) -> Ownership | None:
         return self._known.get(machine_id)
@@ -132,7 +131,7 @@ class Owners:
         return None if owner is None else owner.server_id
 
     def counts(self) -> Counter[str]:
-        """How many links each server owns, by the servers' ids."""
+        """The number of links that each server owns, by server id."""
         return Counter(owner.server_id for owner in self._known.values())
 
     def is_mine(self, machine_id: str) -> bool:
@@ -144,13 +143,15 @@ class Owners:
         return owner is not None and owner != self.membership.id and self.membership.is_alive(owner)
 
     def may_send(self, machine_id: str) -> bool:
-        """Whether this server sends to the machine: its own ones, those of nobody, of a dead server's those that it is to
-        dial or that have come with a stream, and of a living one's those that it sends to for a moment.
+        """Whether this server may send to the machine.
+
+        True for its own machines, for machines without an owner, for a dead server's machines that it should dial or that
+        have opened a stream here, and for a live server's machines within a send window.
         """
         if machine_id in self._held:
             return False
         owner = self.owner_of(machine_id)
-        if owner is None or owner == self.membership.id or machine_id in self._wanted or machine_id in self.moments:
+        if owner is None or owner == self.membership.id or machine_id in self._wanted or machine_id in self.send_windows:
             return True
         if self.membership.is_alive(owner):
             return False
@@ -158,20 +159,20 @@ class Owners:
         return (link is not None and bool(link.streams)) or self.is_heir(machine_id)
 
     def may_dial(self, machine_id: str) -> bool:
-        """Whether this server is to begin handshakes with a machine that it does not hear."""
+        """Whether this server should start handshakes with a machine that it does not hear."""
         return self.is_heir(machine_id) and not self.membership.has_wrong_clock and not self.is_holding_back
 
     def is_heir(self, machine_id: str) -> bool:
-        """Whether no living server owns the machine's link, and this one is to dial it."""
+        """Whether no live server owns the machine's link, and this server is the one that should dial it."""
         owner = self.owner_of(machine_id)
         if owner is not None and owner != self.membership.id and self.membership.is_alive(owner):
             return False
         return self.membership.heir(machine_id) == self.membership.id
 
-    # --- told
+    # --- notifications
 
     def heard(self, link: MachineLink, *, is_new_session: bool) -> None:
-        """The machine was heard by another path than before, or by a new session. Called between packets."""
+        """Handle a packet from the machine by a new path or in a new session. Called between packets."""
         machine_id = link.machine.id
         if link.claim is not None:
             return
@@ -184,22 +185,22 @@ class Owners:
         if owner is not None and owner.server_id == self.membership.id and owner.public_key == link.machine.public_key:
             return
         if not is_new_session and self.may_send(machine_id):
-            return  # by an initiation, perhaps, and that may be a replay: a session has to follow
+            return  # it may have been an initiation, and a replayed one: wait for a session
         lost_at = self._lost_at.get(machine_id)
-        is_late = lost_at is not None and self._clock.monotonic() - lost_at < UNDER_WAY_SECONDS
-        if is_new_session or (self._tells_paths and not is_late):
+        is_late = lost_at is not None and self._clock.monotonic() - lost_at < IN_FLIGHT_SECONDS
+        if is_new_session or (self._paths_are_proven and not is_late):
             self._wanted[machine_id] = None
         self._unsettled[machine_id] = None
         self._wake.set()
 
-    def taken(self, ownership: Ownership) -> None:
-        """A server took a link: the feed, or this server's own transaction, says so."""
+    def update(self, ownership: Ownership) -> None:
+        """Apply a change of ownership that the feed or this server's own transaction reported."""
         before = self._known.get(ownership.machine_id)
         if before is not None and before.epoch >= ownership.epoch:
             return
         self._known[ownership.machine_id] = ownership
         self.raise_stamp(ownership)
-        self.moments.end(ownership.machine_id)
+        self.send_windows.end(ownership.machine_id)
         if ownership.server_id == self.membership.id:
             self._lost_at.pop(ownership.machine_id, None)
             return
@@ -207,71 +208,70 @@ class Owners:
         if link is not None and ownership.machine_id not in self._wanted:
             now = self._clock.monotonic()
             self._lost_at.pop(ownership.machine_id, None)
-            while self._lost_at and now - self._lost_at[first := next(iter(self._lost_at))] >= UNDER_WAY_SECONDS:
+            while self._lost_at and now - self._lost_at[first := next(iter(self._lost_at))] >= IN_FLIGHT_SECONDS:
                 del self._lost_at[first]
             self._lost_at[ownership.machine_id] = now
             if self.membership.is_draining:
-                self.moments.begin(ownership.machine_id, ANSWERS_ON_SECONDS)
+                self.send_windows.begin(ownership.machine_id, KEEP_ANSWERING_SECONDS)
             self.on_lost(link)
             self._unsettled[ownership.machine_id] = None
             self._wake.set()
 
     def forget(self, machine_id: str) -> None:
-        """The machine's row is gone."""
+        """Forget a machine whose row was deleted."""
         for known in (self._known, self._lost_at, self._wanted, self._unsettled):
             known.pop(machine_id, None)
-        self.moments.end(machine_id)
+        self.send_windows.end(machine_id)
 
     def hold_back(self, machine_ids: "Iterable[str]") -> None:
-        """Send these machines nothing until they are heard, or until `go_on`: another server may have them."""
+        """Stop sending to these machines, which another server may own by now, until they are heard or `resume` is called."""
         self.is_holding_back = True
         new = set(machine_ids) - self._held
         self._held |= new
         self.settle_all(new)
 
-    def go_on(self) -> None:
-        """The database is back."""
+    def resume(self) -> None:
+        """Send to all machines again, because the database is available."""
         self.is_holding_back = False
         held, self._held = self._held, set()
         self.settle_all(held)
 
     def raise_stamp(self, ownership: Ownership) -> None:
-        """Begin handshakes with a machine above the last timestamp that its owner stored."""
+        """Start handshakes with a machine above the last timestamp that its owner stored."""
         if self.stamps is not None and any(ownership.stamp):
             self.stamps.begin_above(bytes(ownership.public_key), ownership.stamp)
 
     def settle_all(self, machine_ids: "Iterable[str]") -> None:
-        """Set these machines' peers again."""
+        """Configure these machines' peers again."""
         self._unsettled.update(dict.fromkeys(machine_ids))
         self._wake.set()
 
     # --- run
 
     async def load(self) -> set[str]:
-        """Read all owners; returns the machines of this server whose taking is not stored. Raises StoreError."""
+        """Read all owners; returns the machines that this server owns but that the store does not record. Raises StoreError."""
         stored = set()
         async for ownership in self._store.owners():
-            self.taken(ownership)
+            self.update(ownership)
             if ownership.is_of(self._known.get(ownership.machine_id)):
                 stored.add(ownership.machine_id)
         return {one for one, owner in self._known.items() if owner.server_id == self.membership.id} - stored
 
-    def take_again(self, machine_ids: "Iterable[str]") -> None:
-        """Take links that this server has, and that the store does not know of: a replica may lack the last commits."""
+    def retake(self, machine_ids: "Iterable[str]") -> None:
+        """Record again that this server owns these links: a replica that took over may lack the last commits."""
         self._wanted.update(dict.fromkeys(one for one in machine_ids if self.is_mine(one)))
         self._wake.set()
 
     async def refresh(self) -> None:
-        """Hear of all that others took, and send nothing more to those machines. Raises StoreError."""
+        """Read which links other servers took, and stop sending to those machines. Raises StoreError."""
         await self.load()
-        self._unsettled.update(dict.fromkeys(self.moments.end_all()))
+        self._unsettled.update(dict.fromkeys(self.send_windows.end_all()))
         await self._set_peers()
 
     async def run(self) -> None:
-        """Take what is wanted, and set peers, until cancelled."""
-
+        """Take wanted links and configure peers, until cancelled."""
         async with background_tasks() as tasks:
-            tasks.start_soon(self.moments.run, self.settle_all)
+            tasks.start_soon(self.send_windows.run, self.settle_all)
             while True:
                 await self._wake.wait()
                 self._wake = anyio.Event()
@@ -281,17 +281,17 @@ class Owners:
                     self._wake.set()
 
     async def settle(self) -> None:
-        """Set the peers that changed, then take the links that are wanted. What cannot be taken now stays wanted."""
+        """Configure the peers that changed, then take the wanted links. Links that cannot be taken now stay wanted."""
         await self._set_peers()
         try:
             while self._wanted:
                 await self._take_ownership(list(self._wanted)[:_AT_ONCE])
             if self._is_away:
-                log.warning("the owners of links are stored again")
+                log.warning("owners of links are stored again")
             self._is_away = False
         except SideroLinkError as error:
             if not self._is_away:
-                log.warning("the owners of links cannot be stored now; machines are served all the same: %s", error)
+                log.warning("owners of links cannot be stored at present; machines are still served: %s", error)
             self._is_away = True
 
     async def _set_peers(self) -> None:
@@ -337,12 +337,12 @@ class Owners:
         for machine_id in machine_ids:
             self._wanted.pop(machine_id, None)
         for ownership in taken:
-            self.taken(ownership)
+            self.update(ownership)
 
     async def note(self, transaction: Transaction, seen: Mapping[str, LastSeen]) -> dict[str, Ownership]:
-        """Store sightings, but for those of machines that other servers have taken.
+        """Store last-seen notes, except those of machines that other servers own.
 
-        Returns what to `keep` once it is committed.
+        Returns the value for `keep`, to be called after the commit.
         """
         owned = {one: self._known[one] for one in seen if self.is_mine(one)}
         transaction.ownership.expect(owned)
@@ -363,12 +363,12 @@ class Owners:
         return noted
 
     def keep(self, noted: Mapping[str, Ownership]) -> None:
-        """What was noted is committed."""
+        """Keep what `note` returned, once it is committed."""
         for machine_id, ownership in noted.items():
             if ownership.is_of(self._known.get(machine_id)):
                 self._known[machine_id] = ownership
 
 
 def _last_stamp(stamps: "CommonTimestamps | None", ownership: Ownership) -> bytes:
-    """The highest timestamp that the machine was sent."""
+    """The highest timestamp sent to the machine."""
     return max(bytes(12) if stamps is None else stamps.last(bytes(ownership.public_key)), ownership.stamp)

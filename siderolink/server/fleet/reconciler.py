@@ -65,7 +65,7 @@ class Reconciler:
         persistent_keepalive: int,
         owners: Owners | None = None,
     ) -> None:
-        """`owners` where several servers share the store."""
+        """`owners` is given if several servers share the store."""
         self._device = device
         self._owners = owners
         self._directory = directory
@@ -80,11 +80,11 @@ class Reconciler:
         self.leaving: dict[str, LeaveReason] = {}
         """Reasons of removals in progress at this server, by machine id."""
         self.on_applied: Callable[[MachineLink, PublicKey | None], None] = lambda link, key_before: None
-        """Told of each link whose row was applied, with the key that it had before; also where the device failed."""
+        """Called with each link whose row was applied and with its previous key, even if the device failed."""
         self.on_dropped: Callable[[MachineLink], None] = lambda link: None
         """Called with each removed link of a machine or a claim."""
         self.on_failed: Callable[[str], None] = lambda machine_id: None
-        """Told the id of a machine, or EVERYTHING, that could not be brought into step; `resync` has to be called again."""
+        """Called with the id of a machine, or EVERYTHING, that could not be synchronised; `resync` must be called again."""
 
     # --- the device
 
@@ -101,7 +101,7 @@ class Reconciler:
         )
 
     async def set_sending(self, link: MachineLink) -> None:
-        """Another server has the machine now, or this one has."""
+        """Make the peer passive or active after the owner of the link changed."""
         key = link.machine.public_key
         if key is None or self._directory.by_key(key) is not link:
             return
@@ -148,7 +148,7 @@ class Reconciler:
             await self._device.set_peer(self._peer(machine, machine.public_key))
         link.is_applied = link.machine is machine
         if old is not None and (old.has_uuid_conflict, old.bound_digest) != (machine.has_uuid_conflict, machine.bound_digest):
-            self._sessions.tell(link)  # it may need a UUID or a unique token now
+            self._sessions.notify(link)  # it may need a UUID or a unique token now
         return link
 
     def _move_key(self, link: MachineLink, old: Machine | None, state: LinkState) -> None:
@@ -177,7 +177,7 @@ class Reconciler:
             link.abandoned |= {old_key}
 
     def _abandon_keys(self, link: MachineLink, keys: set[PublicKey | None], *, is_new: bool) -> None:
-        """The machine is denied."""
+        """Abandon the keys of a denied machine."""
         for gone in keys:
             if gone is not None and (self._directory.release_key(link, gone) or is_new):
                 link.abandoned |= {gone}
@@ -196,7 +196,7 @@ class Reconciler:
     async def _remove_abandoned(self, link: MachineLink) -> None:
         while link.abandoned:
             key = next(iter(link.abandoned))
-            if self._directory.by_key(key) is None:  # or another machine has it by now
+            if self._directory.by_key(key) is None:  # else another machine has it by now
                 await self._device.remove_peer(key)
             link.abandoned -= {key}
 
@@ -216,7 +216,7 @@ class Reconciler:
             self._owners.forget(link.machine.id)
         had_key = key is not None and self._directory.by_key(key) is link
         self._directory.remove(link)
-        self._sessions.tell(link)
+        self._sessions.notify(link)
         self.on_dropped(link)
         self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE)
         if key is not None and had_key:
@@ -231,7 +231,7 @@ class Reconciler:
             if claim.virtual_address is not None and known.machine.virtual_address is None:
                 known.claim, known.machine = claim, claimed
                 self._directory.own_virtual_address(known, claim.virtual_address)
-            if not known.is_applied:  # the call before hung up in the middle
+            if not known.is_applied:  # the previous call was cancelled halfway
                 await self._device.set_peer(PeerConfig(public_key=claim.public_key))
                 known.is_applied = True
             return
@@ -253,14 +253,14 @@ class Reconciler:
             await self._drop(link)
 
     async def dial(self, link: MachineLink, endpoint: Endpoint) -> None:
-        """Begin a handshake towards a UDP address. Raises ConfigurationError for one that cannot be dialled from here.
+        """Start a handshake towards a UDP address. Raises ConfigurationError if it cannot be dialled from here.
 
-        A session of before another server had the machine is of no use: the machine does not answer in it.
+        A session from before another server had the machine is not used, because the machine has replaced it.
         """
         if link.machine.public_key is None:
             return
         link.is_quiet = False
-        link.endpoint = str(HostPort(str(endpoint[0]), endpoint[1]))  # its answer comes from there, so that no path changes
+        link.endpoint = str(HostPort(str(endpoint[0]), endpoint[1]))  # the answer from there is no change of path
         peer = replace(
             self._peer(link.machine, link.machine.public_key),
             endpoint=endpoint,
@@ -270,7 +270,7 @@ class Reconciler:
         await dial_peer(self._device, peer, keeps_session=link.state is LinkState.UP)
 
     async def set_quiet(self, link: MachineLink, quiet: bool) -> None:
-        """Stop keepalives, and the handshakes that they bring on, or begin them again. The machine may always come itself."""
+        """Stop or restart keepalives and the handshakes that they cause. The machine may still start a handshake itself."""
         if link.machine.public_key is None or link.is_quiet == quiet or self._directory.get(link.machine.id) is not link:
             return
         link.is_quiet = quiet
@@ -278,7 +278,7 @@ class Reconciler:
         await self._device.set_peer(replace(peer, persistent_keepalive=0) if quiet else peer)
 
     async def also_reach(self, link: MachineLink, addresses: Iterable[IPv6Address]) -> None:
-        """Let the link's peer use these addresses of rows that its key may move to, too, and no others."""
+        """Replace the additional addresses that the link's peer may use: those of rows that its key may move to."""
         key = link.machine.public_key
         if key is not None and self._directory.by_key(key) is link:
             extra = [IPv6Network((int(address), 128)) for address in addresses]
@@ -312,7 +312,7 @@ class Reconciler:
                 self._events.publish(MachineLeft(machine=machine, reason=self.leaving.get(machine.id, reason)))
 
     async def follow(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
-        """Apply store changes until cancelled. Changes of this server are applied already. Signals started once it reads."""
+        """Apply other servers' changes of the store until cancelled. Signals started once it reads the feed."""
         async with self._store.changes() as changes:
             task_status.started()
             async for change in changes:
@@ -341,13 +341,13 @@ class Reconciler:
             case ChangesLost():
                 await self.resync(EVERYTHING)
             case OwnershipTaken(ownership=ownership) if self._owners is not None:
-                self._owners.taken(ownership)
+                self._owners.update(ownership)
             case FleetServerChanged(server=server, is_gone=is_gone) if self._owners is not None:
                 self._owners.membership.changed(server, is_gone)
             case TokenChanged(token=token, is_gone=is_gone):
                 self._directory.known.set_token(token, is_gone)
             case _:
-                pass  # each join asks for bans, and a banned machine's row is deleted with the ban
+                pass  # each join checks the bans, and a banned machine's row is deleted with the ban
 
     async def _follow_claim(self, claim: Claim, is_over: bool) -> None:
         link = self._directory.get(claim.machine_id)
@@ -355,7 +355,7 @@ class Reconciler:
         if is_over:
             row = None if link is None or known is None else await self._directory.row(claim.machine_id)
             if row is not None and row.public_key == claim.public_key:
-                await self.apply_change(row)  # proved: the row takes its session over
+                await self.apply_change(row)  # proved: the row takes over its session
             await self.drop_claim(claim.id)
             return
         if link is None or (known is not None and known.claim == claim):
@@ -379,7 +379,7 @@ class Reconciler:
         return link is not None and link.is_applied and link.machine.revision >= machine.revision
 
     async def resync(self, machine_id: str) -> None:
-        """Read a machine's row, or EVERYTHING, again and apply it."""
+        """Read a machine's row, or all rows for EVERYTHING, again and apply it."""
         if machine_id == EVERYTHING:
             await self._reread()
             return
@@ -402,7 +402,7 @@ class Reconciler:
             if link.machine.id not in seen:
                 await self.resync(link.machine.id)  # it may have joined since its page was read
         if self._owners is not None:
-            self._owners.take_again(unstored)
+            self._owners.retake(unstored)
         known = {claim.id: claim for claim in await self._store.all_claims()}
         for claim in known.values():
             await self._follow_claim(claim, False)

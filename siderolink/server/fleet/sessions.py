@@ -46,9 +46,9 @@ class Sessions:
 
     def set_state(self, link: MachineLink, state: LinkState) -> None:
         self._directory.set_state(link, state)
-        self.tell(link)
+        self.notify(link)
 
-    def tell(self, link: MachineLink) -> None:
+    def notify(self, link: MachineLink) -> None:
         """Notify watchers that the link changed or was dropped."""
         for watcher in self._watchers:
             watcher(link)
@@ -63,8 +63,10 @@ class Sessions:
             self._watchers.remove(watcher)
 
     def open_stream(self, link: MachineLink, path: Path, end: EndStream, source: str = "") -> Stream:
-        """Let a new stream name the link's virtual address. Where there are too many, the oldest unproven one gives way of the
-        source that has most: virtual addresses are no secrets, and one stranger must not crowd the machine out.
+        """Register a new stream for the link's virtual address.
+
+        If there are too many unproven streams, the oldest of the source with the most is ended: virtual addresses are not
+        secret, and one stranger must not displace the machine's stream.
         """
         unproven = [stream for stream in link.streams if not stream.is_proven]
         if len(unproven) >= self._max_unproven_streams:

@@ -31,11 +31,12 @@ PEER_LIMITS: Final = Limits(
 """For both ends. The connection's window is much larger than a stream's, so that a slow caller does not block the others.
 Connections stay open without calls, because their end shows the end of a server."""
 _FORWARD_LIMITS: Final = replace(PEER_LIMITS, max_message_bytes=60 * 1024, stream_window_bytes=64 * 1024)
-"""What the owner sends of one connection to a machine's port. With the caller's window (192 KiB) it is at most 256 KiB."""
+"""Limits on the data that the owner sends for one connection to a machine's port. With the caller's window (192 KiB), at most
+256 KiB are buffered."""
 
 
 class Purpose(Enum):
-    """What a connection to another server is for."""
+    """The purpose of a connection to another server."""
 
     QUERIES = "queries"
     CALLS = "calls"

@@ -18,7 +18,7 @@ from siderolink.server.peers.relay import Method, Others
 from siderolink.server.store import FleetServer
 
 _UNUSED_BYTES: Final = 2 * CHUNK_BYTES
-"""Of the owner's window for requests (256 KiB), so that it holds no more with what it has read from the machine."""
+"""The part of the owner's window for requests (256 KiB) that stays unused, to leave room for data read from the machine."""
 
 
 class _Rewound:

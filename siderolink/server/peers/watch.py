@@ -1,8 +1,8 @@
-"""Notices the end of another server's process by its connection, before its heartbeats are missed.
+"""Detects the end of another server's process by its connection, before heartbeats are missed.
 
 When a process ends, also by SIGKILL, its host closes its connections at once and refuses new ones. A paused or busy process
-keeps both, and so does a network failure at first. A firewall may refuse connections, too, so this is a hint and no proof: a
-server is dead only without heartbeats.
+keeps both, and so does a network failure at first. A firewall may refuse connections, too, so this is only a hint: a server is
+dead only without heartbeats.
 """
 
 import logging
@@ -19,8 +19,8 @@ from siderolink.server.store import FleetServer
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 1.0
-"""Between looks for new servers, and between attempts to connect to one."""
+POLL_SECONDS: Final = 1.0
+"""Seconds between polls for new servers, and between attempts to connect to one."""
 
 
 class ConnectionWatch:
@@ -48,7 +48,7 @@ class ConnectionWatch:
                     if server.id not in self._watched:
                         self._watched.add(server.id)
                         tasks.start_soon(self._watch, server.id)
-                await self._clock.sleep(LOOK_SECONDS)
+                await self._clock.sleep(POLL_SECONDS)
 
     async def _watch(self, server_id: str) -> None:
         """Stay connected to a server for as long as it is alive."""
@@ -60,7 +60,7 @@ class ConnectionWatch:
                     with translate_errors(f"the server {server_id}"):
                         await self._stay_connected(server)
                     was_connected = True
-                    if self._clock.monotonic() - began_at > LOOK_SECONDS:
+                    if self._clock.monotonic() - began_at > POLL_SECONDS:
                         continue
                 except (SideroLinkError, GRPCError) as error:
                     log.debug("no connection to the server %s: %s", server_id, error)
@@ -68,13 +68,13 @@ class ConnectionWatch:
                         was_connected = False
                         self._on_stopped(server_id)
                     was_connected |= isinstance(error, GRPCError)  # it answers, but does not know this server yet
-                await self._clock.sleep(LOOK_SECONDS)
+                await self._clock.sleep(POLL_SECONDS)
         finally:
             self._watched.discard(server_id)
 
     async def _stay_connected(self, server: FleetServer) -> None:
         """Connect, and return once the connection is closed. Raises SideroLinkError, GRPCError."""
         channel = self._channels.to(server, Purpose.QUERIES)
-        # A caller that was admitted once may stay.
+        # A connection that was admitted once may stay open.
         await pb.PeerServiceStub(channel).last_heard(pb.LastHeardRequest(machine_id=""))
         await channel.wait_lost()

@@ -59,7 +59,7 @@ class ReportQuery:
         if not 0 <= self.tail <= MAX_TAIL:
             raise ConfigurationError(f"tail must be 0 to {MAX_TAIL}, not {self.tail}")
 
-    def takes(self, report: KernelLine | ReportedEvent) -> bool:
+    def matches(self, report: KernelLine | ReportedEvent) -> bool:
         """Whether the query selects the report."""
         if self.since is not None and report.received_at < self.since:
             return False
@@ -146,7 +146,7 @@ class _Reader:
             return
         for record in block.split(b"\n"):
             report = self._decode(record)
-            if report is not None and self._query.takes(report):
+            if report is not None and self._query.matches(report):
                 yield report
 
 
@@ -193,7 +193,7 @@ class ReportSearch:
                 cut = time.time()
                 async for report in self._read_until(_Reader(self._archive, machine, missed, kind), cut):
                     yield report
-            elif isinstance(item, LogLine | MachineEvent) and _is_of(item.machine, machine) and query.takes(item):
+            elif isinstance(item, LogLine | MachineEvent) and _is_of(item.machine, machine) and query.matches(item):
                 is_shown = self._archive is not None and item.received_at <= cut
                 if not is_shown:
                     yield item
@@ -221,7 +221,7 @@ def _is_of(machine: Machine, name: str) -> bool:
 async def _chosen(recent: Sequence[Report], query: ReportQuery) -> Sequence[Report]:
     found: deque[Report] = deque(maxlen=query.tail or None)
     for part in in_parts(recent, _PART):
-        found.extend(report for report in part if query.takes(report))
+        found.extend(report for report in part if query.matches(report))
         await checkpoint()
     return found
 

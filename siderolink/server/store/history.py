@@ -97,7 +97,7 @@ class HistoryQuery:
     """Only entries after this one."""
     limit: int = 1000
 
-    def takes(self, entry: HistoryEntry, seq: int) -> bool:
+    def matches(self, entry: HistoryEntry, seq: int) -> bool:
         """Whether the query selects the entry, stored under this number; ignores `limit`."""
         if self.machine_id is not None or self.node_uuid is not None:
             is_named = entry.machine_id == self.machine_id or entry.node_uuid == self.node_uuid
@@ -155,7 +155,7 @@ class MemoryHistory:
         for part in in_parts(self._candidates(query), _PART):
             for seq in part:
                 entry = self._entries.get(seq)
-                if entry is not None and query.takes(entry, seq):
+                if entry is not None and query.matches(entry, seq):
                     found.append(replace(entry, seq=seq))
                     if len(found) >= query.limit:
                         return found

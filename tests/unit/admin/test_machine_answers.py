@@ -15,7 +15,7 @@ from siderolink.common.pb.machine import MachineServiceBase, PlatformInfo, Versi
 from siderolink.common.pb.storage import Disk, Disks, DisksResponse, StorageServiceBase
 from siderolink.common.pb.talos.resource.definitions.network import HostnameStatusSpec, NodeAddressSpec
 from siderolink.common.pb.talos.resource.definitions.runtime import MachineStatusSpec, MachineStatusStatus, UnmetCondition
-from siderolink.server.admin.machine_answers import MachineDisk, ask_machine
+from siderolink.server.admin.machine_answers import MachineDisk, query_machine
 from tests.support.manager import FakeMachine
 from tests.support.office import open_office
 
@@ -67,7 +67,7 @@ async def machine_api(*services: Servable) -> AsyncIterator[GrpcChannel]:
 
 async def test_a_machine_says_what_it_is_and_has() -> None:
     async with machine_api(MachineFace("v1.13.0"), StateFace("no sync"), StorageFace("a disk")) as channel:
-        found = await ask_machine(channel)
+        found = await query_machine(channel)
     assert (found.version, found.platform, found.stage, found.is_ready) == ("v1.13.0", "metal", "running", False)
     assert (found.unmet, found.hostname, found.refused) == (["time: no sync"], "no sync.example", [])
     assert found.disks[0] == MachineDisk(device="/dev/sda", size=10**9, model="a disk", is_system=True)
@@ -76,7 +76,7 @@ async def test_a_machine_says_what_it_is_and_has() -> None:
 
 async def test_what_a_hostile_machine_says_is_short_and_printable() -> None:
     async with machine_api(MachineFace(HOSTILE), StateFace(HOSTILE), StorageFace(HOSTILE)) as channel:
-        found = await ask_machine(channel)
+        found = await query_machine(channel)
     for text in (found.version, found.hostname, found.unmet[0], found.disks[0].model):
         assert text.isprintable()
         assert len(text) <= 128
@@ -90,12 +90,12 @@ async def test_a_resource_that_is_none_is_an_invalid_answer(spec: bytes) -> None
 
     async with machine_api(OddState()) as channel:
         with pytest.raises(InvalidAnswerError):
-            await ask_machine(channel)
+            await query_machine(channel)
 
 
 async def test_what_it_does_not_answer_is_noted() -> None:
     async with machine_api(StorageFace("a disk")) as channel:
-        found = await ask_machine(channel)
+        found = await query_machine(channel)
     assert found.refused == [f"{name}: UNIMPLEMENTED" for name in ("version", "stage", "hostname", "addresses")]
     assert found.disks[0].model == "a disk"
 
@@ -103,7 +103,7 @@ async def test_what_it_does_not_answer_is_noted() -> None:
 async def test_an_answer_that_is_too_long_ends_it() -> None:
     async with machine_api(MachineFace("x" * (2 << 20))) as channel:
         try:
-            found = await ask_machine(channel)
+            found = await query_machine(channel)
         except JoinError:
             return
         assert found.refused[0] == "version: RESOURCE_EXHAUSTED"
@@ -114,4 +114,4 @@ async def test_a_machine_without_a_link_is_not_asked(tmp_path: Path) -> None:
         machine = FakeMachine()
         await office.manager.join(machine)
         with pytest.raises(SideroLinkError, match="link is not up"):
-            await office.administration.answers.ask(machine.node_uuid)
+            await office.administration.answers.query(machine.node_uuid)

@@ -66,11 +66,11 @@ def log_to(path: Path) -> Iterator[logs.Log]:
 def test_records_have_their_level_their_fields_and_no_secret(journal: socket.socket, tmp_path: Path) -> None:
     logs.hide(SECRET)
     with log_to(tmp_path / "socket"):
-        logs.say("joined", f"with {SECRET}\x1b[31m", fields={"machine_id": "m-1", "join_token": SECRET, "is_new": True})
+        logs.log_event("joined", f"with {SECRET}\x1b[31m", fields={"machine_id": "m-1", "join_token": SECRET, "is_new": True})
         try:
             raise ValueError(SECRET)
         except ValueError:
-            logs.say("failed", "a part", level=40)
+            logs.log_event("failed", "a part", level=40)
             logging.getLogger("siderolink.cli").exception("it failed")
     found = [fields_of(journal.recv(65_536)) for _ in range(3)]
     assert found[0] == {
@@ -110,7 +110,7 @@ def test_a_journal_that_does_not_read_costs_records_and_holds_nothing(
     monkeypatch.setattr(logs, "STOP_SECONDS", 0.1)
     with log_to(tmp_path / "socket") as log:
         for number in range(20_000):
-            logs.say("event", f"{number} {'x' * 500}", sample=("test", 1_000_000))
+            logs.log_event("event", f"{number} {'x' * 500}", sample=("test", 1_000_000))
         assert log.writer.lost > 5000
     stuck = [thread for thread in threading.enumerate() if thread.name == "log writer"]
     journal.settimeout(0.2)
@@ -123,13 +123,13 @@ def test_a_journal_that_is_away_is_told_once_and_used_again_when_it_is_back(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with log_to(tmp_path / "socket") as log:
-        logs.say("event", "lost")
+        logs.log_event("event", "lost")
         while not log.writer.lost:
             pass
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
             listening.bind(str(tmp_path / "socket"))
             listening.settimeout(30)
-            logs.say("event", "heard")
+            logs.log_event("event", "heard")
             texts = [fields_of(listening.recv(65_536))["MESSAGE"] for _ in range(2)]
     assert texts == [b"1 log records were lost: standard output did not take them", b"event: heard"]
     assert capfd.readouterr().err.count("log records are lost") == 1

@@ -176,8 +176,10 @@ def test_library_records_carry_their_fields_and_tracebacks() -> None:
 def test_secrets_are_masked_wherever_they_stand() -> None:
     logs.hide(SECRET)
     with logging_to_pipe(as_json=False) as written:
-        logs.say("one", f"the token {SECRET} is wrong", fields={"url": f"grpc://h?jointoken={SECRET}", "join_token": "abc"})
-        logs.say("two", "grpc://h?jointoken=unregistered&grpc_tunnel=true")
+        logs.log_event(
+            "one", f"the token {SECRET} is wrong", fields={"url": f"grpc://h?jointoken={SECRET}", "join_token": "abc"}
+        )
+        logs.log_event("two", "grpc://h?jointoken=unregistered&grpc_tunnel=true")
         try:
             raise ValueError(SECRET)
         except ValueError:
@@ -196,7 +198,7 @@ HOSTILE = ["\x1b[2J\x1b]0;owned\x07", "a\nb level=error", "\u202eevil", "\ud800"
 def test_hostile_text_is_one_printable_line_of_bounded_length(as_json: bool) -> None:
     with logging_to_pipe(as_json=as_json) as written:
         for text in HOSTILE:
-            logs.say("event", text, fields={"id": text, "number": 5})
+            logs.log_event("event", text, fields={"id": text, "number": 5})
         lines = written().decode().split("\n")
     assert lines.pop() == ""
     assert len(lines) == len(HOSTILE)
@@ -208,6 +210,6 @@ def test_hostile_text_is_one_printable_line_of_bounded_length(as_json: bool) -> 
 @given(st.text(max_size=50), st.text(max_size=50))
 def test_anything_can_be_logged(text: str, value: str) -> None:
     with logging_to_pipe() as written:
-        logs.say("event", text, fields={"value": value})
+        logs.log_event("event", text, fields={"value": value})
         [line] = written().splitlines()
     assert set(json.loads(line)) == {"time", "level", "logger", "event", "message", "value"}

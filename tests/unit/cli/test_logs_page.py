@@ -37,7 +37,7 @@ def logged() -> Iterator[str]:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
-                case ast.Call(func=ast.Name(id="say"), args=[ast.Constant(value=str(name)), *_]):
+                case ast.Call(func=ast.Name(id="log_event"), args=[ast.Constant(value=str(name)), *_]):
                     yield name
     described = (COMMANDS / "describe.py").read_text() + (ROOT / "siderolink" / "server" / "events.py").read_text()
     yield from re.findall(r'\b_of_machine\(\s*machine, "([^"]+)"', described)

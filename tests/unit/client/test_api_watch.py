@@ -98,7 +98,7 @@ async def test_a_machine_hears_of_other_servers_deaths_by_its_health_call() -> N
         for deaths in range(1, 3):
             with anyio.fail_after(30):
                 while len(bench.told) < deaths:
-                    health.tell_watchers()  # the first may be told before the machine's call has come
+                    health.notify_watchers()  # the first may be told before the machine's call has come
                     await anyio.sleep(0.1)
         assert set(bench.told) == {signals.ServerDied()}
 

@@ -71,7 +71,7 @@ class Bench:
 
 @pytest.fixture(params=[Userspace, Kernel])
 def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    for name, seconds in (("LOOK_SECONDS", 0.005), ("UNANSWERED_AFTER", 0.01), ("SILENT_AFTER", 0.02)):
+    for name, seconds in (("MIN_POLL_SECONDS", 0.005), ("UNANSWERED_AFTER", 0.01), ("SILENT_AFTER", 0.02)):
         monkeypatch.setattr(echoes, name, seconds)
     return Bench(request.param(VirtualClock()))
 
@@ -100,7 +100,7 @@ async def test_a_server_that_never_answered_an_echo_is_not_suspected_for_its_sil
         await until(bench, 1)
         await anyio.wait_all_tasks_blocked()
         assert bench.told == []
-        check.ask()  # it is different where a server died
+        check.check_now()  # it is different where a server died
         await until(bench, 2)
         await anyio.wait_all_tasks_blocked()
         assert [type(one) for one in bench.told] == [EchoesUnanswered]
@@ -120,5 +120,5 @@ async def test_silence_alone_is_no_reason_otherwise_and_the_kernel_is_not_looked
         else:
             await anyio.sleep(0.1)
             assert (bench.device.looks, bench.checks) == (0, 0)
-        check.ask()
+        check.check_now()
         await until(bench, 1)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siderolink.client.config.strict import OTHER_KINDS, judge
+from siderolink.client.config.strict import OTHER_KINDS, decode
 from siderolink.common.errors import ConfigurationError
 
 JOIN = "apiVersion: v1alpha1\nkind: SideroLinkConfig\napiUrl: grpc://192.0.2.1:4000?jointoken=t\n"
@@ -15,7 +15,7 @@ SINK = 'apiVersion: v1alpha1\nkind: EventSinkConfig\nendpoint: "[fdae::1]:8090"\
 
 def refusal(text: str) -> str:
     with pytest.raises(ConfigurationError) as caught:
-        judge(text.encode())
+        decode(text.encode())
     return str(caught.value)
 
 
@@ -97,7 +97,7 @@ def test_values_that_cannot_be_used_are_named(text: str, part: str) -> None:
 def test_kinds_that_machines_know_are_taken_with_a_warning_each() -> None:
     kinds = ("HostnameConfig", "RegistryAuthConfig")
     text = SINK + "".join(f"---\napiVersion: v1alpha1\nkind: {kind}\nname: a\n" for kind in kinds)
-    found = judge(text.encode())
+    found = decode(text.encode())
     assert found.warnings == tuple(f"{kind} is kept, and has no effect on this machine" for kind in kinds)
     assert found.data == text.encode()
     assert not found.has_join
@@ -106,7 +106,7 @@ def test_kinds_that_machines_know_are_taken_with_a_warning_each() -> None:
 
 
 def test_null_is_absent_and_a_byte_order_mark_is_skipped() -> None:
-    found = judge(f"\ufeff{JOIN}uniqueToken:\n".encode())
+    found = decode(f"\ufeff{JOIN}uniqueToken:\n".encode())
     assert found.has_join
     assert found.settings.unique_token is None
 
@@ -120,15 +120,15 @@ def test_null_is_absent_and_a_byte_order_mark_is_skipped() -> None:
 )
 def test_an_unknown_key_is_named_although_it_says_nothing(text: str, unknown: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        judge(text.encode())
+        decode(text.encode())
     assert str(caught.value) == f"unknown keys found during decoding:\n{unknown}"
 
 
 def test_the_join_of_another_configuration_can_be_kept() -> None:
-    before = judge(f'{JOIN}uniqueToken: "a: \\"b\\""\n'.encode())
-    after = judge(SINK.encode()).with_join_of(before)
+    before = decode(f'{JOIN}uniqueToken: "a: \\"b\\""\n'.encode())
+    after = decode(SINK.encode()).with_join_of(before)
     assert after.has_join
-    assert judge(after.data).settings.url == after.settings.url
+    assert decode(after.data).settings.url == after.settings.url
     assert after.settings.unique_token is not None
     assert after.settings.unique_token.value == 'a: "b"'
     assert after.settings.event_sink is not None
@@ -138,4 +138,4 @@ def test_the_join_of_another_configuration_can_be_kept() -> None:
 @given(st.binary(max_size=80) | st.text("apiVersion:kndSroLCfg \n-[]{}&*!|>'\"1~#%@", max_size=60).map(str.encode))
 def test_whatever_is_sent_is_taken_or_refused(data: bytes) -> None:
     with suppress(ConfigurationError):
-        judge(data)
+        decode(data)

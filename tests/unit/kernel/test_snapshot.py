@@ -103,7 +103,7 @@ def test_it_looks_often_while_somebody_is_expected_and_seldom_otherwise() -> Non
     while schedule.is_expecting:
         assert schedule.next_at() > now
         now = schedule.next_at()
-        schedule.looked(0.001, now)
+        schedule.polled(0.001, now)
         looks += 1
         assert now < PollSchedule.PATIENCE + PollSchedule.LONGEST
     assert 20 < looks < 60
@@ -115,7 +115,7 @@ def test_it_looks_often_while_somebody_is_expected_and_seldom_otherwise() -> Non
 
 def test_costly_looks_are_rationed() -> None:
     schedule = PollSchedule(0.0)
-    schedule.looked(0.3, 10.0)
+    schedule.polled(0.3, 10.0)
     assert schedule.next_at() == pytest.approx(10 + 30)
     schedule.expect(KEY, 10.0)
     assert schedule.next_at() == pytest.approx(10 + 6)
@@ -125,6 +125,6 @@ def test_costly_looks_are_rationed() -> None:
 
 def test_cheap_looks_are_always_fresh() -> None:
     schedule = PollSchedule(0.0)
-    schedule.looked(0.001, 10.0)
+    schedule.polled(0.001, 10.0)
     assert not schedule.is_fresh(9.99, 10.0)
     assert schedule.is_fresh(10.0, 9.99)  # begun after the question was asked

@@ -129,11 +129,11 @@ def test_only_small_packets_of_flows_without_super_packets_are_quiet() -> None:
     now = 1000.0
     for busy, small in ((one, one), (two, two), (one, two), (two, one)):
         flows.busy = busy.frame(50)[:LONGEST_HEADER]
-        flows.judge(bytes(10) + small.encode(), now)
+        flows.learn(bytes(10) + small.encode(), now)
         assert not flows.busy
         assert not flows.are_recent(now)
     flows.busy = two.frame(50)[:LONGEST_HEADER]
-    flows.judge(bytes(10) + quiet.encode(), now)
+    flows.learn(bytes(10) + quiet.encode(), now)
     assert flows.are_recent(now)
     assert not flows.are_recent(now + QUIET_FLOW_SECONDS)
     flows.note(now + QUIET_FLOW_SECONDS)

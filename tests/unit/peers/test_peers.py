@@ -29,7 +29,7 @@ from siderolink.server.admin.services.forward import FORWARD
 from siderolink.server.peers.access import CALLER
 from siderolink.server.peers.channels import PEER_LIMITS, Purpose
 from siderolink.server.peers.identity import PeerIdentity
-from siderolink.server.peers.watch import LOOK_SECONDS
+from siderolink.server.peers.watch import POLL_SECONDS
 from siderolink.server.reporting.archive import Archive
 from siderolink.server.reporting.ingest import ReportIngest
 from siderolink.server.reporting.reports import Reports
@@ -320,15 +320,15 @@ async def test_a_server_whose_process_ended_is_noticed_by_its_connection_and_a_c
             registry.rows["killed"] = replace(registry.rows["a"], id="killed")
             channel = b.peers.channels.to(registry.rows["killed"], Purpose.QUERIES)
             await connected(channel)
-            await anyio.sleep(LOOK_SECONDS)
+            await anyio.sleep(POLL_SECONDS)
             await channel.shut_down()
             await connected(channel)
-            await anyio.sleep(LOOK_SECONDS)
+            await anyio.sleep(POLL_SECONDS)
             assert (a.id, stopped) == ("a", [])
         with anyio.fail_after(20):
             while not stopped:
                 await anyio.sleep(0.01)
-        await anyio.sleep(2 * LOOK_SECONDS)
+        await anyio.sleep(2 * POLL_SECONDS)
         assert stopped == ["killed"]  # and a has removed its row
 
 

@@ -10,8 +10,8 @@ from siderolink.common.errors import ForbiddenError, NotFoundError, SideroLinkEr
 from siderolink.common.tasks import background_tasks
 from siderolink.server.admin.audit_log import AuditLog
 from siderolink.server.admin.servers import Servers
-from siderolink.server.fleet.draining import ASKED_TIMES, Draining
-from siderolink.server.fleet.owners import ANSWERS_ON_SECONDS
+from siderolink.server.fleet.draining import MAX_REQUESTS, Draining
+from siderolink.server.fleet.owners import KEEP_ANSWERING_SECONDS
 from siderolink.server.store import Actor, AuditQuery, Role
 from tests.support.fake_device import VirtualClock
 from tests.support.manager import FakeMachine
@@ -53,7 +53,7 @@ async def test_its_own_machines_are_asked_and_nobody_is_sent_to_it_any_more() ->
         await a.beat()
         mine, _ = await at(fleet, "a"), await at(fleet, "b")
         assert [drain.has_begun, await drain.run(30), drain.has_begun] == [False, 1, True]
-        assert asked == [(await fleet["a"].row(mine)).overlay_address] * ASKED_TIMES
+        assert asked == [(await fleet["a"].row(mine)).overlay_address] * MAX_REQUESTS
         await fleet.pass_time(1)
         assert b.endpoints() == ["b.example.com:51820"]
         assert a.endpoints() == ["b.example.com:51820", "a.example.com:51820"]
@@ -74,7 +74,7 @@ async def test_a_machine_that_has_gone_to_another_server_is_answered_for_a_secon
         await fleet["b"].handshake(mine)
         await fleet.is_owned_by(mine, "b")
         assert during[0] is False
-        assert fleet.time.now - left_at >= ANSWERS_ON_SECONDS
+        assert fleet.time.now - left_at >= KEEP_ANSWERING_SECONDS
 
 
 async def test_a_server_alone_or_among_leaving_ones_does_not_wait() -> None:
@@ -108,7 +108,7 @@ async def test_a_drain_by_command_tells_its_steps_is_audited_and_can_be_undone()
         asked.clear()
         later = await at(fleet, "a")
         address = (await fleet["a"].row(later)).overlay_address
-        await settled(lambda: asked.count(address) == ASKED_TIMES)
+        await settled(lambda: asked.count(address) == MAX_REQUESTS)
         await found.undo_drain("a")
         assert not drain.has_begun
         await fleet.pass_time(1)

@@ -25,7 +25,7 @@ from siderolink.server.fleet.failover import (
     Lease,
 )
 from siderolink.server.fleet.membership import DEAD_AFTER, SURE_SECONDS, Membership
-from siderolink.server.fleet.owners import UNDER_WAY_SECONDS, Owners
+from siderolink.server.fleet.owners import IN_FLIGHT_SECONDS, Owners
 from tests.support.fake_device import FakeKernelDevice, FakePath, VirtualClock
 from tests.support.manager import FakeMachine, Manager, following
 from tests.support.several import Fleet, UdpPath, fleet_of, linked, membership, owners, settled
@@ -400,7 +400,7 @@ async def test_machines_that_stay_at_a_server_that_drains_are_dialled_by_one_suc
         for machine in (*machines[1:], by_tunnel):
             await fleet.is_owned_by(machine, "a")  # who does not answer stays, and is sent to by its owner alone
         await fleet.is_owned_by(at_b, "b")
-        assert INVITE_SECONDS < UNDER_WAY_SECONDS  # two of them send for no longer
+        assert INVITE_SECONDS < IN_FLIGHT_SECONDS  # two of them send for no longer
 
 
 @pytest.mark.parametrize("is_noted_first", [True, False])

@@ -94,7 +94,7 @@ async def follow_costs(count: int) -> dict[str, int]:
         assert row.public_key is not None
         epoch = 1 + (owner.epoch if (owner := owners(following).of(row.id)) else 0)
         taken = Ownership(machine_id=row.id, server_id="a", epoch=epoch, public_key=row.public_key, heard_at=0.0)
-        owners(following).taken(taken)
+        owners(following).update(taken)
         await owners(following).settle()
 
     async def change(row: Machine) -> None:

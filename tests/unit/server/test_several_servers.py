@@ -9,7 +9,7 @@ from grpclib import Status
 from siderolink.common.addressing import swap_endpoints
 from siderolink.server import LinkState, MachineLeft, MemoryStore
 from siderolink.server.fleet.membership import DEAD_AFTER, HEARTBEAT_SECONDS, Membership
-from siderolink.server.fleet.owners import UNDER_WAY_SECONDS, Owners
+from siderolink.server.fleet.owners import IN_FLIGHT_SECONDS, Owners
 from siderolink.server.fleet.reconciler import EVERYTHING
 from siderolink.server.store import Machine, Ownership, Transaction
 from tests.support.fake_device import FakePath, VirtualClock
@@ -278,7 +278,7 @@ async def test_who_lost_a_link_is_silent_and_takes_it_again_when_the_machine_com
         assert link.state is LinkState.DOWN
         # what was under way to the old server changes nothing
         fleet["a"].device.hear(machine.key, UdpPath("198.51.100.7:3"))
-        await fleet.pass_time(UNDER_WAY_SECONDS)
+        await fleet.pass_time(IN_FLIGHT_SECONDS)
         await fleet.is_owned_by(machine, "b")
         fleet["a"].device.hear(machine.key, UdpPath("198.51.100.7:4"))
         await fleet.is_owned_by(machine, "a")
@@ -294,7 +294,7 @@ async def test_a_path_alone_takes_no_link_of_nobody_nor_any_on_a_kernels_device(
         await owners(fleet["a"]).settle()
         assert owners(fleet["a"]).owner_of((await fleet["a"].row(new)).id) is None
         machine = await linked(fleet, "b")
-        by_kernel = Owners(membership(fleet["a"]), fleet["a"].links, fleet["a"].store, fleet.time.clock, tells_paths=False)
+        by_kernel = Owners(membership(fleet["a"]), fleet["a"].links, fleet["a"].store, fleet.time.clock, paths_are_proven=False)
         await by_kernel.load()
         link = fleet["a"].links.by_key(machine.key)
         assert link is not None

@@ -132,7 +132,7 @@ async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) ->
         fleet = Fleet(lambda: None)
         with office.administration.followers.register() as follower:
             assert follower is not None
-            fleet.take(await look(office, follower))
+            fleet.apply(await look(office, follower))
         queries = [Query(sort=sign + name) for name in ORDERS for sign in ("", "-")]
         queries += [
             Query(text="NODE-1"),
@@ -176,7 +176,7 @@ async def test_pages_that_ask_the_same_share_what_is_found_until_something_chang
 
     monkeypatch.setattr("siderolink.web.fleet.checkpoint", step)
     fleet, same, found, leaving = Fleet(lambda: None), Query(sort="-name"), list[Found](), anyio.CancelScope()
-    fleet.take(pb.MachinesPart(machines=[pb.Machine(id=str(one), name=str(one)) for one in range(250)], is_last=True))
+    fleet.apply(pb.MachinesPart(machines=[pb.Machine(id=str(one), name=str(one)) for one in range(250)], is_last=True))
 
     async def leave() -> None:
         with leaving:
@@ -198,7 +198,7 @@ async def test_pages_that_ask_the_same_share_what_is_found_until_something_chang
     await fleet.find(Query(text="7"), 1)
     await fleet.find(same, 2)
     assert steps == 1 + 2 * 2
-    fleet.take(pb.MachinesPart(gone=["7"], is_last=True))
+    fleet.apply(pb.MachinesPart(gone=["7"], is_last=True))
     assert (await fleet.find(same, 1)).total == 249
     assert steps == 1 + 3 * 2
     for number in range(40):  # so many are not kept
@@ -215,15 +215,15 @@ async def test_nothing_is_found_while_the_server_is_away(monkeypatch: pytest.Mon
 
 async def test_what_changes_of_a_link_marks_its_row_alone() -> None:
     fleet = Fleet(lambda: None)
-    fleet.take(pb.MachinesPart(machines=[pb.Machine(id=name, name=name, link="up") for name in "ab"], is_last=True))
+    fleet.apply(pb.MachinesPart(machines=[pb.Machine(id=name, name=name, link="up") for name in "ab"], is_last=True))
     before = {row.machine.id: row.stamp for row in (await fleet.find(Query(), 1)).rows}
-    fleet.take(pb.MachinesPart(links=[pb.LinkChange(id="b", link="down"), pb.LinkChange(id="nobody")], is_last=True))
+    fleet.apply(pb.MachinesPart(links=[pb.LinkChange(id="b", link="down"), pb.LinkChange(id="nobody")], is_last=True))
     after = {
         row.machine.id: (row.stamp != before[row.machine.id], row.machine.link) for row in (await fleet.find(Query(), 1)).rows
     }
     assert after == {"a": (False, "up"), "b": (True, "down")}
     for biting in (["bandwidth_out"], []):
-        fleet.take(pb.MachinesPart(links=[pb.LinkChange(id="b", link="down", limits_biting=biting)], is_last=True))
+        fleet.apply(pb.MachinesPart(links=[pb.LinkChange(id="b", link="down", limits_biting=biting)], is_last=True))
         assert [row.machine.limits_biting for row in (await fleet.find(Query(), 1)).rows] == [[], biting]
 
 

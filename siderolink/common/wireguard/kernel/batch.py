@@ -50,7 +50,7 @@ _DESTINATION_AT: Final = ctypes.sizeof(ctypes.c_size_t) + 8 + 8
 
 
 class BatchReceiver:
-    """Reads an IPv4 UDP socket with IP_PKTINFO set; no datagram may be longer than `longest`."""
+    """Reads an IPv4 UDP socket with IP_PKTINFO set. No datagram may be longer than `longest`."""
 
     def __init__(self, headroom: int, longest: int) -> None:
         self.headroom = headroom
@@ -75,7 +75,7 @@ class BatchReceiver:
         self._view = memoryview(self._headers).cast("B")
 
     def receive(self, descriptor: int) -> int:
-        """Receive what is waiting, and return how many datagrams that were. Raises OSError."""
+        """Receive waiting datagrams, and return their number. Raises OSError."""
         self._view[:] = self._fresh
         count = int(_recvmmsg(descriptor, self._headers, BATCH, socket.MSG_DONTWAIT, None))
         if count >= 0:

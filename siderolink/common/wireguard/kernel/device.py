@@ -66,7 +66,7 @@ class KernelDevice:
     @classmethod
     @asynccontextmanager
     async def open(cls, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator["KernelDevice"]:
-        """Create or adopt the interface. Leaving removes it, unless it is to be kept.
+        """Create or adopt the interface. Leaving removes it, unless `config.keep` is set.
 
         Raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or ConfigurationError.
         """
@@ -160,7 +160,7 @@ class KernelDevice:
 
     async def counters(self) -> DeviceCounters:
         table, now, count = self._peers.table, time.time(), len(self._peers.table.entries)
-        # objects of peers that were removed meanwhile keep their counts
+        # objects of peers that are removed while tasks run keep their counts
         received, sent = table.removed_received_bytes, table.removed_sent_bytes
         ages: list[float] = []
         for part in in_parts(table.entries.values(), 500):
@@ -183,7 +183,7 @@ class KernelDevice:
         self._peers.offer(bytes(public_key), path)
 
     def own_peers_for(self, seconds: float | None) -> None:
-        """See `Device`: it cannot be told."""
+        """Has no effect on the kernel's device; see `Device`."""
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
         self._peers.deliver(datagrams, path)

@@ -1,9 +1,9 @@
-"""The kernel's WireGuard interface: made, found again and removed, by pyroute2.
+"""The kernel's WireGuard interface: created, adopted and removed, by pyroute2.
 
 A lock and a mark identify an interface's owner. The lock is a socket in the abstract namespace: the kernel keeps it per network
 namespace, as it does interfaces' names, and closes it when the process ends. The mark is the interface's alias, which outlives
 the process. An interface with the mark whose lock is free was left by a process that has ended; one without the mark is
-somebody else's.
+another program's.
 """
 
 import errno
@@ -44,10 +44,10 @@ class KernelInterface:
 
 @asynccontextmanager
 async def open_interface(config: DeviceConfig, rules: InterfaceRules) -> AsyncIterator[KernelInterface]:
-    """Yield an interface of this name, down if it is new. Leaving removes it and then its rules, unless it is to be kept.
+    """Yield an interface of this name, down if it is new. Leaving removes it and then its rules, unless it should be kept.
 
-    The caller holds the name (`hold_name`). An interface that an ended process left behind is removed first, unless it is to be
-    kept; then it is adopted as it is. Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
+    The caller holds the name (`hold_name`). An interface left by a process that has ended is removed first, unless it should be
+    kept; then it is adopted unchanged. Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
     """
     with anyio.CancelScope(shield=True):  # without the mark it could not be recognised later
         interface = await run_netlink(partial(_make, config))
@@ -64,13 +64,13 @@ async def open_interface(config: DeviceConfig, rules: InterfaceRules) -> AsyncIt
 
 
 async def remove_leftovers(name: str, namespace: str | None) -> None:
-    """Remove an interface that an ended process of this package left behind, and its rules; never any other interface.
+    """Remove an interface that a process of this package left, and its rules; never any other interface.
 
-    Raises InterfaceInUseError where another process holds the name.
+    Raises InterfaceInUseError if another process holds the name.
     """
     found = await run_netlink(partial(_find, name), namespace)
     if found is not None and not found[1]:
-        return  # somebody else's
+        return  # another program's
     with hold_name(name, namespace):
         if found is not None:
             await run_netlink(partial(_delete, found[0]), namespace, in_thread=True)
@@ -81,7 +81,7 @@ async def remove(interface: KernelInterface) -> None:
     """Remove it, even when cancelled. Ignores a missing interface."""
     with anyio.CancelScope(shield=True):
         try:
-            # with thousands of peers it takes the kernel seconds
+            # with thousands of peers this takes the kernel seconds
             await run_netlink(partial(_delete, interface.index), interface.namespace, in_thread=True)
         except NetlinkError as error:
             if error.code != errno.ENODEV:
@@ -148,7 +148,7 @@ async def _find(name: str) -> tuple[int, bool] | None:
 
 
 async def _create(name: str, namespace: str | None, mtu: int) -> None:
-    """Make it from this namespace, so that its UDP socket stays here wherever the interface lives."""
+    """Create it from this namespace, so that its UDP socket stays here even if the interface moves."""
     where: dict[str, Any] = {}
     async with AsyncIPRoute() as ipr:
         if namespace is None:

@@ -73,7 +73,7 @@ def get_device(index: int) -> bytes:
 
 
 def set_device(index: int, *, private_key: PrivateKey | None = None, listen_port: int | None = None) -> bytes:
-    """Change what is given."""
+    """Change the given settings."""
     parts = [get_device(index)]
     if private_key is not None:
         parts.append(attribute(_PRIVATE_KEY, bytes(private_key)))
@@ -99,12 +99,12 @@ def remove_peer(index: int, key: bytes) -> bytes:
 
 
 def peer_endpoint(index: int, key: bytes, endpoint: bytes) -> bytes:
-    """Give a peer that exists another endpoint."""
+    """Change the endpoint of an existing peer."""
     return _device_with(index, [_peer(key, _UPDATE_ONLY, attribute(_ENDPOINT, endpoint))])
 
 
 def peer_keepalive(index: int, key: bytes, seconds: int) -> bytes:
-    """Make an existing peer send a keepalive now and then every `seconds`: the kernel does so when the interval was 0."""
+    """Make an existing peer send a keepalive now and then every `seconds`; the first is sent because the interval was 0."""
     values = (0, seconds)
     return _device_with(index, [_peer(key, _UPDATE_ONLY, attribute(_KEEPALIVE, _SHORT.pack(value))) for value in values])
 
@@ -198,7 +198,7 @@ def read_allowed_ips(raw: bytes) -> tuple[Network, ...]:
 
 
 def format_endpoint(raw: bytes) -> str:
-    """``192.0.2.1:51820`` or ``[2001:db8::1]:51820``, with a zone's index where there is one."""
+    """``192.0.2.1:51820`` or ``[2001:db8::1]:51820``, with the zone's index if there is one."""
     if len(raw) >= _SOCKADDR_6.size:
         _, port, address, zone = _SOCKADDR_6.unpack_from(raw)
         host = f"{IPv6Address(address)}%{zone}" if zone else str(IPv6Address(address))

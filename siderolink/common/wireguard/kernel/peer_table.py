@@ -35,7 +35,7 @@ class PeerEntry:
         self.networks: frozenset[object] = frozenset()
         """The allowed IPs it was last given."""
         self.keepalive = 0
-        """Seconds. Set in the kernel together with the first endpoint: before, it would try a handshake every 5 s, in vain."""
+        """Seconds. Set in the kernel together with the first endpoint; earlier, it would try a handshake every 5 s in vain."""
         self.changed_at = time.monotonic()
         """When this process last changed it: anything read before that is stale."""
         self.is_claimed = False
@@ -84,7 +84,7 @@ class PeerTable:
         self._removed = {key: at for key, at in self._removed.items() if at >= before}
 
     def slot(self, entry: PeerEntry) -> Slot | None:
-        """The stream by which the kernel reaches the peer; None where it does so by UDP."""
+        """The stream by which the kernel reaches the peer; None if it uses UDP."""
         return self.streams.at(entry.view.facts.endpoint)
 
     def move(self, entry: PeerEntry, endpoint: bytes) -> None:
@@ -94,7 +94,7 @@ class PeerTable:
         self.streams.hold(endpoint, entry.view.facts.key, before)
 
     def keep_alive(self, entry: PeerEntry) -> None:
-        """Have the kernel send a keepalive now, and from now on. Raises SideroLinkError."""
+        """Make the kernel send a keepalive now and from now on. Raises SideroLinkError."""
         facts = entry.view.facts
         seconds = facts.keepalive = entry.keepalive or facts.keepalive
         if seconds:
@@ -105,7 +105,7 @@ class PeerTable:
         return self._status(entry) if entry is not None else None
 
     async def statuses(self, keys: Sequence[bytes] | None = None) -> list[PeerStatus]:
-        """All of them, or those of `keys` that there are, letting other tasks run in between."""
+        """All peers, or the existing ones of `keys`. Yields to other tasks."""
         entries = self.entries
         asked = entries.values() if keys is None else [entries[key] for key in keys if key in entries]
         found: list[PeerStatus] = []

@@ -36,7 +36,7 @@ class Peers:
         self.streams.close()
 
     def set_peer(self, peer: PeerConfig) -> None:
-        """Raises ConfigurationError for what cannot be a peer, DeviceError otherwise."""
+        """Raises ConfigurationError for an unusable key or endpoint, DeviceError otherwise."""
         key = bytes(peer.public_key)
         if peer.public_key.is_low_order:
             raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: it is a low-order point")
@@ -97,7 +97,7 @@ class Peers:
         if current is None and endpoint and not is_loopback(endpoint):
             return  # by UDP, which is always open
         if current is not None and current.path is not path and current.path.is_open and not current.is_barred:
-            relay.slot(path)  # its packets must authenticate first, so it gets an address of its own
+            relay.slot(path)  # its packets must authenticate first, so it gets a separate address
             return
         try:
             if current is not None:

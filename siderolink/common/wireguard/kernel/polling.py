@@ -1,7 +1,7 @@
 """Polls the kernel's peers: reads them all when that is due, and reports what changed since the last poll.
 
-The kernel has no request for a single peer, so a question about one reads all. Questions at the same time
-share a poll, and where polls are costly the last one also answers later questions for a while.
+The kernel has no request for a single peer, so a query for one reads all. Concurrent queries share a poll, and if polls are
+expensive, the last one also answers later queries for a while.
 """
 
 import time
@@ -50,7 +50,7 @@ class PeerPoller:
             self._wake.set()
 
     def forget(self, key: bytes) -> None:
-        """The peer is removed."""
+        """Forget a removed peer."""
         self._table.forget(key)
         self._schedule.settled(key)
 
@@ -86,7 +86,7 @@ class PeerPoller:
             entry.is_adopted = True
 
     async def _poll(self) -> None:
-        """Read all peers in parts, letting other tasks run in between."""
+        """Read all peers in parts. Yields to other tasks."""
         began_at = read_at = time.monotonic()
         seen: set[bytes] = set()
         is_whole, is_done, cost = True, False, 0.0
@@ -110,7 +110,7 @@ class PeerPoller:
                 self.forget(key)
         self._table.forget_removals(before=began_at)
         self._began_at = began_at
-        self._schedule.looked(cost, time.monotonic())
+        self._schedule.polled(cost, time.monotonic())
 
     def _note(self, peers: list[PeerFacts], seen: set[bytes], read_at: float) -> None:
         now, unix_now = boot_time(), time.time()

@@ -1,8 +1,8 @@
-"""Tunnel streams for the kernel's WireGuard: each stream is an address of its own on the loopback, behind one socket.
+"""Tunnel streams for the kernel's WireGuard: each stream has a separate loopback address, and all share one socket.
 
-The kernel sees an ordinary peer at ``127.a.b.c:port`` and roams between such addresses as between any others: only to where an
-authenticated packet came from. So a stream that claims a living peer gets an address of its own, and a stream that follows one
-that has ended takes over its address, to which the kernel goes on sending.
+The kernel sees an ordinary peer at ``127.a.b.c:port`` and roams between such addresses as between any others: only to the
+source of an authenticated packet. So a stream that claims a live peer gets a separate address, and a stream that follows one
+that has ended takes over its address, to which the kernel continues to send.
 
 No other process can inject datagrams: the socket receives from the loopback only, and there only from the device's own port,
 which the kernel holds. Towards the kernel, a batch is one send with UDP_SEGMENT, gathered from its rows without a copy. From
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
 
-from siderolink.common.degraded import say_once
+from siderolink.common.degraded import warn_once
 from siderolink.common.errors import DeviceError
 from siderolink.common.readers import read_on
 from siderolink.common.wireguard.kernel.batch import BATCH, BatchReceiver
@@ -50,7 +50,7 @@ _PLAIN_SECONDS: Final = 60.0
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A loopback address that stands for a stream."""
+    """A loopback address that represents a stream."""
 
     address: bytes
     endpoint: bytes
@@ -94,7 +94,7 @@ class Relay:
     def set_device_port(self, port: int) -> None:
         """Receive only from this port of the kernel's."""
         self._device = (_LOCALHOST, port)
-        _hear_only(self._socket, port)
+        _accept_only(self._socket, port)
 
     def set_mtu(self, mtu: int) -> None:
         """Follow the interface's MTU."""
@@ -135,7 +135,7 @@ class Relay:
             slot.holder = key
 
     def _sweep(self) -> None:
-        """Forget the slots of ended paths that no peer uses; done once per 64 slots, because it looks at all of them."""
+        """Forget the slots of ended paths that no peer uses; done once per 64 slots, because it visits all of them."""
         if len(self._by_address) % 64:
             return
         for slot in [slot for slot in self._by_address.values() if slot.holder is None and not slot.path.is_open]:
@@ -179,7 +179,7 @@ class Relay:
             if len(rows) == 1 or error.errno not in _NO_GSO:
                 self.drops["send_failed"] += len(rows)
                 return
-            say_once("UDP sends to the kernel's WireGuard cannot be segmented (UDP_SEGMENT)")
+            warn_once("UDP sends to the kernel's WireGuard cannot be segmented (UDP_SEGMENT)")
             self._gso_at = self._loop.time() + _PLAIN_SECONDS
             for row in rows:
                 self._send([row], size, slot)
@@ -262,7 +262,7 @@ class Relay:
 def _open_socket() -> socket.socket:
     opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        _hear_only(opened, 0)  # accept nothing until the device's port is known
+        _accept_only(opened, 0)  # accept nothing until the device's port is known
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
         opened.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         try:
@@ -276,7 +276,7 @@ def _open_socket() -> socket.socket:
     return opened
 
 
-def _hear_only(sock: socket.socket, port: int) -> None:
+def _accept_only(sock: socket.socket, port: int) -> None:
     """Attach a classic BPF program that drops what does not come from 127.0.0.1 and this port, before it takes buffer space."""
     network_header, localhost = 0xFFF0_0000, 0x7F00_0001
     program = (

@@ -1,4 +1,4 @@
-"""What the kernel's peers did between two polls, and when to poll again. No I/O; the time is passed in.
+"""Derives events of the kernel's peers from two polls, and schedules the next poll. No I/O; the time is passed in.
 
 The kernel sends no events about handshakes, roaming or attempts given up. All three are derived from its counters:
 
@@ -57,12 +57,12 @@ class PeerView:
     sent_when_heard: int = 0
     heard_at: float = 0.0
     unanswered_at: float | None = None
-    """When a poll first found that something was sent that needs an answer, since the peer was last heard."""
+    """When a poll first found that something that needs an answer was sent after the peer was last heard."""
     has_given_up: bool = False
 
 
 def compare(view: PeerView, facts: PeerFacts, now: float, unix_now: float) -> Iterator[Change]:
-    """Update a view and yield what happened: roaming first, because a handshake proves the path by which it came."""
+    """Update a view and yield its events: roaming first, because a handshake proves the path by which it arrived."""
     old, view.facts = view.facts, facts
     if old.endpoint != facts.endpoint and facts.endpoint:
         yield Roamed(old.endpoint)
@@ -105,7 +105,7 @@ class PollSchedule:
     FIRST: Final = 0.02
     LONGEST: Final = 1.0
     FRESH_COST: Final = 0.05
-    """Seconds: each question about a peer causes a poll, unless polls cost more than this."""
+    """Seconds: each query for a peer causes a poll, unless polls cost more than this."""
 
     def __init__(self, now: float) -> None:
         self.cost = 0.0
@@ -120,14 +120,14 @@ class PollSchedule:
         self._expected[key] = self._newest = now
 
     def settled(self, key: bytes) -> None:
-        """Expect none any more: the handshake was completed, or the peer is gone."""
+        """Stop expecting a handshake: it was completed, or the peer was removed."""
         self._expected.pop(key, None)
 
     @property
     def is_expecting(self) -> bool:
         return bool(self._expected)
 
-    def looked(self, cost: float, now: float) -> None:
+    def polled(self, cost: float, now: float) -> None:
         """Note the end of a poll."""
         self.cost = cost
         self.looked_at = now
@@ -146,6 +146,6 @@ class PollSchedule:
         return self.looked_at + max(pause, self.SHARE * self.cost)
 
     def is_fresh(self, began_at: float, now: float) -> bool:
-        """Whether a poll that began then is recent enough for a question asked now."""
+        """Whether a poll that began then is recent enough to answer a query now."""
         allowed = self.SHARE * self.cost if self.cost > self.FRESH_COST else 0.0
         return now - began_at <= allowed

@@ -1,4 +1,4 @@
-"""How the kernel reaches its peers: directly by UDP, or by a tunnel stream through the relay, opened for the first one."""
+"""The paths of the kernel's peers: UDP, or a tunnel stream through the relay, which is opened for the first stream."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ _LOOPBACK = 127
 
 
 def is_loopback(endpoint: bytes) -> bool:
-    """Whether an endpoint (a sockaddr) is of the kind that the relay gives to streams; False for none at all."""
+    """Whether an endpoint (a sockaddr) is of the kind that the relay assigns to streams; False for an empty one."""
     return bool(endpoint) and endpoint[4] == _LOOPBACK
 
 
@@ -70,7 +70,7 @@ class Streams:
             self._relay.close()
 
     def relay(self) -> Relay:
-        """Raises DeviceError where its socket cannot be opened."""
+        """Raises DeviceError if its socket cannot be opened."""
         if self._relay is None:
             self._relay = Relay(self._wireguard.port, self._mtu, self._on_hint)
         return self._relay
@@ -80,7 +80,7 @@ class Streams:
         return self._relay.at(endpoint) if self._relay is not None else None
 
     def path(self, endpoint: bytes) -> Path | None:
-        """The path that an endpoint stands for; None without one."""
+        """The path that an endpoint represents; None without one."""
         if not endpoint:
             return None
         slot = self.at(endpoint)

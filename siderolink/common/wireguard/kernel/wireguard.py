@@ -33,7 +33,7 @@ class PeersPart:
 
 
 class WireGuard:
-    """Methods raise a SideroLinkError that says what the kernel refused."""
+    """Methods raise a SideroLinkError that describes what the kernel refused."""
 
     def __init__(self, interface: KernelInterface) -> None:
         self.name = interface.name
@@ -57,14 +57,14 @@ class WireGuard:
             netlink.close()
 
     def configure(self, config: DeviceConfig) -> None:
-        """Give the interface its key and port. One that had both keeps its sessions."""
+        """Set the interface's key and port. If both are unchanged, its sessions stay."""
         key = config.private_key or (None if self._was_there else PrivateKey.generate())
         port = config.listen_port or (None if self._was_there else 0)
         self.set(messages.set_device(self.index, private_key=key, listen_port=port), "set the private key and the port")
         self.read_device()
 
     def set(self, payload: bytes, doing: str) -> None:
-        """Make a change, whose attributes come from `messages`."""
+        """Apply a change, whose attributes come from `messages`."""
         try:
             self._requests.request(self._family, generic(messages.SET_DEVICE, payload))
         except NetlinkRefusal as error:
@@ -83,7 +83,7 @@ class WireGuard:
             self.port = found.listen_port or 0
 
     def begin_dump(self) -> None:
-        """Begin to read all peers. Only one dump at a time, read to its last part."""
+        """Start reading all peers. Only one dump may run at a time, and it must be read to its last part."""
         try:
             self._dumps.begin_dump(self._family, generic(messages.GET_DEVICE, messages.get_device(self.index)))
         except NetlinkRefusal as error:

@@ -20,7 +20,7 @@ from .primitives import hash2, hchacha20, mac, seal_under, xopen
 NO_MAC2 = bytes(MAC_BYTES)
 
 UNDER_LOAD_RATE = 500
-"""Handshake messages in one second above which cookies are asked for; answering that many takes about a fifth of a core."""
+"""Handshake messages per second above which cookies are required; answering that many takes about a fifth of a core."""
 SOURCE_RATE = 400.0
 """Handshake messages per second that one source may send under load; high because a thousand machines may share one NAT."""
 SOURCE_BURST = 1_000.0
@@ -31,7 +31,7 @@ COOKIE_RATE = 10_000.0
 
 
 class MacSigner:
-    """Puts mac1 and mac2 on the handshake messages that go to one peer."""
+    """Adds mac1 and mac2 to the handshake messages for one peer."""
 
     __slots__ = ("_cookie", "_cookie_at", "_initiation_mac1", "_mac1_key", "_remote_public", "_response_mac1")
 
@@ -132,10 +132,10 @@ class LoadMeter:
 
 
 class SourceLimiter:
-    """Limits each source to `SOURCE_RATE` in a table of fixed size: a look-up costs the same however many sources there are.
+    """Limits each source to `SOURCE_RATE` in a table of fixed size, so a lookup costs the same for any number of sources.
 
-    Sources share the table's slots by a keyed hash. So a flood from many addresses raises no slot by much, nobody can choose
-    to share a slot with a victim, and no source is refused because others were first.
+    Sources share the table's slots by a keyed hash. So a flood from many addresses fills no slot by much, an attacker cannot
+    choose to share a slot with a victim, and no source is refused because others came first.
     """
 
     __slots__ = ("_full_at", "_secret")
@@ -159,10 +159,10 @@ class SourceLimiter:
 
 
 class CookieBudget:
-    """Limits cookie replies. An unproven source address may be forged, so none is refused by its address alone.
+    """Limits cookie replies. An unproven source address may be forged, so no reply is refused by the address alone.
 
-    The limit of each source counts only while more than half of the whole budget is used, and so a flood from a
-    forged address does not keep the address's owner from its cookie, unless the flood is large.
+    The limit per source applies only while more than half of the whole budget is used. So only a large flood from a forged
+    address keeps the owner of that address from its cookie.
     """
 
     __slots__ = ("_at", "_left", "_sources")

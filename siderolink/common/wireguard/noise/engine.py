@@ -116,7 +116,7 @@ class Engine:
         return peer
 
     def greet(self, peer: Peer, now: float) -> None:
-        """Answer what a peer that was just added sent a moment before."""
+        """Answer an initiation that a newly added peer sent just before."""
         kept = self._exchange.strangers.take(peer.public_key, now)
         if kept is not None:
             self._receive_handshake(messages.INITIATION, *kept, now)

@@ -33,12 +33,12 @@ MIN_INITIATION_INTERVAL = 0.02
 
 
 STRANGER_SECONDS = 2.0
-"""How long an initiation of an unknown key waits for its peer: another server may have admitted it a moment ago."""
+"""Seconds for which an initiation of an unknown key is kept, because another server may just have admitted the peer."""
 MAX_STRANGERS = 256
 
 
 class Strangers:
-    """The last initiations of unknown keys, one of each; the oldest gives way."""
+    """The last initiations of unknown keys, one per key; a new one replaces the oldest."""
 
     __slots__ = ("_kept",)
 
@@ -55,7 +55,7 @@ class Strangers:
         self._kept[public_key] = now, datagram, path
 
     def take(self, public_key: bytes, now: float) -> tuple[bytes, Path] | None:
-        """The initiation and where it came from; None where there is none, or it is too old."""
+        """The initiation and its path; None if there is none or it is too old."""
         kept = self._kept.pop(public_key, None)
         return None if kept is None or now - kept[0] > STRANGER_SECONDS else kept[1:]
 

@@ -71,7 +71,7 @@ class SessionKeys:
 def create_initiation(
     identity: Identity, remote: bytes, static_static: bytes, index: int, ephemeral: bytes, timestamp: bytes
 ) -> tuple[Initiation, SentInitiation]:
-    """Make the first message. `ephemeral` is 32 random bytes. Raises ValueError for an unusable remote key."""
+    """Create the first message. `ephemeral` is 32 random bytes. Raises ValueError for an unusable remote key."""
     key = private_key(ephemeral)
     public = public_bytes(key)
     digest = hash2(hash2(_INITIAL_HASH, remote), public)
@@ -85,7 +85,7 @@ def create_initiation(
 
 
 def claim_initiation(identity: Identity, message: Initiation) -> ClaimedInitiation | None:
-    """Decrypt the initiator's public key; None if the message was not made for this identity."""
+    """Decrypt the initiator's public key; None if the message is not for this identity."""
     digest = hash2(hash2(_INITIAL_HASH, identity.public), message.ephemeral)
     try:
         shared = dh(identity.private, message.ephemeral)

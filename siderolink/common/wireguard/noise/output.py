@@ -18,7 +18,7 @@ class Drop(StrEnum):
     MALFORMED = "malformed"
     """Too short, of an unknown type, or not of its type's length."""
     BAD_MAC1 = "bad_mac1"
-    """A handshake message that was not made for this device's public key."""
+    """A handshake message for another public key than this device's."""
     BAD_MAC2 = "bad_mac2"
     """Under load, a handshake message without a valid cookie; a cookie was sent back."""
     RATE_LIMITED = "rate_limited"
@@ -66,13 +66,13 @@ class Drop(StrEnum):
     ROUTING_LOOP = "routing_loop"
     """A packet from the interface that is a datagram to the peer's own endpoint: a routing loop."""
     USELESS_KEY = "useless_key"
-    """A handshake that was not begun, because the peer's public key is of low order and gives no shared secret."""
+    """A handshake that was not started, because the peer's public key is of low order and gives no shared secret."""
     STAMP_AHEAD = "stamp_ahead"
-    """A handshake that was not begun, because its timestamp would be too far ahead of the servers' common clock."""
+    """A handshake that was not started, because its timestamp would be too far ahead of the servers' common clock."""
     STAGED_OVERFLOW = "staged_overflow"
     """The oldest packet of a full queue that waits for a handshake."""
     HANDSHAKE_GAVE_UP = "handshake_gave_up"
-    """Packets that waited for a handshake which never came."""
+    """Packets that waited for a handshake that never completed."""
     OUTBOUND_MALFORMED = "outbound_malformed"
     """A packet from the interface that is not one whole IP packet."""
     SEND_FAILED = "send_failed"
@@ -155,6 +155,6 @@ class Output:
         return events
 
     def take_ready(self) -> "list[Peer]":
-        """Peers whose staged packets can be sent now: send what `Peer.take_staged` gives."""
+        """Peers whose staged packets can be sent now: send what `Peer.take_staged` returns."""
         ready, self._ready = self._ready, []
         return ready

@@ -25,7 +25,7 @@ class Rate:
         self.per_second = per_second
         """Bytes."""
         self.reason = reason
-        """What its drops are counted as."""
+        """The reason under which its drops are counted."""
         self.dropped = 0
         """Number of packets that did not fit."""
         self._burst = self._level = max(per_second * BURST_SECONDS, LEAST_BURST)
@@ -42,7 +42,7 @@ class Rate:
         self._level -= size
 
     def left(self) -> float:
-        """Bytes that were left after the last batch."""
+        """Bytes that remained after the last batch."""
         return self._level
 
 
@@ -51,7 +51,7 @@ Buckets = tuple[Rate, ...]
 
 
 def rows_within(buckets: Buckets, length: int, count: int, last: int, now: float) -> int:
-    """How many rows, from the first on, fit into all of the buckets. Takes their bytes and counts the other rows."""
+    """The number of rows, from the first on, that fit into all buckets. Charges their bytes and counts the other rows."""
     room = min([rate.room(now) for rate in buckets])
     size, fitting = length * (count - 1) + last, count
     if size > room:
@@ -65,7 +65,7 @@ def rows_within(buckets: Buckets, length: int, count: int, last: int, now: float
 
 
 def tightest(buckets: Buckets) -> Rate:
-    """The bucket whose drops those of the last batch are."""
+    """The bucket that the last batch's drops are counted for."""
     return min(buckets, key=Rate.left)
 
 
@@ -78,14 +78,14 @@ class Rates:
         self.outbound: Rate | None = None
 
     def set_all(self, inbound: int | None, outbound: int | None) -> None:
-        """Bytes a second for all peers together; None for no limit."""
+        """Bytes per second for all peers together; None for no limit."""
         self.inbound = _changed(self.inbound, inbound, Drop.BANDWIDTH_ALL_IN)
         self.outbound = _changed(self.outbound, outbound, Drop.BANDWIDTH_ALL_OUT)
         for peer in self._peers.values():
             self.adopt(peer)
 
     def set_peer(self, peer: "Peer", inbound: int | None, outbound: int | None) -> None:
-        """Bytes a second for one peer; None for no limit of its own."""
+        """Bytes per second for one peer; None removes its own limit."""
         own_in, own_out = peer.own_rates
         if own_in is None and own_out is None and inbound is None and outbound is None:
             return
@@ -93,7 +93,7 @@ class Rates:
         self.adopt(peer)
 
     def adopt(self, peer: "Peer") -> None:
-        """Give the peer the buckets that it shares."""
+        """Assign the shared buckets to the peer."""
         own_in, own_out = peer.own_rates
         if own_in is None and own_out is None and self.inbound is None and self.outbound is None:
             peer.inbound_rates = peer.outbound_rates = None
@@ -102,7 +102,7 @@ class Rates:
 
 
 def _changed(rate: Rate | None, per_second: int | None, reason: Drop) -> Rate | None:
-    """The same bucket where the limit is the same."""
+    """Keep the bucket if its limit is unchanged."""
     if per_second is None:
         return None
     return rate if rate is not None and rate.per_second == per_second else Rate(per_second, reason)

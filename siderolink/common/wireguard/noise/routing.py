@@ -28,7 +28,7 @@ InnerHeader = tuple[bytes, int]
 def inner_header(packet: bytes | memoryview) -> InnerHeader | None:
     """Read the header (RFC 791, RFC 8200); padding may follow the packet.
 
-    None if it is not IP, contradicts itself, or claims to be longer than what is there.
+    None if it is not IP, contradicts itself, or claims to be longer than the data.
     """
     size = len(packet)
     version = packet[0] >> 4 if size else 0
@@ -75,7 +75,7 @@ class InnerFilter:
         return header
 
     def packets(self, opened: Opened) -> list[bytes]:
-        """Copies of all packets of a batch that may pass, without their padding. Keepalives are left out."""
+        """Copies of all packets of a batch that may pass, without their padding. Keepalives are omitted."""
         found = []
         for index in range(opened.count):
             row = opened.row(index)
@@ -86,7 +86,7 @@ class InnerFilter:
 
 
 class _Family(Generic[T]):
-    """One dictionary for each prefix length in use, longest first: a look-up costs the number of lengths, not of prefixes."""
+    """One dictionary for each prefix length in use, longest first: a lookup costs the number of lengths, not of prefixes."""
 
     __slots__ = ("_bits", "_lengths", "_tables")
 
@@ -139,7 +139,7 @@ class AllowedIPs(Generic[T]):
         self._v6: _Family[T] = _Family(128)
 
     def insert(self, network: Network, owner: T) -> T | None:
-        """Give the prefix to `owner`; returns who held it before."""
+        """Assign the prefix to `owner`; returns its previous owner."""
         if network.prefixlen < network.max_prefixlen:
             return self._family(network).insert(network, owner)
         address = network.network_address.packed
@@ -206,7 +206,7 @@ class CryptokeyRouting:
         peer.allowed_ips[network] = None
 
     def remove(self, peer: Peer, network: Network) -> None:
-        """Take a prefix away from the peer; nothing happens if it is not the peer's."""
+        """Remove a prefix from the peer; does nothing if it is not the peer's."""
         if network in peer.allowed_ips:
             del peer.allowed_ips[network]
             self._table.remove(network)

@@ -83,7 +83,7 @@ class RowCipher(Protocol):
     """ChaCha20-Poly1305 under one key of a session, for whole batches. The results are valid until the next call."""
 
     def seal(self, packets: Packets, receiver: int, counter: int, headroom: int) -> Datagrams:
-        """Make data messages: row i with `counter` + i, each after `headroom` free bytes."""
+        """Create data messages: row i with `counter` + i, each after `headroom` free bytes."""
 
     def open(self, datagrams: Datagrams, first: int, count: int) -> Opened:
         """Decrypt `count` data messages of one session from row `first` on. Rows with a bad tag are erased."""

@@ -50,7 +50,7 @@ class ReplayWindow:
         return True
 
     def accept_run(self, counters: list[int]) -> list[bool] | None:
-        """Mark a batch in one operation where the counters rise by one; None when all are accepted."""
+        """Mark a batch, in one operation if the counters are consecutive; None if all are accepted."""
         count = len(counters)
         first, last = counters[0], counters[-1]
         gap = first - self._newest
@@ -122,7 +122,7 @@ class Session:
         return self._opener
 
     def release_ciphers(self) -> None:
-        """Free what only a busy session needs, about 2 KB each way; a keepalive shows that this one is idle."""
+        """Free the state that only a busy session needs, about 2 KB per direction; a keepalive shows that this one is idle."""
         self._sealer = self._opener = None
 
     def is_expired(self, now: float) -> bool:
@@ -139,7 +139,7 @@ class Session:
         return self.is_initiator and now - self.created_at >= REKEY_ON_RECEIVE_TIME
 
     def reserve(self, count: int, now: float) -> int | None:
-        """Use up `count` counters for good; returns the first, or None when the keys are too old or exhausted."""
+        """Reserve `count` counters permanently; returns the first, or None when the keys are too old or exhausted."""
         first = self.send_counter
         if now - self.created_at >= REJECT_AFTER_TIME:
             return None

@@ -12,7 +12,7 @@ _GRAIN = 1 << 24
 
 
 def later(stamp: bytes, seconds: float) -> bytes:
-    """A timestamp the given seconds (rounded up) after another; all zeros means none, and stays."""
+    """A timestamp the given seconds (rounded up) after another. All zeros mean no timestamp and are returned unchanged."""
     if not any(stamp):
         return stamp
     whole, nanoseconds = _TAI64N.unpack(stamp)
@@ -22,7 +22,7 @@ def later(stamp: bytes, seconds: float) -> bytes:
 class Timestamps:
     """Rising timestamps from a clock that may jump back.
 
-    `high_water` is the last timestamp handed out (12 bytes), to be remembered with a persistent key across restarts.
+    `high_water` is the last timestamp issued (12 bytes), which must be stored together with a persistent key.
     """
 
     __slots__ = ("high_water",)
@@ -31,7 +31,7 @@ class Timestamps:
         self.high_water = high_water
 
     def next(self, unix_time_ns: int) -> bytes:
-        """A timestamp for now, or just above the last one where the clock has gone back."""
+        """A timestamp for now, or just above the last one if the clock was set back."""
         stamp = _stamp_of(unix_time_ns)
         if stamp <= self.high_water:
             stamp = _just_above(self.high_water)
@@ -39,15 +39,15 @@ class Timestamps:
         return stamp
 
     def for_peer(self, peer: bytes, unix_time_ns: int) -> bytes | None:
-        """A timestamp for a handshake with this peer; None where none can be begun now."""
+        """A timestamp for a handshake with this peer; None if none can be started now."""
         return self.next(unix_time_ns)
 
 
 class CommonTimestamps(Timestamps):
     """Timestamps of a key that several hosts use at the same time: taken from a common clock, rising for each peer.
 
-    None is more than MAX_AHEAD seconds ahead of that clock, so that a host's next timestamps are above all that another has
-    sent when it takes over a peer.
+    No timestamp is more than MAX_AHEAD seconds ahead of that clock, so a host that takes over a peer can use timestamps above
+    all that another host has sent.
     """
 
     __slots__ = ("_floor", "_last", "_unix_time_ns")
@@ -62,7 +62,7 @@ class CommonTimestamps(Timestamps):
         self._last: dict[bytes, bytes] = {}
 
     def for_peer(self, peer: bytes, unix_time_ns: int) -> bytes | None:
-        """A timestamp for the peer by the common clock; None where it would lie too far ahead."""
+        """A timestamp for the peer by the common clock; None if it would be too far ahead."""
         now = stamp = max(_stamp_of(self._unix_time_ns()), self._floor)
         last = self.last(peer)
         if stamp <= last:

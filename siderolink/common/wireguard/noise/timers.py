@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 ANSWER_SECONDS = 1.5
-"""How long to send without an answer to a peer that another device may have taken over."""
+"""Seconds for which to send without an answer to a peer that another device may have taken over."""
 
 
 class Timers:
@@ -131,7 +131,7 @@ class Timers:
             self.zero_keys_at = now + ZERO_KEYS_TIME
 
     def became_passive(self) -> None:
-        """Nothing more is sent; the keys are still erased in time."""
+        """Stop sending; the keys are still erased in time."""
         zero_keys_at = self.zero_keys_at
         self.persistent_interval = 0
         self.clear()

@@ -63,7 +63,7 @@ class Traffic:
         return peer.is_passive or (now > tenure.until and tenure.doubts(peer.timers, now))
 
     def seal(self, peer: Peer, packets: Packets, now: float) -> tuple[Path, Datagrams] | None:
-        """Make one data message of each packet, for the returned path. The caller sends them before its next call.
+        """Create one data message per packet, for the returned path. The caller sends them before its next call.
 
         Returns None without a usable session; the caller then stages the packets.
         """
@@ -231,14 +231,14 @@ class Traffic:
         return False
 
     def _limit(self, opened: Opened, buckets: Buckets, now: float) -> None:
-        """Leave out the rows that exceed the peer's bandwidth limit."""
+        """Exclude the rows that exceed the peer's bandwidth limit."""
         fitting = rows_within(buckets, opened.length, opened.count, opened.last, now)
         if fitting < opened.count:
             self._output.drop(tightest(buckets).reason, opened.good[fitting:].count(True))
             opened.good = opened.good[:fitting] + [False] * (opened.count - fitting)
 
     def _accept(self, opened: Opened, session: Session) -> int:
-        """Leave out rows with a bad tag or a counter seen before; returns how many remain."""
+        """Exclude rows with a bad tag or a counter seen before; returns the number that remain."""
         good, count = opened.good, opened.count
         bad = good.count(False)
         if not bad:

@@ -1,7 +1,7 @@
-"""Frames read from an interface before their path has room, so that a quiet flow's packet need not wait behind a busy flow's.
+"""Frames read from an interface before their path has room, so that quiet flows need not wait behind busy ones.
 
-The interface's own queue is first in, first out, and one TCP flow fills it with several megabytes. Here frames wait in the same
-order, but a small packet of a flow of which nothing waits may be sent before the others.
+The interface's own queue is first in, first out, and one TCP flow fills it with several megabytes. Frames wait here in the same
+order, but a small packet of a flow without waiting frames may be sent before the others.
 """
 
 from collections import deque
@@ -12,12 +12,12 @@ from siderolink.common.wireguard.packets.headers import TCP, UDP, VNET_SIZE, Gso
 
 MAX_FRAMES: Final = 128
 MAX_BYTES: Final = 4 << 20
-"""Bytes that may wait here, with one frame beyond: about what one flow of Linux's TCP has in flight by default."""
+"""Maximum bytes waiting, exceeded by one frame at most: about what one flow of Linux's TCP has in flight by default."""
 MAX_PASSED: Final = 16 << 10
-"""Bytes of packets that pass the same waiting frame, so that many quiet flows together do not hold up a busy one."""
+"""Maximum bytes that overtake the same waiting frame, so that many quiet flows together do not delay a busy one."""
 QUIET_FLOW_SECONDS: Final = 1.0
 LONGEST_HEADER: Final = VNET_SIZE + 64
-"""As much of a frame as tells its flow."""
+"""The part of a frame that identifies its flow."""
 
 _MAX_BUSY_FLOWS: Final = 64
 _ICMP: Final = 1
@@ -25,13 +25,13 @@ _ICMP6: Final = 58
 
 
 class Backlog:
-    """A queue of frames in which no packet passes another one of its own flow."""
+    """A queue of frames in which no packet overtakes another one of its own flow."""
 
     def __init__(self) -> None:
         self.frames: deque[tuple[bytes, bytes]] = deque()
-        """The frames that wait, the oldest first, each with its flow."""
+        """The waiting frames, oldest first, each with its flow."""
         self._waiting: dict[bytes, int] = {}
-        """The number of frames of each flow."""
+        """The number of waiting frames of each flow."""
         self._size = self._passed = 0
 
     @property
@@ -39,18 +39,18 @@ class Backlog:
         return len(self.frames) >= MAX_FRAMES or self._size >= MAX_BYTES
 
     def may_pass(self, frame: Bytes) -> bool:
-        """Whether a frame may be sent before those that wait: it is one packet of a flow of which nothing waits."""
+        """Whether a frame may be sent before the waiting ones: it is a single packet of a flow without waiting frames."""
         if self._passed + len(frame) > MAX_PASSED or frame[1:2] != bytes((Gso.NONE,)):
             return False
         pair, flow = flow_of(frame)
         return flow != pair and flow not in self._waiting and pair not in self._waiting
 
     def note_passed(self, frame: Bytes) -> None:
-        """The frame was sent before those that wait."""
+        """Note that the frame was sent before the waiting ones."""
         self._passed += len(frame)
 
     def add(self, frame: Bytes) -> None:
-        """Let a copy of the frame wait."""
+        """Append a copy of the frame."""
         flow = flow_of(frame)[1]
         self.frames.append((bytes(frame), flow))
         self._waiting[flow] = self._waiting.get(flow, 0) + 1
@@ -69,18 +69,18 @@ class Backlog:
         return memoryview(frame)
 
     def clear(self) -> None:
-        """Forget all frames."""
+        """Drop all frames."""
         self.frames.clear()
         self._waiting.clear()
         self._size = self._passed = 0
 
 
 class QuietFlows:
-    """Whether small packets of flows without super-packets were seen lately; without them, reading ahead only costs time."""
+    """Detects small packets of flows without super-packets. Without recent ones, reading ahead only costs time."""
 
     def __init__(self) -> None:
         self.busy = b""
-        """The beginning of the last super-packet, as long as no small packet has followed."""
+        """The beginning of the last super-packet, until a small packet follows."""
         self._busy_flows: set[bytes] = set()
         self._seen_at = float("-inf")
 
@@ -88,11 +88,11 @@ class QuietFlows:
         return now - self._seen_at < QUIET_FLOW_SECONDS
 
     def note(self, now: float) -> None:
-        """One was seen."""
+        """Note a packet of a quiet flow."""
         self._seen_at = now
 
-    def judge(self, frame: Bytes, now: float) -> None:
-        """A small packet follows the super-packet `busy`."""
+    def learn(self, frame: Bytes, now: float) -> None:
+        """Learn from a small packet that follows the super-packet `busy`, whose flow is a busy one."""
         if len(self._busy_flows) >= _MAX_BUSY_FLOWS:
             self._busy_flows.clear()
         self._busy_flows.add(flow_of(self.busy)[1])
@@ -102,10 +102,10 @@ class QuietFlows:
 
 
 def flow_of(frame: Bytes) -> tuple[bytes, bytes]:
-    """A frame's source and destination in one, and its flow: protocol, both addresses, and the ports of TCP and UDP.
+    """A frame's source and destination combined, and its flow: protocol, both addresses, and the ports of TCP and UDP.
 
-    Where the ports cannot be told (fragments, extension headers, other protocols) all packets between the two addresses are one
-    flow, which is called by the addresses alone.
+    If there are no readable ports (fragments, extension headers, other protocols), all packets between the two addresses are
+    one flow, identified by the addresses alone.
     """
     pair = address_pair(frame, VNET_SIZE)
     if pair is None:

@@ -1,8 +1,8 @@
 """Internet checksums (RFC 1071), of one packet and of all rows of a matrix at once.
 
 Sums are taken modulo 65,535, in which the order of bytes within the 16-bit words only swaps the result, so that words may be
-read in the host's order and be as wide as 32 bits. A sum of zero then stands for the one's complement sum 0xFFFF: there is
-no other way to get it, because no pseudo-header is all zero.
+read in the host's order and be as wide as 32 bits. A sum of zero means the one's complement sum 0xFFFF, because no
+pseudo-header is all zero.
 """
 
 from functools import lru_cache
@@ -52,7 +52,7 @@ def row_sums(words: Array) -> Array:
 def row_complements(sums: Array, constant: int) -> Array:
     """The checksum of each row, in the byte order of its sum, after adding `constant` (at least 0) to each sum.
 
-    It takes the place of the sums (64 bits each). Every operation here keeps its type, because it is conversions that cost.
+    It replaces the sums (64 bits each). Every operation here keeps the type, because conversions are expensive.
     """
     np.subtract(_LARGE - constant, sums, out=sums)
     np.remainder(sums, MODULUS, out=sums)

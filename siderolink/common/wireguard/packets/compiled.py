@@ -191,7 +191,7 @@ class CompiledSplitter:
 
 
 class CompiledGatherer:
-    """Collects small packets for one peer, each written where it will be sealed: see `Gatherer`."""
+    """Collects small packets for one peer, each written to the place where it will be sealed: see `Gatherer`."""
 
     def __init__(self, functions: Functions, mtu: int, max_rows: int = MAX_ROWS) -> None:
         self.headroom = 0
@@ -215,7 +215,7 @@ class CompiledGatherer:
     def add(self, frame: memoryview) -> bool:
         """Add the frame as the next row. False if it does not fit the batch: call take() first.
 
-        An empty gatherer accepts every well-formed frame that is no super-packet. Raises MalformedFrame.
+        An empty gatherer accepts every well-formed frame that is not a super-packet. Raises MalformedFrame.
         """
         count, before = self._count, self.headroom + TRANSPORT_HEADER_BYTES
         if not count:
@@ -433,7 +433,7 @@ class CompiledMixedPackets:
         frames = [(start - VNET_SIZE, end) for start, end in packets]
         if descriptor >= 0:
             frames = frames[self._write_many(descriptor, data, frames) :]
-        while frames:  # the first of them was not taken, or there is no descriptor
+        while frames:  # the kernel refused the first of them, or there is no descriptor
             start, end = frames[0]
             interface.write((data[start:end],))
             written = self._write_many(descriptor, data, frames[1:]) if descriptor >= 0 else 0

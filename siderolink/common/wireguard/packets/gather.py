@@ -1,4 +1,4 @@
-"""Collects consecutive small packets for one peer into one batch, because each comes from the interface by itself."""
+"""Collects consecutive small packets for one peer into one batch, because the interface delivers them one by one."""
 
 from typing import Final
 
@@ -17,8 +17,8 @@ _ZEROS: Final = bytes(16)
 class Gatherer:
     """Collects frames without segmentation; all rows but the last get one padded length, so that order is kept.
 
-    Frames that are like the first, equal in size and in virtio_net_hdr, are only copied; padding and checksums are then made
-    for all of them at once. Packets of one flow mostly are.
+    Frames with the size and virtio_net_hdr of the first one, as most packets of one flow have, are only copied; padding and
+    checksums are then written for all of them at once.
     """
 
     def __init__(self, mtu: int, max_rows: int = MAX_ROWS) -> None:
@@ -29,7 +29,7 @@ class Gatherer:
         self._scratch = Scratch(max_rows * round_up(mtu))
         self._count = self._room = self._stride = self._length = self._last = 0
         self._alike = 0
-        """How many of the first rows still need padding and checksum."""
+        """The number of first rows that still need padding and checksum."""
         self._frame_size = 0
         self._header = b""
 
@@ -46,7 +46,7 @@ class Gatherer:
     def add(self, frame: memoryview) -> bool:
         """Add the frame as the next row. False if it does not fit the batch: call take() first.
 
-        An empty gatherer takes every well-formed frame that is no super-packet. Raises MalformedFrame.
+        An empty gatherer accepts every well-formed frame that is not a super-packet. Raises MalformedFrame.
         """
         count = self._count
         if count and count == self._alike and len(frame) == self._frame_size and frame[:VNET_SIZE] == self._header:

@@ -48,7 +48,7 @@ class Inner(NamedTuple):
 
 
 def address_pair(packet: Bytes, offset: int = 0) -> bytes | None:
-    """Source and destination in one, of the packet that begins at `offset`; None if it is too short or not IP."""
+    """Source and destination combined of the packet that begins at `offset`; None if it is too short or not IP."""
     size = len(packet) - offset
     if size < 20:
         return None

@@ -34,7 +34,7 @@ from siderolink.common.wireguard.packets.runs import Continuity
 from siderolink.common.wireguard.packets.seal import Opened
 
 MAX_RUN: Final = 512
-"""Rows of a super-packet: each is one buffer of a writev, of which Linux takes 1,024."""
+"""Rows of a super-packet. Each is one buffer of a writev, which accepts 1,024 on Linux."""
 MAX_UDP_RUN: Final = 64
 """The same for UDP: Linux refuses a super-packet of more than 128 datagrams, before 6.9 of more than 64."""
 _MAX_TOTAL: Final = 65535
@@ -43,17 +43,17 @@ _PUT_32: Final = struct.Struct(">I").pack_into
 
 
 class Merger:
-    """Makes the frames for one interface."""
+    """Creates the frames for one interface."""
 
     def __init__(self, *, tso: bool = True, uso: bool = False) -> None:
-        """`tso` and `uso`: whether the interface takes super-packets of TCP and of UDP."""
+        """`tso` and `uso`: whether the interface accepts super-packets of TCP and of UDP."""
         self._tso = tso
         self._uso = uso
 
     def merge(self, opened: AnyOpened, inner_filter: InnerFilter) -> Iterator[list[Bytes]]:
         """Yield the buffers of each frame, for one writev each; they are valid until the next batch is opened.
 
-        The filter is asked about each packet that may begin a frame. Keepalives are skipped, and not counted.
+        The filter decides about each packet that may begin a frame. Keepalives are skipped and not counted.
         """
         opened = cast("Opened", opened)
         count, stride, good, view = opened.count, opened.stride, opened.good, opened.scratch.view
@@ -96,7 +96,7 @@ class Merger:
 def _run_length(opened: Opened, first: int, inner: Inner, pair: bytes, seen: dict[tuple[Inner, bytes], Continuity]) -> int:
     """How many rows from `first` on form one super-packet; 1 if the next does not continue it or its own checksum is wrong.
 
-    `seen` caches what is known about the batch; `pair` is the packet's addresses.
+    `seen` caches results for the batch; `pair` is the packet's addresses.
     """
     view, stride = opened.scratch.view, opened.stride
     packet = view[first * stride :]

@@ -12,7 +12,7 @@ class PacketInterface(Protocol):
     """The source and destination of inner packets, as frames that begin with a virtio_net_hdr of 10 bytes."""
 
     frame: memoryview
-    """Where `read` puts a frame, if it reads a descriptor."""
+    """The buffer that `read` fills, if it reads a descriptor."""
 
     @property
     def tso(self) -> bool:
@@ -65,7 +65,7 @@ class SmallPacketGatherer(Protocol):
     def read_on(self, interface: PacketInterface, most: int) -> tuple[memoryview | None, int]:
         """Read the next frame, and before it up to `most` that belong to the batch, which has one already.
 
-        Returns it and how many were added; None if nothing is waiting any more, or if so many were added.
+        Returns it and the number of frames added; None instead of it if nothing is waiting any more or `most` were added.
         """
 
     def take(self) -> Packets | None: ...
@@ -81,12 +81,12 @@ class FrameMerger(Protocol):
 
 
 MixedFrame = tuple[bytes | None, int, int, int]
-"""Source and destination in one (None if it is not IP), and start, size and padded length of the packet behind its
-virtio_net_hdr. The length is 0 for what is no small packet."""
+"""Source and destination combined (None if it is not IP), and start, size and padded length of the packet behind its
+virtio_net_hdr. The length is 0 if it is not a small packet."""
 
 
 class MixedPackets(Protocol):
-    """Works on small packets of many sessions at a time, each by itself."""
+    """Processes small packets of many sessions in one call, without batches."""
 
     open: OpenMany
     seal: SealMany
@@ -94,7 +94,7 @@ class MixedPackets(Protocol):
     def receive(
         self, descriptor: int, buffer: memoryview, most: int, others: int, /
     ) -> tuple[list[tuple[bytes, int, int, int, int | None]], bool]:
-        """Receive from a UDP socket into the buffer, up to `most` times, and `others` times what is no single data message.
+        """Receive from a UDP socket into the buffer, up to `most` times, of which `others` may not be single data messages.
 
         Returns for each the sender (sockaddr, in_pktinfo or in6_pktinfo), start, size, the length of each datagram in it but
         the last, and the receiver index if it is one data message; and whether there was an error.
@@ -103,7 +103,7 @@ class MixedPackets(Protocol):
     def read(self, interface: PacketInterface, buffer: memoryview, mtu: int, most: int) -> tuple[list[MixedFrame], bool]:
         """Read up to `most` frames from the interface's descriptor, finish and pad the packets, and leave room to seal them.
 
-        Ends with one that is no small packet. The second value is true if the interface cannot be read.
+        Ends with a frame that is not a small packet. The second value is true if the interface cannot be read.
         """
 
     def send(
@@ -111,7 +111,7 @@ class MixedPackets(Protocol):
     ) -> tuple[int, list[int]]:
         """Send datagrams, given by start, end, sockaddr and control messages, by a UDP socket.
 
-        Returns how many were tried before the socket was full, and which of these it refused.
+        Returns the number tried before the socket was full, and which of these the kernel refused.
         """
 
     def write(self, interface: PacketInterface, data: memoryview, packets: list[tuple[int, int]]) -> None:
@@ -130,4 +130,4 @@ class RowFunctions(Protocol):
     def merger(self, *, tso: bool, uso: bool) -> FrameMerger: ...
 
     def mixed(self) -> MixedPackets | None:
-        """None where packets of many sessions are no faster together."""
+        """None if packets of many sessions are not faster in one call."""

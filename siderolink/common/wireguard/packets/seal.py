@@ -62,7 +62,7 @@ class Sealer:
         """Receiver, headroom, stride and number of the rows whose type and receiver are already written."""
 
     def seal(self, packets: Packets, aead: ChaCha20Poly1305, receiver: int, counter: int, headroom: int = 0) -> Datagrams:
-        """Seal row i under counter + i. The caller has reserved `packets.count` counters from `counter` on, for good."""
+        """Seal row i under counter + i. The caller has permanently reserved `packets.count` counters from `counter` on."""
         count, length, last = packets.count, packets.length, packets.last
         if count == 1:
             return self._seal_one(packets.data[:last], aead, receiver, counter, headroom)
@@ -166,7 +166,7 @@ def read_counters(datagrams: Datagrams, first: int, count: int) -> Array:
 
 
 def text_lengths(datagrams: Datagrams, first: int, count: int) -> tuple[int, int]:
-    """The bytes of text in each row of a run but the last, and in the last. Raises ValueError for what is no run."""
+    """The bytes of text in each row of a run but the last, and in the last. Raises ValueError if it is not a run."""
     length = last = datagrams.stride - datagrams.headroom - OVERHEAD
     if first + count == datagrams.count:
         last = len(datagrams.data) - (datagrams.count - 1) * datagrams.stride - datagrams.headroom - OVERHEAD
@@ -257,7 +257,7 @@ def _open_rows(
 ) -> list[bool]:
     """Open `count` rows; there may be more slices."""
     good = [True] * count
-    # After an exception the map continues with the next row; the iterator of nonces tells which row failed.
+    # After an exception the map continues with the next row; the iterator of nonces shows which row failed.
     remaining = iter(nonces[:count])
     opening = map(aead.decrypt_into, remaining, sealed, repeat(None), plain)
     while True:

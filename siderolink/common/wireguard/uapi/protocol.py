@@ -63,14 +63,14 @@ def split_request(request: bytes) -> list[str]:
     try:
         lines = request.decode("ascii").split("\n")
     except UnicodeDecodeError:
-        raise UapiError("a request is ASCII", errno.EPROTO) from None
+        raise UapiError("a request must be ASCII", errno.EPROTO) from None
     if any(len(line) > MAX_LINE_BYTES for line in lines):
         raise UapiError("a line is too long", errno.EPROTO)
     return lines
 
 
 def parse_set(lines: Iterable[str]) -> DeviceChange:
-    """Read the lines after ``set=1``. Raises UapiError; its message never holds a key."""
+    """Parse the lines after ``set=1``. Raises UapiError; its message never contains a key."""
     change = DeviceChange()
     peer: PeerChange | None = None
     for line in lines:
@@ -153,7 +153,7 @@ def write_get(report: DeviceReport) -> Iterable[str]:
 
 
 def parse_endpoint(text: str) -> Endpoint:
-    """``192.0.2.1:51820`` or ``[2001:db8::1]:51820``, with a zone where it is link-local. Raises UapiError."""
+    """``192.0.2.1:51820`` or ``[2001:db8::1]:51820``, with a zone if it is link-local. Raises UapiError."""
     host, _, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     try:
@@ -191,7 +191,7 @@ def _true(text: str) -> bool:
 
 
 def _network(text: str) -> Network:
-    """An address whose host bits may be set, and a prefix length; netmasks and zones are no part of the protocol."""
+    """An address whose host bits may be set, and a prefix length; the protocol has no netmasks or zones here."""
     _, _, length = text.partition("/")
     if not (length.isascii() and length.isdigit()) or "%" in text:
         raise UapiError("an allowed IP is an address with a prefix length")

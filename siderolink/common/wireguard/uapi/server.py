@@ -44,7 +44,7 @@ Report = Callable[[], DeviceReport]
 async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = SOCKET_FOLDER) -> AsyncIterator[Path]:
     """Serve `wg` for the interface; leaving the context removes the socket.
 
-    Raises InterfaceInUseError when another process answers at the socket; one left behind by a crash is taken over.
+    Raises InterfaceInUseError when another process answers at the socket; one left by a crash is replaced.
     """
     path = _claim_path(folder, name)
     clients: set[asyncio.Task[None]] = set()
@@ -74,7 +74,7 @@ async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = 
 
 
 def _bind(path: Path) -> socket.socket:
-    """A socket at the path for this user alone. Linux gives the path the mode that the socket has when it is bound."""
+    """A socket at the path, accessible only to this user. Linux gives the path the mode of the socket when it is bound."""
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         os.fchmod(bound.fileno(), 0o600)
@@ -138,7 +138,7 @@ def _number(error: Exception) -> int:
 
 
 async def _read_request(reader: asyncio.StreamReader) -> bytes | None:
-    """One request up to its empty line, which is left out; None at the end of the connection.
+    """One request, without its final empty line; None at the end of the connection.
 
     Raises IncompleteReadError, LimitOverrunError or TimeoutError when it does not end.
     """

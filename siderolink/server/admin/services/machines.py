@@ -207,7 +207,7 @@ class MachineService(pb.MachineServiceBase):
         return await machine_message(administration, await administration.machines.get(message.name))
 
     async def ask_machine(self, message: pb.MachineRequest) -> pb.MachineAnswer:
-        found = await self._administration().answers.ask(message.name)
+        found = await self._administration().answers.query(message.name)
         disks = [
             pb.MachineDisk(device=one.device, size=one.size, model=one.model, is_system=one.is_system) for one in found.disks
         ]
