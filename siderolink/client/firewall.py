@@ -35,7 +35,7 @@ _BEFORE_TRANSLATION = -110  # ten before destinations are translated
 _ICMP, _ICMPV6 = socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6
 _TRANSPORTS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP, "icmp": _ICMP, "icmpv6": _ICMPV6}
-# timestamp and address mask, requests and replies: they only tell strangers about the host (CVE-1999-0524)
+# timestamp and address mask, requests and replies: they only reveal information about the host (CVE-1999-0524)
 _TELLTALES = (13, 14, 17, 18)
 # router and neighbour discovery: IPv6 does not work without them, so they are not rate-limited with pings
 _DISCOVERY = (133, 134, 135, 136, 137)
@@ -43,10 +43,10 @@ _DISCOVERY = (133, 134, 135, 136, 137)
 
 @asynccontextmanager
 async def ingress_firewall(ingress: Ingress, interfaces: Iterable[str] = ()) -> AsyncIterator["IngressFirewall"]:
-    """Hold the firewall in this network namespace while the body runs; the host is then as it was before.
+    """Apply the firewall in this network namespace while the body runs, and remove it afterwards.
 
-    `interfaces` are trusted besides those that SideroLink usually has. Raises SideroLinkError where the kernel refuses the
-    rules, or another program on this host holds such a firewall.
+    `interfaces` are trusted in addition to SideroLink's usual ones. Raises SideroLinkError if the kernel refuses the rules or
+    another program on this host has such a firewall.
     """
     trusted = tuple(dict.fromkeys((*TRUSTED, *interfaces)))
     async with firewall(TABLE, *compose(ingress, trusted)) as table:
@@ -66,7 +66,7 @@ class IngressFirewall:
 
 
 def compose(ingress: Ingress, trusted: Iterable[str] = TRUSTED) -> tuple[list[Chain], list[Part]]:
-    """The chains and, for each rule, a part that judges sources; nothing at all where nothing would be kept out."""
+    """The chains and, for each rule, a part that checks sources; empty if the firewall would block nothing."""
     if not ingress.is_needed:
         return [], []
     block = ingress.default == "block"

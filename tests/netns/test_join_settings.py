@@ -236,7 +236,7 @@ def test_a_bare_join_goes_by_the_hosts_kernel_command_line(tmp_path: Path) -> No
         server.wait_for("log receiver")
         with command(net.machine, tmp_path, "join", "--device", "userspace", before=in_its_place) as join:
             if in_container():  # whose kernel was booted for somebody else
-                join.wait_for("the kernel command line is passed over, since this is a container")
+                join.wait_for("the kernel command line is ignored because this is a container")
                 return
             assert "/proc/cmdline: siderolink.api" in join.wait_for("join URL")
             join.wait_for(" connected: ")
@@ -250,7 +250,7 @@ def test_in_a_container_a_bare_join_passes_the_kernel_command_line_over(tmp_path
     line.write_text(f"siderolink.api={URL}\n")
     in_its_place = ["sh", "-c", f'mount --bind {line} /proc/cmdline && container=podman exec "$@"', "sh"]
     with direct() as net, command(net.machine, tmp_path, "join", before=in_its_place) as join:
-        join.wait_for("passed over, since this is a container")
+        join.wait_for("ignored because this is a container")
         join.wait_for("no join URL found")
 
 

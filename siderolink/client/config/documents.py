@@ -32,7 +32,7 @@ M = TypeVar("M", bound=models.Document)
 
 @dataclass(frozen=True, slots=True)
 class OtherDocument:
-    """A document of a kind that is not SideroLink's. It is kept, and has no effect here."""
+    """A document of a kind that is not SideroLink's. It is kept and has no effect here."""
 
     kind: str
     source: str
@@ -54,11 +54,10 @@ class Documents:
 
 
 def load_documents(*paths: Path, read: Callable[[Path, int], bytes] = read_up_to) -> Documents:
-    """Read files, and of directories the ``.yaml`` and ``.yml`` files in the order of their names.
+    """Read files, and the ``.yaml`` and ``.yml`` files of directories in alphabetical order.
 
-    An unusable part is skipped and reported as one line in ``settings.problems``: an optional key
-    is skipped alone, any other with its document. `read` reads a file up to a limit. Raises ConfigurationError for a path that
-    cannot be read.
+    An unusable part is skipped and reported as one line in ``settings.problems``: an optional key alone, any other together
+    with its document. `read` reads a file up to a limit. Raises ConfigurationError for a path that cannot be read.
     """
     collected = _Collected()
     for path in paths:
@@ -105,9 +104,9 @@ def list_files(path: Path, problems: list[str]) -> list[Path]:
 
 
 def parse_documents(streams: Iterable[tuple[bytes, str]]) -> Documents:
-    """Read streams of documents, each with its name for people, and accept them whole or not at all.
+    """Read streams of documents, each with a display name, and accept all of them or none.
 
-    Raises ConfigurationError; its message names stream, line and key, what is wrong, and what is allowed.
+    Raises ConfigurationError; its message names stream, line and key, the problem, and the allowed values.
     """
     collected = _Collected()
     for data, source in streams:
@@ -118,7 +117,7 @@ def parse_documents(streams: Iterable[tuple[bytes, str]]) -> Documents:
 
 @dataclass(slots=True)
 class _Collected:
-    """Documents of one or several files, as they are read."""
+    """Collects the documents of one or several files."""
 
     found: dict[tuple[str, str], _Found] = field(default_factory=dict)
     others: list[OtherDocument] = field(default_factory=list)
@@ -146,7 +145,7 @@ class _Collected:
             raise ConfigurationError(_explain_all(document, model, error)) from None
 
     def add_stream(self, data: bytes, source: str) -> None:
-        """Add what can be used of a stream of documents."""
+        """Add the usable parts of a stream of documents."""
         for document in read_documents(data, source):
             if isinstance(document, ConfigurationError):
                 self.problems.append(str(document))
@@ -154,7 +153,7 @@ class _Collected:
                 self.add_what_can_be_used(document)
 
     def add_what_can_be_used(self, document: YamlDocument) -> None:
-        """Like `add`, but skips what cannot be used and reports it in `problems`."""
+        """Like `add`, but skips unusable parts and reports them in `problems`."""
         value = document.value
         kind = value.get("kind") if isinstance(value, dict) else None
         model = models.MODELS.get(kind) if isinstance(kind, str) else None
@@ -174,7 +173,7 @@ class _Collected:
             raise ConfigurationError(f"{read.source}: {called} is already defined at {before.source}; only one is allowed")
 
     def _repair(self, document: YamlDocument, model: type[models.Document], value: dict[str, Any]) -> models.Document:
-        """The document without the keys that cannot be used. Raises ConfigurationError where it needs one of them."""
+        """The document without its unusable keys. Raises ConfigurationError if it needs one of them."""
         fallbacks = {"apiVersion": "v1alpha1", "name": f"{document.source}:{document.line}"[-253:], **model.FALLBACKS}
         problems: list[str] = []
         while True:
@@ -197,7 +196,7 @@ class _Collected:
             return usable
 
     def documents(self) -> Documents:
-        """All of them. Raises ConfigurationError if the firewall rules are too many."""
+        """All documents. Raises ConfigurationError if there are too many firewall rules."""
         for other in self.others:
             close = get_close_matches(other.kind.lower(), [kind.lower() for kind in models.MODELS], 1, 0.8)
             if close:
@@ -220,7 +219,7 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-# explaining what is wrong
+# explaining problems
 
 
 def _most_telling_first(error: ValidationError) -> list[ErrorDetails]:
@@ -261,7 +260,7 @@ def explain(document: YamlDocument, model: type[BaseModel], error: ErrorDetails)
 
 
 def describe_problem(model: type[BaseModel], location: Location, error: ErrorDetails) -> str:
-    """What is wrong at a location, without the location itself, and what would be right."""
+    """Describes the problem at a location and the allowed values, without the location itself."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key; allowed are {', '.join(_keys(model, location[:-1]))}"
@@ -293,7 +292,7 @@ def _dotted(location: Location) -> str:
 
 
 def _keys(model: type[BaseModel], location: Location, *, needed: bool = False) -> list[str]:
-    """The keys that may, or must, stand at a location."""
+    """The keys that are allowed, or required, at a location."""
     for part in location:
         if isinstance(part, str):
             fields = {field.alias or name: field for name, field in model.model_fields.items()}
@@ -333,7 +332,7 @@ def _settings(found: list[_Found], others: list[OtherDocument]) -> MachineSettin
         trusted_roots=tuple(Setting(model.certificates, source) for model, source in of(models.TrustedRootsConfig)),
         default_action=Setting(action[0].ingress, action[1]) if action else None,
         ingress_rules=rules,
-        notes=tuple(f"{other.source}: {other.kind} is none of SideroLink's and was passed over" for other in others),
+        notes=tuple(f"{other.source}: {other.kind} is not a document of SideroLink's and was skipped" for other in others),
     )
 
 

@@ -24,7 +24,7 @@ MAX_BYTES = 64 * 1024
 """Kernels accept a few KiB, so a longer file is not a kernel command line."""
 
 MAX_INLINE_BYTES = 512 * 1024
-"""Of the documents in a command line, decompressed."""
+"""Maximum decompressed size of the documents in a command line."""
 
 T = TypeVar("T")
 
@@ -39,8 +39,8 @@ _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # the kernel gives its first one a fi
 def split_arguments(line: str) -> Iterator[tuple[str, str | None]]:
     """Names and values, split as the kernel does; the value is None if an argument has no ``=``.
 
-    Quotes keep spaces together and vanish where they surround a value or a whole argument. What follows a lone ``--`` is for
-    the first process and is left out.
+    Quotes protect spaces; they are removed if they surround a value or a whole argument. Arguments after a lone ``--`` are for
+    the first process and are omitted.
     """
     start, end = 0, len(line)
     while start < end:
@@ -72,7 +72,7 @@ def _split_argument(text: str) -> tuple[str, str | None]:
 
 
 def first_values(line: str) -> dict[str, str]:
-    """Each argument's first value; those without one are left out."""
+    """Each argument's first value; arguments without one are omitted."""
     found: dict[str, str] = {}
     for name, value in split_arguments(line):
         if value is not None:
@@ -81,9 +81,9 @@ def first_values(line: str) -> dict[str, str]:
 
 
 def inline_configuration(line: str) -> bytes | None:
-    """The documents that a command line carries: base64, compressed by zstd or not, in one argument or spread over several.
+    """The documents in a command line: base64, optionally compressed by zstd, in one argument or spread over several.
 
-    None where there are none. Raises ConfigurationError.
+    None if there are none. Raises ConfigurationError.
     """
     encoded = "".join(value for name, value in split_arguments(line) if name == INLINE_ARGUMENT and value)
     if not encoded:
@@ -103,7 +103,7 @@ def _decompress(data: bytes) -> bytes:
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
     found = bytearray()
     try:
-        # decompress a few bytes at a time, so that a decompression bomb is noticed early
+        # decompress a few bytes at a time, so that a decompression bomb is detected early
         for position in range(0, len(data), _ZSTD_STEP):
             found += decompressor.decompress(data[position : position + _ZSTD_STEP])
             if decompressor.eof or len(found) > MAX_INLINE_BYTES:
@@ -137,10 +137,10 @@ def parse_kernel_arguments(line: str, source: str = "the kernel command line") -
 
 
 def in_container(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is a container, whose kernel was booted for somebody else.
+    """Whether this is a container, whose kernel command line belongs to the host.
 
-    By what container managers say, and by the PID namespace. A file such as ``/.dockerenv`` proves nothing: virtual machines
-    made from container images have it, too.
+    Determined by the variables that container managers set, and by the PID namespace. A file such as ``/.dockerenv`` proves
+    nothing: virtual machines built from container images have it, too.
     """
     if environ.get("container") or environ.get("PLATFORM") == "container":
         return True
@@ -157,12 +157,12 @@ def read_kernel_line(
 ) -> tuple[str, str, str | None]:
     """The kernel command line, or a file of the same format; its display name; and why it was ignored, if it was.
 
-    A container ignores the host's command line; a given file is always read. `read` reads a file up
-    to so many bytes. Raises ConfigurationError for a file that was given and cannot be read.
+    A container ignores the host's command line; a given file is always read. `read` reads a file up to a number of bytes.
+    Raises ConfigurationError for a given file that cannot be read.
     """
     path = file or PROC_CMDLINE
     if file is None and in_container():
-        return "", str(path), "the kernel command line is passed over, since this is a container"
+        return "", str(path), "the kernel command line is ignored because this is a container"
     try:
         data = read(path, MAX_BYTES + 1)
     except ConfigurationError as error:

@@ -1,4 +1,4 @@
-"""The documents that concern SideroLink, as existing machines take them."""
+"""The documents that concern SideroLink, as existing machines accept them."""
 
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -22,7 +22,7 @@ Subnet: TypeAlias = IPv4Network | IPv6Network
 
 def _api_url(text: str) -> str:
     if not text.lower().startswith(("https://", "grpc://")):
-        raise ConfigurationError("cannot use this join URL: in a document it begins with https:// or grpc://")
+        raise ConfigurationError("cannot use this join URL: in a document it must begin with https:// or grpc://")
     JoinURL.parse(text)
     return text
 

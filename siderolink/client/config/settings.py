@@ -23,7 +23,7 @@ _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?\Z")
 
 @dataclass(frozen=True, slots=True)
 class Setting(Generic[T]):
-    """A value and where it comes from, for people: ``machine.yaml:3``, ``the kernel command line``."""
+    """A value and the display name of its source: ``machine.yaml:3``, ``the kernel command line``."""
 
     value: T
     source: str
@@ -38,7 +38,7 @@ class LogURL:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``scheme://host:port``. The port is required, the path empty or ``/``; query and fragment have no meaning here.
+        """Parse ``scheme://host:port``. The port is required, the path empty or ``/``; query and fragment are ignored.
 
         Raises ConfigurationError.
         """
@@ -58,14 +58,14 @@ class LogURL:
 
 @dataclass(frozen=True, slots=True, order=True)
 class PortRange:
-    """Ports from `first` to `last`, both included."""
+    """Ports from `first` to `last`, inclusive."""
 
     first: int
     last: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.first <= self.last <= 65535:
-            raise ConfigurationError("ports are numbers from 0 to 65535, and a range begins with the lower one")
+            raise ConfigurationError("ports must be numbers from 0 to 65535, and a range must begin with the lower one")
 
     def __str__(self) -> str:
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
@@ -80,7 +80,7 @@ def read_ports(value: object) -> PortRange:
 
 
 def read_subnet(value: object) -> IPv4Network | IPv6Network:
-    """A subnet such as ``192.0.2.0/24``; bits beyond the prefix do not count. Raises ConfigurationError."""
+    """A subnet such as ``192.0.2.0/24``; bits beyond the prefix are ignored. Raises ConfigurationError."""
     if isinstance(value, str) and "/" in value and len(value) <= 64:
         try:
             network = ip_network(value, strict=False)
@@ -101,7 +101,7 @@ class IngressRule:
     ports: tuple[PortRange, ...]
     subnets: tuple[IPv4Network | IPv6Network, ...]
     exceptions: tuple[IPv4Network | IPv6Network, ...] = ()
-    """Sources that no subnet of the rule holds."""
+    """Sources excluded from the subnets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +124,16 @@ class MachineSettings:
     url: Setting[JoinURL] | None = None
     unique_token: Setting[str] | None = field(default=None, repr=False)
     uuid: Setting[str] | None = None
-    """In place of the firmware's."""
+    """Replaces the firmware's."""
     event_sink: Setting[HostPort] | None = None
     kernel_logs: tuple[Setting[LogURL], ...] = ()
-    """Every destination once, those of the documents first."""
+    """Each destination once, those from documents first."""
     trusted_roots: tuple[Setting[str], ...] = field(default=(), repr=False)
-    """PEM certificates, trusted besides the system's."""
+    """PEM certificates, trusted in addition to the system's."""
     default_action: Setting[Literal["accept", "block"]] | None = None
     ingress_rules: tuple[Setting[IngressRule], ...] = ()
     notes: tuple[str, ...] = ()
-    """What was ignored, and why."""
+    """Ignored parts, with reasons."""
     problems: tuple[str, ...] = ()
     """Invalid parts that were skipped, one line each. The rest is used."""
 
@@ -144,9 +144,9 @@ class MachineSettings:
         return Ingress(default, tuple(rule.value for rule in self.ingress_rules))
 
     def keeping(self, before: Self) -> Self:
-        """These settings. While there are problems, settings that were in force and are no longer found stay in force.
+        """These settings. While there are problems, settings in force that are no longer found stay in force.
 
-        So a typo in a file neither disconnects a machine from its server nor opens its firewall.
+        So a typo in a file does not disconnect a machine from its server or open its firewall.
         """
         if not self.problems:
             return self
@@ -164,14 +164,14 @@ class MachineSettings:
         )
 
     def tls(self) -> ssl.SSLContext | None:
-        """How to check the server's certificate; None where the URL asks for no TLS."""
+        """The TLS context that verifies the server's certificate; None if the URL does not use TLS."""
         if self.url is None or not self.url.value.tls:
             return None
         return client_tls(extra_roots=self.roots_pem)
 
     @property
     def roots_pem(self) -> str | None:
-        """The trusted roots in one text; None where there are none."""
+        """The trusted roots in one text; None if there are none."""
         return "\n".join(roots.value for roots in self.trusted_roots) or None
 
 

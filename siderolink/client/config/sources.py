@@ -1,4 +1,4 @@
-"""Where a machine's settings are looked for, and how a change of them is noticed."""
+"""The sources of a machine's settings, and notification of their changes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -32,18 +32,18 @@ def needing_extra() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """Where to look for settings."""
+    """The sources of settings."""
 
     explicit: MachineSettings = field(default_factory=MachineSettings)
-    """Overrides everything that is found."""
+    """Overrides all other sources."""
     documents: tuple[Path, ...] = ()
     """Files and directories; each must exist."""
     kernel_cmdline: Path | None = None
     """A file in the form of ``/proc/cmdline``; read in a container, too."""
     host_documents: bool = True
-    """Whether to look for documents where a host has them, when none are named."""
+    """Whether to read the host's default documents if none are named."""
     host_kernel: bool = True
-    """Whether to look at the host's kernel command line, when no file is named."""
+    """Whether to read the host's kernel command line if no file is named."""
     _reading: Reading = field(default_factory=Reading, init=False, repr=False, compare=False)
 
     def read(self) -> MachineSettings:
@@ -64,9 +64,9 @@ class Sources:
         return merge(self.explicit, found, inline, kernel)
 
     async def watch(self, on_change: Callable[[], None]) -> None:
-        """Call `on_change` initially and whenever something changes where the documents are.
+        """Call `on_change` initially and whenever something changes in the documents' folders.
 
-        Never returns. The change may not concern the documents: read and compare them. Raises ConfigurationError.
+        Never returns. The change may not concern the documents, so read and compare them. Raises ConfigurationError.
         """
         if not self._paths and self.kernel_cmdline is None:
             await anyio.sleep_forever()
@@ -78,7 +78,7 @@ class Sources:
         return self.documents or (HOST_DOCUMENTS if self.host_documents else ())
 
     def _folders(self) -> set[Path]:
-        """The folders in which a change may matter: those of the files, since a file may be replaced as well as written."""
+        """The folders to watch: those of the files, because a file may be replaced instead of written."""
         files = (*self._paths, *((self.kernel_cmdline,) if self.kernel_cmdline is not None else ()))
         folders: set[Path] = set()
         for path in files:
@@ -114,7 +114,7 @@ class Sources:
 
 
 def _read_inline(line: str, source: str) -> MachineSettings:
-    """The settings of the documents that a command line carries."""
+    """The settings of the documents in a command line."""
     try:
         data = inline_configuration(line)
         if data is None:

@@ -91,13 +91,13 @@ class Configuration:
     """A configuration that was accepted."""
 
     data: bytes = field(repr=False)
-    """The documents as they came."""
+    """The documents, unchanged."""
     settings: MachineSettings
     warnings: tuple[str, ...] = ()
 
     @property
     def has_join(self) -> bool:
-        """Whether it says how to join."""
+        """Whether it contains a join URL."""
         return self.settings.url is not None
 
     def with_join_of(self, other: "Configuration") -> "Configuration":
@@ -112,7 +112,8 @@ class Configuration:
 
 
 def decode(data: bytes) -> Configuration:
-    """Raises ConfigurationError for what existing machines refuse, with their text; and for a main document."""
+    """Decode a configuration. Raises ConfigurationError for anything that existing machines refuse, with their text, and for a
+    main document."""
     found: dict[tuple[str, str, str], YamlDocument] = {}
     for document in read_stream(data, SOURCE):
         name = _name_of(document)
@@ -124,7 +125,7 @@ def decode(data: bytes) -> Configuration:
         raise ConfigurationError("config not found")
     settings = parse_documents([(data, SOURCE)]).settings
     others = [kind for _, kind, _ in found if kind not in models.MODELS]
-    warnings = tuple(f"{kind} is kept, and has no effect on this machine" for kind in dict.fromkeys(others))
+    warnings = tuple(f"{kind} is kept and has no effect on this machine" for kind in dict.fromkeys(others))
     return Configuration(data, settings, warnings)
 
 
@@ -179,7 +180,7 @@ def _errors(model: type[models.Document], value: object) -> "list[ErrorDetails]"
 
 
 def _picked(value: Any, places: list[tuple[int | str, ...]]) -> Any:
-    """The parts of a value at these places, within what holds them."""
+    """The parts of a value at these locations, nested in their containers."""
     if () in places:
         return value
     inner: dict[int | str, list[tuple[int | str, ...]]] = {}
@@ -190,7 +191,7 @@ def _picked(value: Any, places: list[tuple[int | str, ...]]) -> Any:
 
 
 def _yaml(value: Any, indent: str = "") -> Iterator[str]:
-    """Lines of YAML, indented as existing machines do it."""
+    """Lines of YAML, indented as by existing machines."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             if isinstance(inner, dict | list) and inner:

@@ -1,4 +1,4 @@
-"""Writes the kernel arguments and documents that make a machine join a given server."""
+"""Writes kernel arguments and documents that make a machine join a given server."""
 
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
@@ -16,19 +16,19 @@ TRUSTED_ROOTS_NAME = "siderolink-roots"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinParameters:
-    """A server, as its machines need to know it."""
+    """A server's parameters for its machines."""
 
     url: JoinURL
     event_sink: HostPort | None = None
     kernel_log: LogURL | None = None
     roots_pem: str | None = field(default=None, repr=False)
-    """Certificates to trust besides the system's; only documents can hold them."""
+    """Certificates to trust in addition to the system's; only documents can contain them."""
 
 
 def on_overlay(
     url: JoinURL, server: IPv6Address, event_sink_port: int | None, log_port: int | None, roots_pem: str | None = None
 ) -> JoinParameters:
-    """The parameters of a server that takes events and logs at its overlay address, where it has ports for them."""
+    """The parameters of a server that receives events and logs at its overlay address, on the given ports."""
     return JoinParameters(
         url=url,
         event_sink=HostPort(str(server), event_sink_port) if event_sink_port else None,

@@ -1,7 +1,7 @@
-"""YAML as configuration needs it: a stream of plain documents that know their lines, within bounds.
+"""YAML for configuration: a bounded stream of plain documents with line numbers.
 
-Only mappings, lists, text, numbers, true, false and null come out, as the core schema of YAML 1.2 reads them (``yes`` is
-text). Keys are text and occur once. Aliases are followed, and what they repeat counts each time.
+Values are mappings, lists, text, numbers, true, false and null, by the core schema of YAML 1.2 (``yes`` is text). Keys are text
+and must be unique. Aliases are resolved, and each use counts towards the limits.
 """
 
 import re
@@ -18,9 +18,9 @@ from siderolink.common.text import one_line
 MAX_BYTES = 512 * 1024
 MAX_DEPTH = 32
 MAX_NODES = 20_000
-"""Values in one stream, those behind aliases included."""
+"""Maximum values in one stream, including those of aliases."""
 MAX_TOO_LARGE = 4
-"""Documents beyond MAX_NODES, after which the rest of a damaged stream is ignored."""
+"""Number of documents beyond MAX_NODES after which the rest of a damaged stream is ignored."""
 MAX_DOCUMENTS = 256
 
 Location: TypeAlias = tuple[str | int, ...]
@@ -57,15 +57,15 @@ class YamlDocument:
 
 
 def read_stream(data: bytes, source: str) -> Iterator[YamlDocument]:
-    """Yield the stream's documents, without empty ones; `source` is for people.
+    """Yield the stream's documents, without empty ones; `source` is a display name.
 
-    Raises ConfigurationError, which names the line, at the first thing that is not allowed.
+    Raises ConfigurationError, which names the line, at the first error.
     """
     yield from _Reader(_decode(data, source), source).documents()
 
 
 def read_documents(data: bytes, source: str) -> list[YamlDocument | ConfigurationError]:
-    """Read each document of a stream on its own: one that cannot be read is an error in the list and costs no other."""
+    """Read each document of a stream separately: an unreadable one becomes an error in the list and does not affect others."""
     try:
         text = _decode(data, source)
     except ConfigurationError as error:
@@ -87,7 +87,7 @@ def read_documents(data: bytes, source: str) -> list[YamlDocument | Configuratio
         if reader.nodes <= MAX_NODES:
             nodes = reader.nodes
             continue
-        too_large += 1  # the next document gets a budget of its own, but only a few times
+        too_large += 1  # the next document gets a new budget, but only a few times
         if too_large == MAX_TOO_LARGE:
             break
     if not any(isinstance(item, ConfigurationError) for item in found):
@@ -103,12 +103,12 @@ def _decode(data: bytes, source: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigurationError(f"{source}:{line}: not UTF-8 text") from None
-    # editors on Windows leave byte order marks, and joining files leaves them in the middle of a stream
+    # editors on Windows write byte order marks, and joined files have them in the middle of a stream
     return _BYTE_ORDER_MARK.sub("", text)
 
 
 def _document_starts(text: str) -> Iterator[int]:
-    """Where documents begin: a marker at the start of a line ends whatever stands before it."""
+    """The positions where documents begin: a marker at the start of a line ends everything before it."""
     if not _MARKER.match(text):
         yield 0
     for match in _MARKER.finditer(text):
@@ -127,7 +127,7 @@ class _Reader:
     """Builds values from the parser's events; never deeper than MAX_DEPTH, so it may call itself."""
 
     def __init__(self, text: str, source: str, *, first_line: int = 1, nodes: int = 0) -> None:
-        """`first_line` is the text's place in its file, `nodes` the values that were read from the file before it."""
+        """`first_line` is the text's position in its file, `nodes` the number of values already read from the file."""
         self._text = text
         self._source = source
         self._first_line = first_line
@@ -174,7 +174,7 @@ class _Reader:
         self.nodes += nodes
         self._height = max(self._height, depth)
         if self.nodes > MAX_NODES:
-            self._refuse(event, f"more than {MAX_NODES} values, those behind aliases included")
+            self._refuse(event, f"more than {MAX_NODES} values, including those of aliases")
         if depth > MAX_DEPTH:
             self._refuse(event, f"nested deeper than {MAX_DEPTH} levels")
 
@@ -182,7 +182,7 @@ class _Reader:
         if isinstance(event, yaml.AliasEvent):
             found = self._anchors.get(event.anchor or "")
             if found is None:
-                self._refuse(event, "an alias for what has not been named before it")
+                self._refuse(event, "an alias without an anchor before it")
             self._count(event, found.nodes, depth + found.height)
             return found.value
         nodes, height = self.nodes, self._height
@@ -211,7 +211,7 @@ class _Reader:
                 self._refuse(key_event, "a key must be text")
             line = self._line(key_event)
             if key in found:
-                self._refuse(key_event, f"the key {_shown(key)} stands here a second time, first in line {lines[key]}")
+                self._refuse(key_event, f"the key {_shown(key)} is repeated; it is first in line {lines[key]}")
             lines[key] = self._lines[*location, key] = line
             found[key] = self._value(self._next(), (*location, key), depth + 1)
         return found

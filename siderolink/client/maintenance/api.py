@@ -1,8 +1,7 @@
 """The machine's maintenance API and its listeners.
 
-Without SideroLink, a machine is reachable at any address. With SideroLink configured, it is reachable over the link or not at
-all: at its overlay address, through the SideroLink interface (and by local processes), and not while there is no
-such address.
+Without SideroLink, the API listens on all addresses. With SideroLink configured, it listens only on the overlay address, for
+packets by the SideroLink interface and for local processes; as long as there is no such address, it does not listen.
 """
 
 import logging
@@ -58,21 +57,21 @@ class Nowhere:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnOverlay:
-    """On the overlay address alone."""
+    """On the overlay address only."""
 
     address: IPv6Address
     interface: str
     server: IPv6Address
     """The server's overlay address; a caller from it on that interface is the admin."""
     interface_index: int = 0
-    """The interface's index, 0 if unknown: an interface that is deleted and made again under one name has another index."""
+    """The interface's index, 0 if unknown: an interface that is recreated under the same name has another index."""
 
 
 Place = Everywhere | Nowhere | OnOverlay
 
 
 class MaintenanceApi:
-    """A running API; `place` moves it. Made by `serve_maintenance`."""
+    """A running API; setting `place` moves it. Created by `serve_maintenance`."""
 
     def __init__(self, hooks: MachineHooks, resources: ResourceStore, port: int, place: Place, limits: Limits) -> None:
         self.resources = resources
@@ -108,7 +107,7 @@ class MaintenanceApi:
         return self._servers[0].port if self._servers else None
 
     def move(self, place: Place) -> None:
-        """Listen at `place` only. Running calls are answered first, since one of them may have caused the move."""
+        """Listen at `place` only. Running calls are answered first, because one of them may have caused the move."""
         if place == self._wanted:
             return
         self._wanted = place
@@ -207,10 +206,9 @@ async def serve_maintenance(
     resources: ResourceStore | None = None,
     limits: Limits = LIMITS,
 ) -> AsyncIterator[MaintenanceApi]:
-    """Serve the machine's API until the context is left, starting at `place` (everywhere by default).
+    """Serve the machine's API until the context ends, starting at `place` (everywhere by default).
 
-    A port that is taken, or another obstacle, is logged and tried again. The resources that describe the host are kept up to
-    date.
+    Failures to listen, such as a port in use, are logged and retried. The resources that describe the host are kept up to date.
     """
     store = ResourceStore() if resources is None else resources
     hooks = hooks or MachineHooks()

@@ -71,9 +71,9 @@ class ConfigurationKeeper:
         on_refusal: Callable[[ConfigLoadErrorEvent], None] = lambda _: None,
         revert_again: float = 30.0,
     ) -> None:
-        """`use` puts settings into force and returns the verdict. `path` is the file of the persistent configuration.
+        """`use` applies settings and returns the verdict. `path` is the file of the persistent configuration.
 
-        `revert_again` is the pause in seconds after which a trial that could not be taken back is taken back again.
+        `revert_again` is the pause in seconds before a failed reversal of a trial is retried.
         """
         self._revert_again = revert_again
         self._resources = resources
@@ -88,7 +88,7 @@ class ConfigurationKeeper:
 
     @property
     def has_join(self) -> bool:
-        """Whether the active configuration says how to join."""
+        """Whether the active configuration contains a join URL."""
         return self._active is not None and self._active.has_join
 
     async def load(self) -> None:
@@ -139,13 +139,13 @@ class ConfigurationKeeper:
         before = self._active
         if before is not None and before.has_join and not found.has_join:
             found = found.with_join_of(before)
-            warnings.append("there is no SideroLinkConfig in it: the one that was applied before stays")
+            warnings.append("it has no SideroLinkConfig: the one applied before stays in force")
         timeout = _try_timeout(request.try_timeout)
         details = _DETAILS[mode]
         if mode == "try":
             details += f"\nThe config is applied in 'try' mode and will be automatically reverted back in {duration(timeout)}"
         if request.dry_run:
-            changes = await _difference(before, found) if request.by_admin else "What is configured is shown to admins alone."
+            changes = await _difference(before, found) if request.by_admin else "The configuration is shown only to admins."
             text = f"Dry run summary:\n{details} (skipped in dry-run).\nConfig diff:\n\n{changes}"
             return ApplyAnswer(warnings=tuple(warnings), mode=mode, details=text)
         warnings += await self._act(mode, found, timeout)
@@ -179,16 +179,16 @@ class ConfigurationKeeper:
         """Make it the configuration for the next start; returns warnings."""
         self._persistent = found
         if self._path is None:
-            return ["it is kept in memory alone: this program was given no file for it"]
+            return ["it is kept only in memory: this program has no file for it"]
         try:
             await anyio.to_thread.run_sync(write_private, self._path, found.data)
         except OSError as error:
             log.warning("the configuration cannot be saved to %s: %s", self._path, error.strerror)
-            return [f"it is kept in memory alone: its file cannot be written: {error.strerror}"]
+            return [f"it is kept only in memory: its file cannot be written: {error.strerror}"]
         return []
 
     async def _end_trial(self, trial: _Trial) -> None:
-        """Return to the configuration before a trial; where that does not work now, it is tried again."""
+        """Return to the configuration before a trial; retried if that fails."""
         if self._is_busy:
             self._set_trial(replace(trial, ends_at=anyio.current_time() + _BUSY_SECONDS))
             return
@@ -203,7 +203,7 @@ class ConfigurationKeeper:
         finally:
             self._is_busy = False
         if verdict.is_refused:
-            log.warning("the configuration before the trial cannot be put into force yet: %s", verdict.reason)
+            log.warning("the configuration before the trial cannot be applied yet: %s", verdict.reason)
             self._set_trial(replace(trial, ends_at=anyio.current_time() + self._revert_again))
             return
         self._active = trial.before
@@ -244,7 +244,7 @@ def difference(old: str, new: str) -> str:
     else:
         removed, added = (f"-{line.rstrip()}\n" for line in before), (f"+{line.rstrip()}\n" for line in after)
         text = "".join(("--- a\n", "+++ b\n", f"@@ -1,{len(before)} +1,{len(after)} @@\n", *removed, *added))
-    return text if len(text) <= _LONGEST_DIFF else text[:_LONGEST_DIFF] + "\n(the rest is left out)\n"
+    return text if len(text) <= _LONGEST_DIFF else text[:_LONGEST_DIFF] + "\n(the rest is omitted)\n"
 
 
 def _try_timeout(asked: timedelta | None) -> timedelta:
@@ -256,7 +256,7 @@ def _try_timeout(asked: timedelta | None) -> timedelta:
 
 
 def duration(length: timedelta) -> str:
-    """A length of time as existing machines write it: ``1m0s``, ``1h0m0s``, ``2.5s``."""
+    """A duration as existing machines write it: ``1m0s``, ``1h0m0s``, ``2.5s``."""
     minutes, seconds = divmod(length.total_seconds(), 60)
     hours, minutes = divmod(int(minutes), 60)
     text = f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"

@@ -33,9 +33,9 @@ T = TypeVar("T")
 _FINISH_SECONDS = 1.0
 MAX_STREAMS = 256
 CALL_LIMITS = CallLimits(max_message_bytes=64 * 1024, max_fields=256)
-"""Bounds of a request, so that decoding one, of whomever, takes the loop a few milliseconds at most."""
+"""Limits on a request, so that decoding any request blocks the loop for at most a few milliseconds."""
 LARGE_CALLS = dict.fromkeys(("ApplyConfiguration", "MetaWrite"), CallLimits(max_fields=CALL_LIMITS.max_fields))
-"""Concurrent streams of answers per socket, beside watches."""
+"""Concurrent streams of answers per socket, besides watches."""
 Answer: TypeAlias = Awaitable[betterproto2.Message] | AsyncIterator[betterproto2.Message]
 
 
@@ -72,7 +72,7 @@ _deadline: ContextVar[Deadline | None] = ContextVar("deadline of the call", defa
 
 
 def caller_waits() -> float:
-    """How many seconds the caller of the method that is running waits for its answer; infinite if it does not say."""
+    """The seconds for which the caller of the running method waits for its answer; infinite without a deadline."""
     deadline = _deadline.get()
     return float("inf") if deadline is None else deadline.time_remaining()
 
@@ -108,7 +108,7 @@ class MethodTable:
         return Handler(serve, cardinality, found.request, found.answer)
 
     def _check(self, method: MethodRule, stream: Stream[Any, Any]) -> CallerRole:
-        """The caller's role. Raises GRPCError where that is not enough."""
+        """The caller's role. Raises GRPCError if it does not suffice."""
         role = self._admittance.role(stream.peer.addr())
         needs_admin = method.role is CallerRole.ADMIN or (method.path == APPLY and not self._admittance.readers_apply)
         if needs_admin and role is not CallerRole.ADMIN:
@@ -145,7 +145,7 @@ class MethodTable:
         return serve
 
     async def _act(self, action: Coroutine[Any, Any, betterproto2.Message]) -> betterproto2.Message:
-        """Run an action in a task of its own, so that a caller that disconnects does not leave it half done."""
+        """Run an action in a separate task, so that it completes even if its caller disconnects."""
 
         async def run() -> betterproto2.Message:
             with self._calls:
@@ -159,10 +159,10 @@ class MethodTable:
     def _forget(self, task: asyncio.Task[betterproto2.Message]) -> None:
         self._actions.discard(task)
         if not task.cancelled():
-            task.exception()  # the caller has got the error, or is gone
+            task.exception()  # the caller has received the error, or has disconnected
 
     async def finish(self) -> None:
-        """Let actions whose callers have gone end, for a second at most; then cancel them."""
+        """Wait up to a second for actions whose callers have disconnected; then cancel them."""
         if self._actions:
             await asyncio.wait(self._actions, timeout=_FINISH_SECONDS)
         for task in tuple(self._actions):
@@ -193,7 +193,7 @@ class MethodTable:
 
 @asynccontextmanager
 async def closed_after(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Close an iterator with the body, if it is one that can be closed."""
+    """Close an iterator at the end of the body, if it can be closed."""
     try:
         yield items
     finally:
@@ -205,5 +205,5 @@ async def closed_after(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T
 def readable(request: Any) -> Any:
     """The decoded request. Raises GRPCError if it is malformed or has values of undeclared kinds."""
     if request is None or not has_declared_types(request):
-        raise GRPCError(Status.INVALID_ARGUMENT, "the message could not be read")
+        raise GRPCError(Status.INVALID_ARGUMENT, "the message could not be decoded")
     return request

@@ -36,7 +36,7 @@ class LinkFollower:
 
     follower.configured(url)                        # SideroLink is configured: the API stops listening
     connect(url, on_event=follower.on_event)        # and on the overlay address once there is one
-    follower.removed()                              # no SideroLink any more: everywhere
+    follower.removed()                              # SideroLink is no longer configured: everywhere
     """
 
     def __init__(self, api: MaintenanceApi, *, private_key: PrivateKey | None = None) -> None:

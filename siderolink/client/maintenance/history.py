@@ -96,7 +96,7 @@ class EventHistory:
 
 
 class LogBuffer(logging.Handler):
-    """The last lines of this program's log, from whichever thread they come. Made on the event loop."""
+    """The last lines of this program's log, from all threads. Must be created on the event loop."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)

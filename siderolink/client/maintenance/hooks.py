@@ -50,10 +50,10 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineVersion:
-    """The release that the machine is compatible with; this package's own version stands in `sha`.
+    """The release that the machine is compatible with; `sha` contains this package's own version.
 
-    Existing clients read the tag as a semantic version, do nothing at all where it is none, and warn where it is older than
-    they are. Raises ConfigurationError for a tag that is none.
+    Existing clients parse the tag as a semantic version, refuse to work if it is none, and warn if it is older than their own.
+    Raises ConfigurationError for a tag that is not a semantic version.
     """
 
     tag: str = API_RELEASE
@@ -76,12 +76,12 @@ class ApplyRequest:
     """A configuration to apply."""
 
     data: bytes = field(repr=False)
-    """YAML documents, as they came."""
+    """YAML documents, unchanged."""
     mode: ApplyMode
     dry_run: bool
     """Check only, change nothing."""
     try_timeout: timedelta | None
-    """With the mode ``try``: how long before the change is taken back."""
+    """With the mode ``try``: the time after which the change is reverted."""
     by_admin: bool = True
     """Whether the caller is an admin; others do not see the present configuration."""
 
@@ -161,10 +161,10 @@ class LogRequest:
 class MachineHooks:
     """The functions that serve permitted API calls.
 
-    What is None has the default that docs/machine.md names: a refusal, or for logs, services and the kernel's log what a plain
-    Linux host can tell. A hook that raises ConfigurationError refuses the call (INVALID_ARGUMENT, with the error's text);
-    GRPCError answers as it says; anything else is INTERNAL, and logged. The caller waits for the hook, so what takes long is
-    started and not awaited.
+    None selects the default in docs/machine.md: a refusal, or for logs, services and the kernel's log what a plain Linux host
+    provides. A hook that raises ConfigurationError refuses the call (INVALID_ARGUMENT, with the error's text). GRPCError is
+    returned to the caller; any other exception becomes INTERNAL and is logged. The caller waits for the hook, so start long
+    operations without awaiting them.
     """
 
     version: MachineVersion = field(default_factory=MachineVersion)
@@ -173,19 +173,19 @@ class MachineHooks:
     reset: Callable[[ResetRequest], Awaitable[None]] | None = None
     shutdown: Callable[[ShutdownRequest], Awaitable[None]] | None = None
     pull_image: Callable[[str], Awaitable[str]] | None = None
-    """Fetch an installer's image, the first call of an installation; gives the image's name."""
+    """Fetch an installer's image, the first call of an installation; returns the image's name."""
     install: Callable[[InstallRequest], AsyncIterator[str]] | None = None
-    """Install or upgrade; gives lines of progress, and has succeeded when it ends."""
+    """Install or upgrade; yields lines of progress, and has succeeded when it ends."""
     meta_write: Callable[[int, bytes], Awaitable[None]] | None = None
     """Write a META key (0 to 255)."""
     meta_delete: Callable[[int], Awaitable[bool]] | None = None
-    """Delete a META key; False where there was none."""
+    """Delete a META key; returns False if it does not exist."""
     logs: Callable[[LogRequest], AsyncIterator[bytes]] | None = None
     """The lines of a log, each with its end."""
     log_names: tuple[str, ...] = ()
     """The logs that `logs` has."""
     dmesg: Callable[[bool, bool], AsyncIterator[bytes]] | None = None
-    """The kernel's log; whether to follow it, and whether to give new lines alone."""
+    """The kernel's log; arguments: whether to follow it, and whether to return only new lines."""
     services: Callable[[], Awaitable[list[ServiceInfo]]] | None = None
     control_service: Callable[[ServiceAction, str], Awaitable[str]] | None = None
-    """Start, stop or restart a service; gives a text for people."""
+    """Start, stop or restart a service; returns a text for people."""

@@ -51,7 +51,7 @@ _all_of_processes = partial(proc.processes, with_arguments=True)
 
 
 class Observation:
-    """Reads the kernel's files in a few threads of its own, so that a read that hangs delays nothing else."""
+    """Reads the kernel's files in a few separate threads, so that a read that hangs delays nothing else."""
 
     def __init__(self, hooks: MachineHooks, events: EventHistory, log: LogBuffer) -> None:
         self._hooks = hooks
@@ -183,7 +183,7 @@ class Observation:
         return pb.LogsContainersResponse(messages=[pb.LogsContainer(ids=list(names))])
 
     async def _kernel_log(self, role: CallerRole, *, follow: bool, only_new: bool) -> AsyncIterator[bytes]:
-        """Lines of the kernel's log. Each reader holds a descriptor, so their number is bounded, apart for each role."""
+        """Lines of the kernel's log. Each reader holds a descriptor, so the number of readers is limited per role."""
         if self._kernel_readers[role] >= _MAX_KERNEL_READERS:
             raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many callers are reading the kernel log; stop some first")
         self._kernel_readers[role] += 1
@@ -233,7 +233,7 @@ class Observation:
 
 
 async def _parts(lines: AsyncIterator[bytes]) -> AsyncIterator[Data]:
-    """Lines as they travel."""
+    """Convert lines to messages."""
     async with closed_after(lines):
         async for line in lines:
             yield Data(bytes=line)

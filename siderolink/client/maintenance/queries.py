@@ -1,7 +1,7 @@
 """Selects resources by label queries and by a pattern of their ids.
 
-Patterns come from strangers, in RE2 syntax, which clients of the resource API use. RE2 matches in time linear in the text. The
-package is an extra.
+Patterns come from untrusted callers and use RE2 syntax, as clients of the resource API do. RE2 matches in time linear in the
+text. The package is an extra.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Roles: every method of the machine's API with the role it needs, and the refusals of methods that are not served.
 
-A caller's role depends on the socket that took the connection. The one that hears the SideroLink interface alone gets what
-WireGuard has authenticated, and there the server's own address is the admin's. On every other socket all callers are readers,
-whatever address they write into their packets.
+A caller's role depends on the socket that accepted the connection. The socket bound to the SideroLink interface receives only
+packets that WireGuard has authenticated, so there the server's address identifies the admin. On every other socket all callers
+are readers, regardless of their source address.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class CallerRole(StrEnum):
     """The permissions of a caller."""
 
     READER = "reader"
-    """Read what is not sensitive; and apply a configuration, while there is none."""
+    """Read non-sensitive data, and apply a configuration while there is none."""
     ADMIN = "admin"
     """Everything."""
 
@@ -29,9 +29,9 @@ class Admittance:
     """Properties of callers that follow from the accepting socket."""
 
     admin: IPv6Address | None = None
-    """The source address that is the admin's; None where there can be none."""
+    """The admin's source address; None if this socket has no admin."""
     readers_apply: bool = False
-    """Whether readers may apply a configuration: where there is none yet, since nobody else could."""
+    """Whether readers may apply a configuration: as long as there is none, because then nobody else could."""
 
     def role(self, source: object) -> CallerRole:
         """The role of a caller at a socket address."""
@@ -50,7 +50,7 @@ class MethodRule:
 
     path: str
     role: CallerRole
-    """The least role that may call it."""
+    """The lowest role that may call it."""
     refusal: tuple[Status, str] | None = None
     """The error for callers with that role if nothing serves the method."""
     note: str = ""
@@ -67,7 +67,7 @@ class MethodRule:
 
 APPLY = "/machine.MachineService/ApplyConfiguration"
 INSTALL_REFUSAL = (
-    "this machine runs SideroLink on an operating system of its own and cannot be installed or upgraded by its server: "
+    "this machine runs SideroLink on another operating system and cannot be installed or upgraded by its server: "
     "it stays in maintenance; install the operating system itself, or remove the machine"
 )
 _READER, _ADMIN = CallerRole.READER, CallerRole.ADMIN
@@ -84,7 +84,7 @@ _NO_WRITING = "write access is not allowed"
 _SERVED: dict[str, tuple[CallerRole, str]] = {
     "machine.MachineService/ApplyConfiguration": (
         _READER,
-        "judged as the machine's own decoder would; open to readers while no SideroLink is configured",
+        "checked as by the machine's own decoder; open to readers while no SideroLink is configured",
     ),
     "machine.MachineService/Containers": (_READER, "none: an empty list"),
     "machine.MachineService/CPUFreqStats": (_READER, _KERNEL),

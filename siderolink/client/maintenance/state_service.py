@@ -42,7 +42,7 @@ class StateService:
     """Serves a store to the callers of one socket."""
 
     call_limits = dict.fromkeys(("Get", "List", "Watch"), CallLimits(max_message_bytes=64 * 1024, max_fields=1024))
-    """Room for as many label terms as are allowed."""
+    """Enough for the maximum number of label terms."""
 
     def __init__(self, store: ResourceStore, admittance: Admittance) -> None:
         self._store = store

@@ -25,10 +25,10 @@ log = logging.getLogger("siderolink")
 MAX_WAITING_EVENTS = 1000
 MAX_WAITING_BYTES = 4 * 1024 * 1024
 MAX_EVENT_BYTES = 200 * 1024
-"""The longest event: a sink that refused one for its length would get it again and again, and nothing behind it."""
+"""Maximum length of an event: one that a sink refuses for its length would be retried forever and block all later ones."""
 MAX_ACTOR_ID = 128
 MAX_REFUSALS = 5
-"""How often one event is sent to a sink that calls it invalid."""
+"""Number of times that one event is sent to a sink that refuses it as invalid."""
 PUBLISH_TIMEOUT = 30.0
 """Timeout of one call in seconds; then the sender reconnects."""
 
@@ -39,13 +39,13 @@ _COUNTER_BITS = 24
 
 
 class _Refused:
-    """How often the sink refused one and the same event."""
+    """Counts the sink's refusals of one event."""
 
     def __init__(self) -> None:
         self._number = self._times = -1
 
     def count(self, number: int) -> int:
-        """Count a refusal of this event and return how many there were."""
+        """Count a refusal of this event, and return their number."""
         self._times = self._times + 1 if number == self._number else 1
         self._number = number
         return self._times
@@ -54,16 +54,16 @@ class _Refused:
 class EventSender:
     """Keeps the events that the sink has not acknowledged, and delivers them while `run` runs.
 
-    A connection that breaks, a link that is down or a server that starts again costs no event: delivery goes on with the first
-    one that was not acknowledged. At most `MAX_WAITING_EVENTS` events and `MAX_WAITING_BYTES` wait; beyond that the oldest are
-    lost, which `lost` counts and the log says.
+    A broken connection, a link that is down or a restarted server loses no event: delivery continues with the first
+    unacknowledged one. At most `MAX_WAITING_EVENTS` events and `MAX_WAITING_BYTES` are queued; beyond that the oldest are
+    dropped, counted by `lost` and logged.
     """
 
     def __init__(self, *, max_events: int = MAX_WAITING_EVENTS, max_bytes: int = MAX_WAITING_BYTES) -> None:
         self.delivered = 0
-        """How many events the sink has acknowledged."""
+        """Number of events that the sink has acknowledged."""
         self.refused = 0
-        """How many events were given up because the sink refused them as invalid."""
+        """Number of events dropped because the sink refused them as invalid."""
         self._queue: DeliveryQueue[EventRequest] = DeliveryQueue(max_items=max_events, max_bytes=max_bytes)
         self._ids = IdMaker()
         self._backoff = Backoff(first=0.5, floor=0.1, cap=30.0)
@@ -73,18 +73,18 @@ class EventSender:
 
     @property
     def lost(self) -> int:
-        """How many events were dropped: too many waited, or the sink refused them as invalid."""
+        """Number of events dropped, because the queue was full or the sink refused them as invalid."""
         return self._queue.lost + self.refused
 
     @property
     def waiting(self) -> int:
-        """How many events have not been acknowledged yet."""
+        """Number of events not acknowledged yet."""
         return len(self._queue)
 
     def publish(self, payload: MachineEventPayload, *, actor_id: str = "") -> str:
         """Queue an event for the sink and return its id. Never waits.
 
-        Raises ConfigurationError for an event or an actor id longer than sinks take.
+        Raises ConfigurationError for an event or an actor id that is too long for sinks.
         """
         data = pack_event(payload)
         if len(data.value) > MAX_EVENT_BYTES or len(actor_id) > MAX_ACTOR_ID:
@@ -148,9 +148,9 @@ class EventSender:
 
 
 class IdMaker:
-    """Makes event ids as existing machines do: twenty characters that sort by the time they were made.
+    """Generates event ids in the form of existing machines: twenty characters that sort by creation time.
 
-    They encode the seconds, five bytes that tell makers apart, and a counter: 12 bytes in base 32.
+    They encode the seconds, five bytes that identify the generator, and a counter: 12 bytes in base 32.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time, entropy: Callable[[int], bytes] = os.urandom) -> None:

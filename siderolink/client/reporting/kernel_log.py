@@ -1,4 +1,4 @@
-"""The kernel's log: its records as /dev/kmsg gives them, and as they are delivered."""
+"""The kernel's log: its records as read from /dev/kmsg, and as delivered."""
 
 import asyncio
 import errno
@@ -71,7 +71,7 @@ class KernelMessage:
 
 
 async def read_kernel_log(path: Path = KMSG) -> AsyncIterator[KernelMessage]:
-    """Every record that the kernel still has, then each new one. Raises ConfigurationError where the log cannot be read."""
+    """Every record that the kernel still has, then each new one. Raises ConfigurationError if the log cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -99,7 +99,7 @@ async def read_kernel_log(path: Path = KMSG) -> AsyncIterator[KernelMessage]:
 
 
 def _next_record(fd: int) -> bytes | None:
-    """The next record; None when there is none yet."""
+    """The next record; None if there is none yet."""
     while True:
         try:
             return os.read(fd, _LONGEST_RECORD)
@@ -112,7 +112,7 @@ def _next_record(fd: int) -> bytes | None:
 
 
 def parse_record(record: bytes, boot_time_ns: int) -> KernelMessage:
-    """Read a record of /dev/kmsg (the kernel's Documentation/ABI/testing/dev-kmsg). Raises ConfigurationError for others.
+    """Parse a record of /dev/kmsg (the kernel's Documentation/ABI/testing/dev-kmsg). Raises ConfigurationError.
 
     The clock counts from `boot_time_ns`, Unix time in nanoseconds.
     """

@@ -1,9 +1,9 @@
-"""Delivers kernel log lines to one receiver, by TCP (one JSON object a line) or by UDP (one a datagram).
+"""Delivers kernel log lines to one receiver, by TCP (one JSON object per line) or by UDP (one per datagram).
 
 TCP reports what the other end's kernel has acknowledged. A line is kept until then; after a disconnect, unacknowledged lines
-are sent again, so that a line can arrive twice but is not lost. A partly acknowledged line is sent again as a whole. TCP does
-not report what the receiving program has read from its kernel: so after an abnormal end of a connection, lines that were
-acknowledged recently are sent again, too.
+are sent again, so a line can arrive twice but is not lost. A partly acknowledged line is sent again as a whole. TCP does not
+report how much the receiving program has read from its kernel, so after an abnormal end of a connection, recently acknowledged
+lines are sent again, too.
 """
 
 import asyncio
@@ -32,15 +32,15 @@ log = logging.getLogger("siderolink")
 MAX_WAITING_LINES = 8192
 MAX_WAITING_BYTES = 4 * 1024 * 1024
 MAX_LINE_BYTES = 16 * 1024
-"""A longer line is cut in its message."""
+"""The message of a longer line is truncated."""
 CONNECT_TIMEOUT = 10.0
 SEND_TIMEOUT = 5.0
 TAKE_TIMEOUT_MS = 15_000
-"""How long the receiver may take to acknowledge data before the sender reconnects."""
+"""Milliseconds that the receiver may take to acknowledge data before the sender reconnects."""
 KEEPALIVE_SECONDS = 30
 RETRY_SECONDS = 1.0
 RESOLVE_SECONDS = 60.0
-"""How long datagrams go to one address of a host name; TCP resolves it at each connection."""
+"""Seconds for which datagrams are sent to one address of a host name; TCP resolves it at each connection."""
 LATELY_BYTES = 256 * 1024
 """Bytes of acknowledged lines that are sent again after a connection was reset or timed out."""
 _BATCH_BYTES = 64 * 1024
@@ -48,7 +48,7 @@ _BATCH_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class LogDestination:
-    """Where kernel log lines go."""
+    """The destination of kernel log lines."""
 
     protocol: Literal["tcp", "udp"]
     address: HostPort
@@ -58,10 +58,10 @@ class LogDestination:
 
 
 class LogSender:
-    """Keeps the lines that the receiver has not taken, and delivers them while `run` runs.
+    """Keeps the lines that the receiver has not acknowledged, and delivers them while `run` runs.
 
-    At most `MAX_WAITING_LINES` lines and `MAX_WAITING_BYTES` wait; beyond that the oldest are lost, which `lost` counts and the
-    log says.
+    At most `MAX_WAITING_LINES` lines and `MAX_WAITING_BYTES` are queued; beyond that the oldest are dropped, counted by `lost`
+    and logged.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class LogSender:
 
     @property
     def lost(self) -> int:
-        """How many lines were dropped because too many waited."""
+        """Number of lines dropped because the queue was full."""
         return self._queue.lost
 
     @property
     def delivered(self) -> int:
-        """How many lines the receiver has taken."""
+        """Number of lines that the receiver has acknowledged."""
         return self._queue.first - self._queue.lost
 
     @property
     def waiting(self) -> int:
-        """How many lines the receiver has not taken yet."""
+        """Number of lines that the receiver has not acknowledged yet."""
         return len(self._queue)
 
     def add(self, message: KernelMessage) -> None:
@@ -133,7 +133,7 @@ class LogSender:
                 progress.end()
 
     async def _deliver_udp(self) -> None:
-        """Send until an error; to a host name for RESOLVE_SECONDS at most, since nothing tells that its address changed."""
+        """Send until an error; to a host name for RESOLVE_SECONDS at most, because changes of its address are not reported."""
         address = self.destination.address
         loop = asyncio.get_running_loop()
         infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
@@ -164,23 +164,23 @@ class LogSender:
 
 
 class _TcpProgress:
-    """Which lines the other end's kernel has taken on one connection."""
+    """Tracks the lines that the other end's kernel has acknowledged on one connection."""
 
     def __init__(self, sock: socket.socket, queue: DeliveryQueue[bytes]) -> None:
         self._sock = sock
         self._queue = queue
         self._next = queue.first
         self._taken_up = self._written = 0
-        """Bytes: of all lines so far, and of these what our own kernel has."""
+        """Bytes of all lines so far, and of those written to our own kernel."""
         self._ends: list[tuple[int, int]] = []
-        """Line numbers, each with how many bytes there are up to its end."""
+        """Line numbers, each with the number of bytes up to its end."""
         self._lately: deque[tuple[bytes, int]] = deque()
         self._lately_size = 0
         self.is_broken = False
-        """Whether the connection ended in another way than by the other end's closing it."""
+        """Whether the connection ended abnormally, not by a close of the other end."""
 
     async def next_lines(self) -> list[bytes]:
-        """The lines that wait to be sent, up to a batch; waits for the first."""
+        """The next lines to send, up to a batch; waits for the first."""
         while self._ends and self._queue.end <= self._next:
             # nothing to send, but the last lines are not acknowledged yet
             with anyio.move_on_after(RETRY_SECONDS):
@@ -200,7 +200,7 @@ class _TcpProgress:
         return lines
 
     async def write(self, data: bytes) -> None:
-        """Send everything. If it is interrupted, the unwritten rest is known."""
+        """Send everything. If interrupted, the unwritten rest is known."""
         rest = memoryview(data)
         while rest:
             try:
@@ -212,7 +212,7 @@ class _TcpProgress:
             rest = rest[count:]
 
     def settle(self) -> None:
-        """Give up the lines that were taken."""
+        """Discard the acknowledged lines."""
         taken = self._written - _unacknowledged(self._sock)
         count = 0
         for number, end in self._ends:
@@ -238,9 +238,9 @@ class _TcpProgress:
 
 
 async def forward_log(source: AsyncIterable[KernelMessage], senders: Sequence[LogSender]) -> None:
-    """Give every record of the source to every sender, and deliver, until cancelled.
+    """Pass every record of the source to every sender, and deliver them, until cancelled.
 
-    Raises what the source raises. Delivery continues after the source ends.
+    Raises the source's errors. Delivery continues after the source ends.
     """
     async with background_tasks() as tasks:
         for sender in senders:

@@ -101,7 +101,7 @@ WRONG = {
     "log-port: many\n": "{file}:1: log-port: must be a whole number, not text",
     "force-tunnel: yes\n": "{file}:1: force-tunnel: must be true or false, not text",
     f"join-token: [{SECRET}]\n": "{file}:1: join-token: must be text, not a list",
-    f"join-token: {SECRET}\njoin-token: other\n": "{file}:2: the key 'join-token' stands here a second time, first in line 1",
+    f"join-token: {SECRET}\njoin-token: other\n": "{file}:2: the key 'join-token' is repeated; it is first in line 1",
     f"join-token: '{SECRET}\n": "{file}:2: not YAML: ",
     f"join-token {SECRET}\n": "{file}:1: must be a mapping of settings",
     "interface: a\n---\ninterface: b\n": "{file}:3: a second document; one is expected",

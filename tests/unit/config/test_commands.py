@@ -58,7 +58,7 @@ def test_an_argument_is_stronger_and_alone_keeps_the_host_out(tmp_path: Path) ->
         ("join URL", "grpc://argument:443"),
         ("unique token", "…"),
     ]
-    assert shown["notes"] == [f"{documents}:6: Other is none of SideroLink's and was passed over"]
+    assert shown["notes"] == [f"{documents}:6: Other is not a document of SideroLink's and was skipped"]
     alone = json.loads(run("config", "show", "grpc://argument", "--json"))
     assert [each["name"] for each in alone["settings"]] == ["join URL"]
     assert alone["notes"] == []

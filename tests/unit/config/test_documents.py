@@ -155,7 +155,7 @@ def test_unknown_kinds_are_kept_apart_with_a_note() -> None:
             "f0.yaml:3: apiUrl: is missing; needed are apiVersion, kind, apiUrl",
         ),
         (JOIN + f"uniqueToken: {TOKEN * 1000}", "f0.yaml:4: uniqueToken: is too long; at most 8192 are allowed"),
-        (JOIN + "apiUrl: https://h", "f0.yaml:4: the key 'apiUrl' stands here a second time, first in line 3"),
+        (JOIN + "apiUrl: https://h", "f0.yaml:4: the key 'apiUrl' is repeated; it is first in line 3"),
         (JOIN + "<<: {a: b}", "f0.yaml:4: <<: unknown key; allowed are apiVersion, kind, apiUrl, uniqueToken"),
         (JOIN + "---\n" + JOIN, "f0.yaml:5: a SideroLinkConfig is already defined at f0.yaml:1; only one is allowed"),
         (JOIN.replace("v1alpha1", "v1"), "f0.yaml:1: apiVersion: must be 'v1alpha1'"),

@@ -84,7 +84,7 @@ def test_a_main_document_is_refused_with_a_text_for_people(text: str) -> None:
     [
         ("kind: [", "not YAML"),
         ("apiVersion: v1alpha1\nkind: SideroLinkConfig\n", "apiUrl: is missing"),
-        ("apiVersion: v1alpha1\nkind: SideroLinkConfig\napiUrl: http://192.0.2.1\n", "begins with https:// or grpc://"),
+        ("apiVersion: v1alpha1\nkind: SideroLinkConfig\napiUrl: http://192.0.2.1\n", "must begin with https:// or grpc://"),
         ("apiVersion: v1alpha1\nkind: EventSinkConfig\nendpoint: 1\n", "must be text"),
         (f"{SINK}endpoint: again\n", "a second time"),
         ("a: " + "[" * 100, "nested deeper"),
@@ -98,7 +98,7 @@ def test_kinds_that_machines_know_are_taken_with_a_warning_each() -> None:
     kinds = ("HostnameConfig", "RegistryAuthConfig")
     text = SINK + "".join(f"---\napiVersion: v1alpha1\nkind: {kind}\nname: a\n" for kind in kinds)
     found = decode(text.encode())
-    assert found.warnings == tuple(f"{kind} is kept, and has no effect on this machine" for kind in kinds)
+    assert found.warnings == tuple(f"{kind} is kept and has no effect on this machine" for kind in kinds)
     assert found.data == text.encode()
     assert not found.has_join
     assert found.settings.event_sink is not None

@@ -76,7 +76,7 @@ def test_a_stream_of_documents_knows_its_lines() -> None:
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("a: 1\nb: 2\na: 3", 3, "'a' stands here a second time, first in line 1"),
+        ("a: 1\nb: 2\na: 3", 3, "'a' is repeated; it is first in line 1"),
         ("a: {b: 1,\n b: 2}", 2, "second time"),
         ("a: 1\n2: b", 2, "a key must be text"),
         ("true: b", 1, "a key must be text"),
@@ -112,7 +112,7 @@ def test_refusals_name_the_line(text: str | bytes, line: int, words: str) -> Non
 
 def test_aliases_cannot_make_a_little_into_a_lot() -> None:
     rows = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
-    assert "behind aliases" in refusal("a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(rows))
+    assert "including those of aliases" in refusal("a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(rows))
 
 
 def test_aliases_cannot_nest_deeper_than_text_can() -> None:

@@ -17,7 +17,7 @@ _TYPES = storage.DiskDiskType
 
 
 def read_disks(block: Path = BLOCK) -> dict[str, DiskSpec]:
-    """Disks that have a size, by their names."""
+    """Disks with a size, by name."""
     try:
         names = sorted(os.listdir(block))[:_MAX_DISKS]
     except OSError:
@@ -70,7 +70,7 @@ def _transport(name: str, real: str) -> str:
 
 
 def _secondary(folder: Path) -> list[str]:
-    """The disks that one of the device mapper or of MD is made of."""
+    """The disks that underlie a device of the device mapper or MD."""
     try:
         return sorted(os.listdir(folder / "slaves"))[:_MAX_DISKS]
     except OSError:
@@ -78,7 +78,7 @@ def _secondary(folder: Path) -> list[str]:
 
 
 def pretty_size(size: int) -> str:
-    """A size in powers of 1,000 with two digits, as people write it."""
+    """A size in powers of 1,000 with two digits, for display."""
     value, unit = float(size), 0
     while value >= 1000 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1
@@ -86,7 +86,7 @@ def pretty_size(size: int) -> str:
 
 
 def legacy_disks(found: dict[str, DiskSpec]) -> list[storage.Disk]:
-    """The same as StorageService/Disks has them: no loop devices, and none of them a system disk."""
+    """The disks in the form of StorageService/Disks: without loop devices, and none marked as the system disk."""
     return [
         storage.Disk(
             size=disk.size,

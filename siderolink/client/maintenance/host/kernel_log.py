@@ -17,7 +17,7 @@ _RECORDS_AT_ONCE = 64
 
 
 async def kernel_log(*, follow: bool, only_new: bool, path: Path = KMSG) -> AsyncIterator[bytes]:
-    """Lines of the log. Raises GRPCError (FAILED_PRECONDITION) where it cannot be read."""
+    """Lines of the log. Raises GRPCError (FAILED_PRECONDITION) if it cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

@@ -60,7 +60,7 @@ _SECRET = re.compile(r"(?i)((?:join_?token|unique-?token|password|secret)[=: ])[
 
 
 def read_text(path: Path, limit: int = _MAX_BYTES) -> str:
-    """The beginning of a file; empty where it cannot be read."""
+    """The beginning of a file; empty if it cannot be read."""
     try:
         with path.open("rb", buffering=0) as file:
             parts = []
@@ -218,7 +218,7 @@ def mounts(proc: Path = PROC) -> list[pb.MountStat]:
 
 
 def file_system(path: str, proc: Path = PROC) -> pb.StorageServiceStatfsResponse | None:
-    """Of the file system that is mounted at a path; None where there is none, or where it may not answer."""
+    """Statistics of the file system mounted at a path; None if there is none, or if querying it may hang."""
     kinds = {place: kind for _, place, kind in _mount_table(proc)}
     if path not in kinds or kinds[path].partition(".")[0] in _REMOTE:
         return None
@@ -237,7 +237,7 @@ def file_system(path: str, proc: Path = PROC) -> pb.StorageServiceStatfsResponse
 
 
 def processes(*, with_arguments: bool, proc: Path = PROC) -> list[pb.ProcessInfo]:
-    """The host's processes, those with the lowest numbers first. Secrets among arguments are masked."""
+    """The host's processes, lowest process ids first. Secrets in arguments are masked."""
     numbers = sorted(int(name) for name in os.listdir(proc) if name.isascii() and name.isdigit())
     found = (_process(proc / str(pid), pid, with_arguments) for pid in numbers[:_MAX_ROWS])
     return [process for process in found if process is not None]
@@ -248,7 +248,7 @@ def _process(folder: Path, pid: int, with_arguments: bool) -> pb.ProcessInfo | N
     name, _, rest = text.rpartition(")")
     columns = rest.split()
     if len(columns) < 22:
-        return None  # it has just ended
+        return None  # the process has just ended
     info = pb.ProcessInfo(
         pid=pid,
         ppid=number(columns[1]),

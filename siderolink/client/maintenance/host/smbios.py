@@ -31,11 +31,11 @@ class Structure:
     strings: tuple[str, ...]
 
     def number(self, offset: int, size: int) -> int:
-        """A little-endian number; 0 where the structure is of an older version and ends before it."""
+        """A little-endian number; 0 if the structure is of an older version and ends before it."""
         return int.from_bytes(self.area[offset : offset + size], "little") if offset + size <= len(self.area) else 0
 
     def text(self, offset: int) -> str:
-        """The string whose number stands there."""
+        """The string whose number is at this offset."""
         index = self.number(offset, 1)
         return self.strings[index - 1] if 0 < index <= len(self.strings) else ""
 
@@ -60,7 +60,7 @@ def read_structures(table: bytes) -> Iterator[Structure]:
 
 
 def inventory(table: Path = TABLE, proc: Path = PROC) -> tuple[dict[str, ProcessorSpec], dict[str, MemoryModuleSpec]]:
-    """Processors and memory modules, by the ids of their resources."""
+    """Processors and memory modules, by resource id."""
     try:
         with table.open("rb") as file:
             structures = list(read_structures(file.read(_MAX_BYTES)))
@@ -128,7 +128,7 @@ def _module(found: Structure) -> tuple[str, MemoryModuleSpec]:
 
 
 def _kernel_processors(proc: Path) -> dict[str, ProcessorSpec]:
-    """One for each socket that the kernel tells of."""
+    """One processor for each socket that the kernel reports."""
     sockets: dict[str, ProcessorSpec] = {}
     cores: dict[str, set[str]] = {}
     for info in cpu_info(proc):
@@ -152,7 +152,7 @@ def _kernel_processors(proc: Path) -> dict[str, ProcessorSpec]:
 
 
 def _kernel_memory(proc: Path) -> dict[str, MemoryModuleSpec]:
-    """All of it as one module."""
+    """All memory as one module."""
     size = memory_info(proc).memtotal // 1024
     return {"memory": MemoryModuleSpec(size=size, device_locator="memory")} if size else {}
 

@@ -265,7 +265,7 @@ EMPTY_TYPES = (
     EXTENSION_CONFIG,
     OOM_ACTION,
 )
-"""Types that clients expect to be registered, and of which this machine has no resource."""
+"""Types that clients expect to be registered although this machine has no such resources."""
 
 MACHINE_TYPES = (
     LINK_STATUS,

@@ -87,7 +87,7 @@ async def keep_host_resources(
 async def _supervise(
     name: str, keep: Callable[[Callable[[], None]], Awaitable[None]], *, task_status: "anyio.abc.TaskStatus[None]"
 ) -> None:
-    """Run one part and restart it after a failure, so that it costs neither the others nor the link."""
+    """Run one part and restart it after a failure, without effect on the others and the link."""
     is_started = False
 
     def started() -> None:

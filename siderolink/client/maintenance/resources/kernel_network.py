@@ -29,7 +29,7 @@ from siderolink.common.netlink import Address, HostNetwork, NetworkLink, Route
 
 NET: Final = Path("/sys/class/net")
 _MAX_ITEMS: Final = 2048
-"""Links, addresses or routes that are shown at most."""
+"""Maximum links, addresses or routes shown."""
 _ETHTOOL, _GET_SETTINGS, _SETTINGS_BYTES, _PORT_AT = 0x8946, 0x1, 44, 15
 """The ioctl, its command, and struct ethtool_cmd, of which the byte at 15 is the port."""
 _DUPLEX = {"half": 0, "full": 1}
@@ -115,7 +115,7 @@ def _device(device: Path) -> tuple[str, str, str]:
         return "", "", ""
     real = Path(os.path.realpath(device))
     driver = os.path.basename(os.path.realpath(device / "driver")) if (device / "driver").exists() else ""
-    for folder in (real, real.parent):  # a virtio device stands below its PCI device
+    for folder in (real, real.parent):  # a virtio device is below its PCI device
         vendor, product = read_text(folder / "vendor", 16).strip(), read_text(folder / "device", 16).strip()
         if ":" in folder.name and vendor and product:
             return folder.name, f"{vendor[2:].upper()}:{product[2:].upper()}", driver

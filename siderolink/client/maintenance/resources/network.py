@@ -92,7 +92,7 @@ _DUPLEX_NAMES = {0: "Half", 1: "Full"}
 MAIN_TABLE: Final = 254
 _LINK_SCOPE: Final = 253
 _MAX_CACHED: Final = 4096
-"""Specs that are kept of each kind, since most stay the same when a host changes."""
+"""Specs cached per kind, because most stay the same when a host changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +288,7 @@ def route_status(route: RouteFacts) -> ResourceSpec:
 
 
 def node_addresses(addresses: Iterable[AddressFacts], links: dict[str, LinkFacts]) -> dict[str, ResourceSpec]:
-    """Addresses by which others can reach the machine: no loopback, no link-local ones."""
+    """Addresses at which others can reach the machine: neither loopback nor link-local."""
     loopbacks = {link.index for link in links.values() if link.flags & 0x8}
     usable = [
         found.address

@@ -19,7 +19,7 @@ class ResourceSpec:
     fields: Mapping[str, object]
     """The contents for YAML: text, numbers, booleans, lists and mappings."""
     text: str | None = None
-    """The YAML, if it is not made from `fields`."""
+    """The YAML, if it is not generated from `fields`."""
 
     @property
     def size(self) -> int:
@@ -74,7 +74,7 @@ def _scalar(value: object) -> str:
 
 
 def _text(text: str) -> str:
-    """A plain word as it is, else double-quoted with all but printable ASCII escaped (YAML 1.2, 5.7)."""
+    """A plain word unchanged; other text double-quoted, with everything but printable ASCII escaped (YAML 1.2, 5.7)."""
     if text and set(text) <= _PLAIN and text.lower() not in _WORDS:
         return text
     return _quoted(text)

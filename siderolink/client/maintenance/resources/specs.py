@@ -137,7 +137,7 @@ def link_spec(
 
 
 MACHINE_CONFIG_ANNOTATIONS = {"talos.dev/yaml-spec": "1"}
-"""Tells existing clients that the YAML form of the spec is one text; its key matters alone."""
+"""Marks for existing clients that the YAML form of the spec is one text; only the key matters."""
 
 
 def machine_config(documents: bytes) -> ResourceSpec:
@@ -217,7 +217,7 @@ def platform_metadata(platform: str, hostname: str) -> ResourceSpec:
 
 
 def meta_key(value: bytes) -> ResourceSpec:
-    """A META value as text; bytes that are no UTF-8 are replaced."""
+    """A META value as text; bytes that are not UTF-8 are replaced."""
     text = value.decode(errors="replace")
     return ResourceSpec(bytes(MetaKeySpec(value=text)), {"value": text})
 

@@ -125,7 +125,7 @@ class Watch:
         self._too_slow = False
 
     def offer(self, change: Change) -> None:
-        """Queue the change if this watch asked for it."""
+        """Queue the change if it concerns this watch."""
         resource = change.resource
         if (resource.type.name, resource.namespace) == self._kind and self._id in (None, resource.id):
             self._changes.add(change, change.size)
@@ -165,7 +165,7 @@ class ResourceStore:
         return self._of_type(resource_type, namespace).get(resource_id)
 
     def list(self, resource_type: ResourceType, namespace: str = "") -> "list[Resource]":
-        """All of one type, by id."""
+        """All resources of one type, by id."""
         found = self._of_type(resource_type, namespace)
         return [found[resource_id] for resource_id in sorted(found)]
 
@@ -228,7 +228,7 @@ class ResourceStore:
         return len(self._watches)
 
     def has_namespace(self, namespace: str) -> bool:
-        """Whether resources of any type live there."""
+        """Whether the namespace contains resources of any type."""
         return namespace in self._resources.get((NAMESPACE.name, NAMESPACE.namespace), {})
 
     def unwatch(self, watch: Watch) -> None:
