@@ -106,7 +106,7 @@ class ServerCounters:
 
     @property
     def accepted_machines(self) -> int:
-        """How many machines are accepted."""
+        """The number of accepted machines."""
         return sum(count for group, count in self.machines.items() if group.admission is MachineAdmission.ACCEPTED)
 
 
@@ -234,7 +234,7 @@ def _check_device(parts: Parts) -> HealthCheck:
 def _check_listener(parts: Parts) -> HealthCheck:
     if parts.api.is_accepting:
         return HealthCheck(name="listeners", is_good=True, text=f"the API accepts connections on port {parts.api.port}")
-    text = "the API accepts no connections: this host has no file descriptor left for one"
+    text = "the API accepts no connections: this process has no free file descriptor"
     return HealthCheck(name="listeners", is_good=False, text=text)
 
 

@@ -108,7 +108,7 @@ class MachineRekeyed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimRefused:
-    """A claim's handshake completed too late: the machine was heard meanwhile, or another claim was proved first."""
+    """A claim's handshake completed too late: the machine has been heard since, or another claim was proved first."""
 
     machine: Machine
     source: str

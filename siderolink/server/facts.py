@@ -1,4 +1,4 @@
-"""What a server reports about itself through the admin API."""
+"""A server's information about itself for the admin API."""
 
 import time
 from collections import Counter
@@ -31,7 +31,7 @@ class Facts:
         return self._events.subscribe(self._options.limits.event_limit)
 
     def info(self) -> ServerInfo:
-        """What does not change while the server runs."""
+        """Facts that do not change while the server runs."""
         parts, options = self._parts(), self._options
         reports = parts.reports
         return ServerInfo(
@@ -79,7 +79,7 @@ class Facts:
         ]
 
     async def figures(self) -> ServerStatus:
-        """Current figures of the server. Yields to other tasks meanwhile."""
+        """Current figures of the server. Yields to other tasks."""
         parts = self._parts()
         counters = await read_counters(parts, self._events, self._store)
         machines, links, transports = Counter[str](), Counter[str](), Counter[str]()

@@ -227,7 +227,7 @@ class History:
 
     @property
     def options(self) -> HistoryOptions:
-        """How much is kept."""
+        """The amount of history kept."""
         return self._options
 
     def counters(self) -> HistoryCounters:

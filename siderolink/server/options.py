@@ -54,7 +54,7 @@ class AdminOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerOptions:
-    """How the other servers of the store reach this one."""
+    """The address at which the other servers of the store reach this one."""
 
     listen: str
     """host:port; port 0 selects a free one."""

@@ -89,7 +89,7 @@ class _Measured:
         self._facts = Facts(lambda: self._lifetime.live, options, self._store, self._events)
 
     async def counters(self) -> ServerCounters:
-        """All counters of this server. Yields to other tasks meanwhile, even with many machines."""
+        """All counters of this server. Yields to other tasks, even with many machines."""
         return await read_counters(self._lifetime.live, self._events, self._store)
 
     async def health(self) -> tuple[HealthCheck, ...]:
@@ -97,7 +97,7 @@ class _Measured:
         return await check_health(self._lifetime.live, self._store)
 
     def refusals(self) -> dict[str, int]:
-        """How often the API refused something, by published reason (docs/drops.md)."""
+        """Number of refusals by the API, by published reason (docs/drops.md)."""
         total: Counter[str] = Counter()
         for refusals in (
             join_refusals(self._lifetime.live),
@@ -108,7 +108,7 @@ class _Measured:
         return dict(total)
 
     def drops(self) -> dict[str, int]:
-        """How many datagrams and packets were dropped, by published reason (docs/drops.md)."""
+        """Number of dropped datagrams and packets, by published reason (docs/drops.md)."""
         return drops(self._lifetime.live)
 
 
@@ -127,7 +127,7 @@ class _Administered(_Measured):
 
     @property
     def audit(self) -> AuditLog:
-        """The audit: who changed what."""
+        """The audit: the record of changes and their authors."""
         return self.administration.audit
 
     @cached_property
@@ -145,7 +145,7 @@ class _Administered(_Measured):
 
     @property
     def facts(self) -> Facts:
-        """What the server reports about itself through the admin API."""
+        """The server's information about itself for the admin API."""
         return self._facts
 
     @property
@@ -160,7 +160,7 @@ class _Administered(_Measured):
         return self._lifetime.live.peers
 
     async def machines(self, limit: int | None = None) -> list[MachineStatus]:
-        """All accepted machines, or up to `limit` of them. Yields to other tasks meanwhile."""
+        """All accepted machines, or up to `limit` of them. Yields to other tasks."""
         live = self._lifetime.live
         links = [link for link in live.fleet.directory if link.machine.is_accepted]
         return await statuses(live.device, links[:limit], live.fleet.limits)
@@ -182,7 +182,7 @@ class _Administered(_Measured):
     async def ban(self, machine: str, *, kind: BanKind | None = None) -> bool:
         """Ban a machine, given its UUID, id or public key, and end its link. Returns False if the machine is unknown.
 
-        `kind` selects what is banned, by default the UUID. Raises ConfigurationError if the text is nothing that can be banned.
+        `kind` selects the banned value, by default the UUID. Raises ConfigurationError if the text is not a value of that kind.
         """
         return (await self.administration.bans.add(machine, kind=kind)).machine is not None
 
@@ -380,8 +380,8 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
     async def drain(self, timeout: float = 30.0) -> int:
         """Move this server's machines to the other servers of the store before stopping it, for up to `timeout` seconds.
 
-        The other servers leave this one out of their answers, its health becomes NOT_SERVING, and machines running this package
-        move immediately. Returns how many links are still up here; 0 at once if there is no other server.
+        The other servers omit this one from their answers, its health becomes NOT_SERVING, and machines running this package
+        move immediately. Returns the number of links still up here; 0 at once if there is no other server.
         """
         return await self._lifetime.live.draining.run(timeout)
 

@@ -104,7 +104,7 @@ class Administration:
         return self._store.changes()
 
     async def token_names(self, token_ids: Iterable[str]) -> dict[str, str]:
-        """The names of join tokens by id. Unknown ids are left out."""
+        """The names of join tokens by id. Unknown ids are omitted."""
         wanted = {token_id for token_id in token_ids if token_id not in self._token_names}
         if wanted:
             if len(self._token_names) + len(wanted) > _KEPT_NAMES:
@@ -162,5 +162,5 @@ class Administration:
         try:
             await self.api_keys.refresh()
         except SideroLinkError as error:
-            log.warning("cannot read the API keys, refusing all of them meanwhile: %s", error)
+            log.warning("cannot read the API keys, refusing all of them until they can be read: %s", error)
             raise

@@ -30,7 +30,7 @@ class _Failures:
 
 
 class AuditLog:
-    """Who changed what. Reading needs the role admin; methods raise ForbiddenError without it."""
+    """The record of changes and their authors. Reading needs the role admin; methods raise ForbiddenError without it."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store

@@ -12,11 +12,11 @@ from siderolink.server.admin.hostnames import Hostnames
 from siderolink.server.admin.machines import MachineAdministration, MachineStatus
 
 MAX_FOLLOWERS: Final = 16
-"""Maximum programs; each costs the state it was sent of every machine."""
+"""Maximum programs; for each one, the state sent of every machine is kept."""
 _AT_ONCE: Final = 50
-"""Machines that are compared, and links in one part, before other tasks run."""
+"""Machines compared before other tasks run, and links in one part."""
 _WHOLE: Final = 20
-"""Whole machines in one part, which take long to encode."""
+"""Whole machines in one part; they take long to encode."""
 
 Row = tuple[int, str]
 Link = tuple[object, ...]
@@ -35,7 +35,7 @@ class FollowedPart:
 
 
 class Follower:
-    """What one program was sent."""
+    """The state that was sent to one program."""
 
     def __init__(self, machines: MachineAdministration, hostnames: Hostnames) -> None:
         self._machines = machines
@@ -43,7 +43,7 @@ class Follower:
         self._sent: dict[str, tuple[Row, Link]] = {}
 
     async def changes(self) -> AsyncIterator[FollowedPart]:
-        """The changes since the last poll, in parts. Yields to other tasks meanwhile."""
+        """The changes since the last poll, in parts. Yields to other tasks."""
         seen: set[str] = set()
         machines: list[MachineStatus] = []
         links: list[MachineStatus] = []
@@ -70,7 +70,7 @@ class Follower:
         yield FollowedPart(links=links, gone=gone, is_last=True)
 
     def _state(self, status: MachineStatus) -> tuple[Row, Link]:
-        """What is compared of a machine. Times are left out: whatever changes them also changes the counters."""
+        """The compared values of a machine. Times are omitted: whatever changes them also changes the counters."""
         machine, peer = status.machine, status.peer
         link: Link = (status.state, *status.limits_biting)
         if peer is not None:

@@ -1,6 +1,6 @@
 """Connections to machines' ports for remote callers: permissions, limits and audit.
 
-To a machine, the server's overlay address is its administrator, so a connection from here carries that power.
+A machine treats the server's overlay address as its administrator, so a connection from here has that role.
 """
 
 import contextlib
@@ -32,34 +32,34 @@ log = logging.getLogger(__name__)
 MAX_FORWARDS: Final = 256
 """Maximum connections; each buffers 256 KiB at most."""
 MAX_FORWARDS_BY_GRANT: Final = 64
-"""Maximum connections of one API key that is no admin's, so that it keeps nobody out."""
+"""Maximum connections of one API key without the role admin, so that it cannot use up all connections."""
 UNSENT_BYTES: Final = 64 * 1024
-"""Unsent bytes kept by the kernel for a connection to a machine's port; data is credited when the kernel takes it."""
+"""Unsent bytes kept by the kernel for a connection to a machine's port; data is credited when the kernel accepts it."""
 RECEIVE_BUFFER_BYTES: Final = 128 * 1024
-"""What the kernel keeps of a machine's bytes that its caller does not take, in up to twice as much memory. Its own choice would
-grow with a quick connection, to megabytes."""
+"""Bytes from a machine that the kernel buffers for a slow caller, in up to twice as much memory. The kernel's default grows to
+megabytes on a fast connection."""
 _REFUSALS_PER_MINUTE: Final = 10
 _RECORD_SECONDS: Final = 5.0
 
 OpenPort = Callable[[Machine, int], Awaitable[socket.socket]]
 """Connects to a port of a machine over the overlay. Raises OSError, TimeoutError or SideroLinkError."""
 StartPipe = Callable[[socket.socket], Awaitable[Pipe]]
-"""Tells the caller that the port is open, and creates the pipe to it."""
+"""Reports to the caller that the port is open, and creates the pipe to it."""
 
 
 class ForwardRefusal(StrEnum):
     """Why a connection was not opened."""
 
     NOT_GRANTED = "not granted"
-    """The caller is no admin, and has no grant for the machine and port."""
+    """The caller is not an admin and has no grant for the machine and port."""
     NO_MACHINE = "no machine"
     """No machine has the name, id, UUID or key that the caller gave."""
     MACHINE_DENIED = "machine denied"
-    """The machine is denied, and so has no link."""
+    """The machine is denied and therefore has no link."""
     TOO_MANY = "too many"
-    """As many connections are open as may be, in all or by one API key."""
+    """The limit of open connections is reached, in total or for one API key."""
     NO_ANSWER = "no answer"
-    """The machine did not answer in time, or there is no way to it."""
+    """The machine did not answer in time, or is unreachable."""
     PORT_CLOSED = "port closed"
     """The machine refused the connection: nothing listens there."""
 
@@ -72,16 +72,16 @@ class ForwardCounters:
     """Open connections."""
     opened: int
     refusals: Mapping[str, int]
-    """Those that were not opened, by `ForwardRefusal`."""
+    """Connections that were not opened, by `ForwardRefusal`."""
     held_bytes: int
     """Bytes of all connections waiting to be written."""
     to_machines: int
     from_machines: int
     relayed: int = 0
-    """Open connections that are passed on to other servers; `held_bytes` counts theirs, too, no other field does."""
+    """Open connections relayed to other servers. Of the other fields, only `held_bytes` includes them."""
 
     def with_relayed(self, relayed: Collection[JoinedStreams]) -> Self:
-        """The counters with those connections."""
+        """The counters including relayed connections."""
         return replace(self, relayed=len(relayed), held_bytes=self.held_bytes + sum(one.held for one in relayed))
 
 
@@ -154,7 +154,7 @@ class Forwards:
         return machine
 
     async def _refuse(self, actor: Actor, port: int, name: str, machine_id: str = "") -> None:
-        """Raises ForbiddenError. Some refusals a minute are audited."""
+        """Raises ForbiddenError. A few refusals per minute are audited."""
         self._refusals[ForwardRefusal.NOT_GRANTED] += 1
         if self._noted_refusals.take(1):
             await self._audit.add(

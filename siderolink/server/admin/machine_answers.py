@@ -29,7 +29,7 @@ S = TypeVar("S", HostnameStatusSpec, NodeAddressSpec, MachineStatusSpec)
 SECONDS: Final = 8.0
 AT_ONCE: Final = 16
 ANSWER_BYTES: Final = 1024 * 1024
-"""Per call."""
+"""Maximum bytes per call."""
 _MOST: Final = 64
 """Maximum addresses, disks and conditions of one machine."""
 _LONGEST: Final = 128

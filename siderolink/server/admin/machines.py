@@ -42,7 +42,7 @@ _AT_ONCE: Final = 500
 _DIGEST_DIGITS: Final = 4
 _HEARD_SECONDS: Final = 30.0
 LIMITED: Final = "limited"
-"""The state of machines of which a limit of their own drops something now."""
+"""The state of machines with an active limit: one that currently drops something."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class MachineStatus:
     peer: PeerStatus | None
     """The device's status of its peer; None without a peer."""
     limits_biting: Sequence[str] = ()
-    """The names of its limits that drop something now (docs/limits.md)."""
+    """The names of its active limits (docs/limits.md)."""
 
     @property
     def last_seen_at(self) -> float | None:
@@ -79,7 +79,7 @@ class LinkElsewhere:
 
 
 class OtherServers(Protocol):
-    """Queries to the other servers of the store. Servers that do not answer in time are left out."""
+    """Queries to the other servers of the store. Servers that do not answer in time are omitted."""
 
     async def link(self, machine_id: str) -> LinkElsewhere | None:
         """The machine's link at the server that heard it most recently."""
@@ -278,7 +278,7 @@ class MachineAdministration:
         return Page(items=found, next_page_token=page.next_page_token, total=page.total)
 
     async def every(self) -> list[MachineStatus]:
-        """The status of every machine. Yields to other tasks meanwhile."""
+        """The status of every machine. Yields to other tasks."""
         elsewhere = {} if self.other_servers is None else await self.other_servers.links()
         links = [_as_elsewhere(link, elsewhere.get(link.machine.id)) for link in self._directory]
         await checkpoint()
@@ -445,7 +445,7 @@ class MachineAdministration:
 
 
 def _is_heard_here(status: MachineStatus) -> bool:
-    """Whether no other server can have heard the machine much later."""
+    """Whether no other server can have heard the machine much more recently."""
     silence = None if status.peer is None else status.peer.silent_for
     return status.state is LinkState.UP and silence is not None and silence <= _HEARD_SECONDS
 

@@ -20,7 +20,7 @@ _LONGEST: Final = 86_400.0
 
 
 def is_called(server: FleetServer, name: str) -> bool:
-    """Whether `name` refers to the server: its id, or the address at which machines or other servers reach it."""
+    """Whether `name` identifies the server: its id, or the address at which machines or other servers reach it."""
     return name in (server.id, server.peer_address, *server.endpoints)
 
 

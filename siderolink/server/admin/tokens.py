@@ -89,7 +89,7 @@ class Tokens:
         on_changed: Callable[[JoinToken, bool], None] = lambda token, is_gone: None,
         count_machines: Callable[[str], int] = lambda token_id: 0,
     ) -> None:
-        """`on_changed` is called with each token changed here, and whether it was removed, before the caller continues.
+        """`on_changed` is called with each token changed here and whether it was removed, before the caller continues.
 
         `count_machines` returns how many machines the token with an id last admitted.
         """

@@ -142,7 +142,7 @@ class ProvisionService:
         self.refusals: Counter[JoinRefusal] = Counter()
 
     def __mapping__(self) -> dict[str, Handler]:
-        # The generated base class hides the stream, and so the caller's address.
+        # The generated base class hides the stream, which has the caller's address.
         return {
             "/sidero.link.ProvisionService/Provision": Handler(
                 self._serve, Cardinality.UNARY_UNARY, PlainRequest, ProvisionResponse

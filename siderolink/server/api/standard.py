@@ -93,7 +93,7 @@ class HealthService(HealthBase):
                 self._watchers.discard(told)
 
     def notify_watchers(self) -> None:
-        """Have `run` send every watcher the state again: a machine whose own server is dead learns of it in this way."""
+        """Make `run` send every watcher the state again, which informs machines whose own server died."""
         self._has_news.set()
 
     async def run(self) -> None:

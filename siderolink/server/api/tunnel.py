@@ -23,16 +23,16 @@ ENDINGS = {
     StreamRefusal.MALFORMED_ADDRESS: (Status.UNKNOWN, f"metadata {ADDRESS_METADATA} is not [address]:port"),
     StreamRefusal.NOT_ALLOWED: (Status.PERMISSION_DENIED, "peer not allowed"),
     StreamRefusal.REPLACED: (Status.ABORTED, "peer replaced"),
-    StreamRefusal.NEVER_AUTHENTICATED: (Status.DEADLINE_EXCEEDED, "nothing authenticated came by this stream"),
+    StreamRefusal.NEVER_AUTHENTICATED: (Status.DEADLINE_EXCEEDED, "no authenticated packet arrived on this stream"),
     StreamRefusal.CROWDED_OUT: (Status.RESOURCE_EXHAUSTED, "too many streams claim this address"),
-    StreamRefusal.DRAINING: (Status.UNAVAILABLE, "this server is being drained; the machine's other stream here stays open"),
+    StreamRefusal.DRAINING: (Status.UNAVAILABLE, "this server is draining; the machine's other stream here stays open"),
     StreamRefusal.LINK_DOWN: (Status.UNAVAILABLE, "the link is down"),
     StreamRefusal.MACHINE_GONE: (Status.PERMISSION_DENIED, "peer not allowed"),
 }
 """The status that ends a stream, by reason. Existing machines compare status and text of two of them exactly."""
 
 _SERVED_SECONDS = 3.0
-"""A machine silent for this long may have lost its stream without this server noticing."""
+"""Seconds of silence after which a machine may have lost its stream without this server noticing."""
 
 
 class TunnelService:

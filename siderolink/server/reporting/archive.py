@@ -419,7 +419,7 @@ class Archive:
         return sorted((one for one in found if one[1].kind is kind), key=lambda one: one[1].begun_at)
 
     def open_segment(self, path: str) -> int | None:
-        """A descriptor to read one of `segments`; None if it was removed meanwhile."""
+        """A descriptor to read one of `segments`; None if it has been removed since."""
         try:
             return os.open(path, os.O_RDONLY | _OPEN, dir_fd=self._folder)
         except OSError:

@@ -45,7 +45,7 @@ class EventSink:
         self._ingest = ingest
 
     def __mapping__(self) -> dict[str, Handler]:
-        # The generated base class hides the stream, and so the caller's address.
+        # The generated base class hides the stream, which has the caller's address.
         return {"/events.EventSinkService/Publish": Handler(self._serve, Cardinality.UNARY_UNARY, EventBytes, EventResponse)}
 
     async def _serve(self, stream: Stream[EventBytes, EventResponse]) -> None:
@@ -69,7 +69,7 @@ class EventSink:
             event = read_event(machine, request)
         except ValueError as error:
             self._ingest.drop(machine, ReportDrop.EVENT_MALFORMED)
-            raise GRPCError(Status.INVALID_ARGUMENT, f"the event could not be read: {error}") from None
+            raise GRPCError(Status.INVALID_ARGUMENT, f"the event could not be parsed: {error}") from None
         self._ingest.add_event(event)
 
 

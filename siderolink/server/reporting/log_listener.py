@@ -36,7 +36,7 @@ class LineSplitter:
         self._skipping = False
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The lines completed by `data`, without line ends; empty lines are left out."""
+        """The lines completed by `data`, without line ends; empty lines are omitted."""
         lines: list[bytes] = []
         *ended, rest = data.split(b"\n")
         for piece in ended:

@@ -213,7 +213,7 @@ async def _bind_both(
 
 
 def _limits(options: ReportOptions) -> Limits:
-    """Machines share one /64, so each address is counted by itself."""
+    """Machines share one /64, so each address is counted separately."""
     return Limits(
         max_message_bytes=options.max_event_bytes,
         stream_window_bytes=options.max_event_bytes + 5,

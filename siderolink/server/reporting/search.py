@@ -1,7 +1,7 @@
 """Searches machines' reports, in files or in memory, and follows new ones.
 
-Files are read in a thread, 64 KiB at a time, so that the event loop runs in between. Search text is literal, never a pattern:
-no text takes longer than another.
+Files are read in a thread, 64 KiB at a time, so that the event loop runs in between. Search text is literal, never a pattern,
+so no text is more expensive than another.
 """
 
 import math

@@ -8,14 +8,14 @@ from typing import Final, Self
 
 
 class Role(StrEnum):
-    """What a caller may do. Each role includes the ones before it."""
+    """The permissions of a caller. Each role includes the ones before it."""
 
     VIEWER = "viewer"
     """Reads everything except secrets and the audit."""
     OPERATOR = "operator"
     """Changes machines, tokens and bans."""
     ADMIN = "admin"
-    """Everything, API keys and the audit included."""
+    """Everything, including API keys and the audit."""
 
     def includes(self, other: "Role") -> bool:
         return _RANKS[self] >= _RANKS[other]
@@ -50,7 +50,7 @@ class Actor:
     """The originator of a call or change."""
 
     name: str
-    """Name of the API key or of the local user; "machine" or "server" where no role is needed."""
+    """Name of the API key or of the local user; "machine" or "server" if no role is needed."""
     role: Role | None = None
     """None for machines, and for changes that the server makes itself."""
     source: str = ""

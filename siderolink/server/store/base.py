@@ -123,7 +123,7 @@ class Store(Protocol):
         """
 
     async def transact_urgently(self, work: Work[T]) -> T:
-        """Like `transact`, but without waiting behind others: for heartbeats, which others judge this server by."""
+        """Like `transact`, but without waiting behind others; for heartbeats, which must not be late."""
 
     def machines(self) -> AsyncIterator[Machine]:
         """Every row, unordered. A row that changes during the iteration appears in either state."""

@@ -150,7 +150,7 @@ class MemoryHistory:
                     known.append(self._last)
 
     async def find(self, query: HistoryQuery) -> list[HistoryEntry]:
-        """Yields to other tasks meanwhile."""
+        """See `Store`. Yields to other tasks."""
         found: list[HistoryEntry] = []
         for part in in_parts(self._candidates(query), _PART):
             for seq in part:
@@ -167,7 +167,7 @@ class MemoryHistory:
         return await self._remove([entry.seq for entry in found])
 
     async def prune(self, bounds: HistoryBounds) -> int:
-        """Delete entries that are too old or too many; yields to other tasks meanwhile."""
+        """Delete entries that are too old or too many. Yields to other tasks."""
         count = await self.delete(HistoryQuery(until=bounds.since))
         for part in in_parts(self._of_machine, _PART):
             for machine_id in part:

@@ -74,7 +74,7 @@ class MeasuredStore:
         return await self._measure(self._store.transact(work))
 
     async def transact_urgently(self, work: Work[T]) -> T:
-        # an embedder's store may be without it
+        # an embedder's store may lack it
         transact: Callable[[Work[T]], Awaitable[T]] = getattr(self._store, "transact_urgently", self._store.transact)
         return await self._measure(transact(work))
 

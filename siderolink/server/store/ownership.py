@@ -1,4 +1,4 @@
-"""Which server has a machine's link, and which servers there are: the shared state of several servers over one store.
+"""The owners of machines' links, and the servers: the state that several servers share in one store.
 
 Ownership has an epoch that only increases. Every write about a link carries the epoch under which its server owns it, and is
 refused once another server has taken the link.
@@ -32,7 +32,7 @@ class Ownership:
     tx: int = 0
 
     def taken(self, before: "Ownership | None") -> "Ownership":
-        """This, after what was stored: the epoch is above both, and no timestamp is forgotten."""
+        """This ownership as the successor of the stored one: the epoch is above both, and the highest timestamp is kept."""
         if before is None:
             return replace(self, epoch=self.epoch + 1)
         return replace(self, epoch=max(self.epoch, before.epoch) + 1, stamp=max(self.stamp, before.stamp))
@@ -48,9 +48,9 @@ class FleetServer:
 
     id: str
     endpoints: tuple[str, ...] = ()
-    """Where machines reach its WireGuard endpoint, as host:port."""
+    """Its WireGuard endpoints for machines, as host:port."""
     peer_address: str = ""
-    """Where other servers reach it, as host:port."""
+    """Its address for other servers, as host:port."""
     peer_fingerprint: str = ""
     """Fingerprint of the certificate that it presents to them."""
     heartbeat_at: float

@@ -1,4 +1,4 @@
-"""Secrets at rest, sealed with a key that is stored apart from the state, so that a copy of the state alone reveals none.
+"""Secrets at rest, sealed with a key that is stored separately, so that a copy of the state alone reveals none.
 
 Sealed are the server's private key, join tokens, and the unique tokens that the server gave to machines. A sealed value is
 MAGIC, the key's id (8 bytes), a nonce (12) and the output of ChaCha20-Poly1305 (RFC 8439). The associated data names table, row

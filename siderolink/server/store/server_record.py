@@ -24,7 +24,7 @@ class Recalled:
     installation_id: str
     timestamp_mark: bytes
     was_open: bool = field(default=False, compare=False)
-    """Other secrets of the state are still unsealed although there is a key now; they have to be sealed, too."""
+    """Whether other secrets of the state are still unsealed although there is a key now, and must be sealed."""
 
 
 async def recall_server(store: Store, private_key: PrivateKey | None, installation_id: str | None) -> Recalled:

@@ -158,7 +158,7 @@ class TokenRepository(Protocol):
     async def put_use(self, use: TokenUse) -> None:
         """Add a use. Replaces that of the same machine, or one of the same slot that is free at `reserved_at`.
 
-        A slot that another machine has taken meanwhile is refused at the commit at the latest; the work then runs again.
+        A slot that another machine has taken concurrently is refused by the commit at the latest; the work then runs again.
         """
 
     def release(self, token_id: str, machine_id: str) -> None:

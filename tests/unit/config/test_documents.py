@@ -135,7 +135,7 @@ def test_unknown_kinds_are_kept_apart_with_a_note() -> None:
         ("Other", "f0.yaml:8"),
     ]
     assert found.others[1].value == {"apiVersion": "v1beta1", "kind": "Other", "x": 1}
-    assert [note.split(" is none")[0] for note in found.settings.notes] == [
+    assert [note.split(" is not a document")[0] for note in found.settings.notes] == [
         "f0.yaml:1: machine configuration",
         "f0.yaml:8: Other",
     ]

@@ -226,7 +226,7 @@ REFUSED = {
 @pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED)
 def test_what_is_no_event_is_refused_after_few_fields_and_counted(data: bytes, keys_read: list[int]) -> None:
     found = ingest()
-    with pytest.raises(GRPCError, match="the event could not be read: "):
+    with pytest.raises(GRPCError, match="the event could not be parsed: "):
         EventSink(found).publish(MACHINE, data)
     assert len(keys_read) <= 2 * MAX_REQUEST_FIELDS
     assert found.drops_of("m") == {"event malformed": 1}

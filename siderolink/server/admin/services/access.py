@@ -56,7 +56,7 @@ ADMIN_LIMITS: Final = Limits(
     max_streams=64,
     stream_window_bytes=PIPE_WINDOW_BYTES,
 )
-"""There are fewer callers than machines, but their answers are longer."""
+"""Fewer callers than machines, with longer answers."""
 _AT_ONCE: Final = 20
 """Messages to encode before other tasks run."""
 _LISTS: Final[Mapping[type[betterproto2.Message], str]] = {
@@ -227,7 +227,7 @@ def _bearer(metadata: Mapping[str, object]) -> str:
 
 
 class _Answering:
-    """A call whose requests hold no NUL, and whose long lists are encoded in parts, so that other tasks run meanwhile."""
+    """A call that rejects requests with NUL characters, and encodes long lists in parts, so that other tasks run in between."""
 
     def __init__(self, call: Any) -> None:
         self._call = call

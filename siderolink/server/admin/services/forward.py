@@ -66,9 +66,9 @@ async def first_message(stream: ByteStream, inbox: Inbox) -> bytes:
                 tasks.start_soon(watch)
                 message = await inbox.next()
     except TimeoutError:
-        raise GRPCError(Status.DEADLINE_EXCEEDED, "no request came that names a machine and a port") from None
+        raise GRPCError(Status.DEADLINE_EXCEEDED, "no request with a machine and a port arrived in time") from None
     if message is None:
-        raise GRPCError(Status.INVALID_ARGUMENT, "the stream has ended before a request came")
+        raise GRPCError(Status.INVALID_ARGUMENT, "the stream ended before a request arrived")
     return message
 
 

@@ -25,7 +25,7 @@ _CHUNK_BYTES = 32 * 1024
 
 
 class ServerFacts(Protocol):
-    """What the server reports about itself."""
+    """The server's information about itself."""
 
     def events(self) -> EventStream: ...
 

@@ -176,7 +176,7 @@ class Batches:
                     taken, put_off = await self._attempt(jobs, is_checked=True)
         except StoreError as error:
             failure = error
-        except Exception as error:  # nobody foresaw it: it fails these works, and no later ones
+        except Exception as error:  # an unexpected error fails these works, but no later ones
             log.exception("works of the store failed")
             failure = StoreError(f"the state cannot be read or written: {type(error).__name__}")
         self._waiting.extendleft(reversed(put_off))
@@ -247,7 +247,7 @@ async def _write(driver: aiosqlite.Connection, transactions: Sequence[SqlTransac
 
 
 async def _write_one(driver: aiosqlite.Connection, transaction: SqlTransaction) -> None:
-    """Write what is not written for all transactions at once."""
+    """Write the changes that are not written for all transactions at once."""
     if transaction.claimed:
         await statements.replace_claims(driver, transaction.claimed)
     if transaction.bans:

@@ -167,7 +167,7 @@ def _check(connection: Connection, path: Path) -> None:
 
 
 def _odd_column(connection: Connection) -> str | None:
-    """A column with a value of another type than the column's, which SQLite lets anybody write; None where there is none."""
+    """A column with a value of a type other than the column's, which SQLite permits; None if there is none."""
     for table in metadata.sorted_tables:
         is_odd = {str(column): func.typeof(column).not_in(_storage(column)) for column in table.columns}
         if connection.execute(select(literal(1)).select_from(table).where(or_(*is_odd.values())).limit(1)).first() is not None:

@@ -42,7 +42,7 @@ Found = Ban | Machine | Claim | Sequence[Claim] | JoinToken | Sequence[TokenUse]
 
 
 def is_optimistic(key: Key) -> bool:
-    """Whether a work that only read the key neither waits for others nor runs again when the value changes meanwhile."""
+    """Whether a work that only read the key neither waits for others nor runs again when the value changes."""
     return key[0].startswith(TOKEN) or key == SERVERS
 
 

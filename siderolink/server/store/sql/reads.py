@@ -29,7 +29,7 @@ class Reads(ABC):
 
     @abstractmethod
     async def _on_connection(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
-        """Run statements by themselves and to completion, even if the caller is cancelled; returns their result."""
+        """Run statements separately and to completion, even if the caller is cancelled; returns their result."""
 
     async def _read(self, statement: Select[Any], read: Callable[[Mapping[Any, Any]], T]) -> list[T]:
         async def rows(connection: AsyncConnection) -> list[T]:

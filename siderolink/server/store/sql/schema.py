@@ -1,6 +1,6 @@
 """The migrations of the schema, one linear history for SQLite and Postgres.
 
-A migration only adds; what the previous release no longer needs is removed by the next one. So while the servers of a Postgres
+A migration only adds; the next release removes what the previous one no longer needs. So while the servers of a Postgres
 database are replaced one by one, those of the previous release continue to work with the newer schema. A release records in the
 database which older programs can use its schema.
 """

@@ -331,7 +331,7 @@ def read_labels(text: str) -> Mapping[str, str]:
         return NO_LABELS
     found = json.loads(text)
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise ValueError("labels are no text")
+        raise ValueError("labels are not text")
     return found
 
 
@@ -391,7 +391,7 @@ def released_uses(released: Iterable[tuple[str, str]]) -> list[dict[str, object]
 
 
 def take_slot() -> Delete:
-    """Removes what a new use replaces: the use of the same machine, and a free one of the same slot."""
+    """Removes the uses that a new use replaces: that of the same machine, and a free one of the same slot."""
     use = token_uses.c
     is_free = and_(use.slot == bindparam("use_slot"), use.spent_at.is_(None), use.expires_at <= bindparam("use_at"))
     return delete(token_uses).where(

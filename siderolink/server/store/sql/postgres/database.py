@@ -173,8 +173,8 @@ def _translate(error: Exception) -> Exception:
 class Database:
     """Connections to one database, each in autocommit mode.
 
-    Who waits for one gets it in the order of arrival: the pool itself gives it to whoever asks first once it is free, and under
-    load some would wait for ever. One connection is kept for what is urgent.
+    Waiting callers get a connection in order of arrival; the pool alone would give it to the first caller after it is free, and
+    under load some callers would wait forever. One connection is reserved for urgent work.
     """
 
     def __init__(self, url: URL, *, connections: int = CONNECTIONS) -> None:

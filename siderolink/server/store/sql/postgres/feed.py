@@ -116,11 +116,11 @@ def _read_change(kind: str, body: str) -> Change | None:
 
 
 def _read_changes(rows: Sequence[tuple[str, str]]) -> list[Change]:
-    """Where one of them cannot be read, all rows are to be read anew: the feed goes on."""
+    """Parse changes. If one of them is invalid, ChangesLost makes the reader read all rows again, and the feed continues."""
     try:
         return [change for kind, body in rows if (change := _read_change(kind, body)) is not None]
     except StoreError as error:
-        log.warning("%s; all rows are read anew", error)
+        log.warning("%s; all rows are read again", error)
         return [ChangesLost()]
 
 
@@ -190,7 +190,7 @@ class FeedReader:
             yield changes
 
     async def start(self) -> None:
-        """Start with what is committed from now on. Raises StoreError."""
+        """Start with changes that are committed from now on. Raises StoreError."""
         async with self._lock:
             await self._poll()
 
@@ -211,7 +211,7 @@ class FeedReader:
                 await anyio.sleep(FIRST_RETRY_SECONDS)
                 continue
             if is_away:
-                log.warning("the feed of changes goes on")
+                log.warning("the feed of changes has resumed")
                 is_away = False
             held_back = min(2 * held_back, POLL_SECONDS) if self._is_kept_back else FIRST_RETRY_SECONDS
             delay = 0.0 if self._has_more else held_back if self._is_kept_back else POLL_SECONDS

@@ -84,7 +84,7 @@ class _Reads:
             for one in answer if _is_set(answer) else () if answer is None else (answer,):
                 row, version = self._versions[id(one)]
                 if expected.setdefault(row, version) != version:
-                    raise ContendedError("what was read has changed")
+                    raise ContendedError("the rows read have changed")
         return [queries.check(seek(asked), expected, is_locking=is_locking)] if asked else []
 
 
