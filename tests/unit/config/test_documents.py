@@ -160,8 +160,8 @@ def test_unknown_kinds_are_kept_apart_with_a_note() -> None:
         (JOIN + "---\n" + JOIN, "f0.yaml:5: a SideroLinkConfig is already defined at f0.yaml:1; only one is allowed"),
         (JOIN.replace("v1alpha1", "v1"), "f0.yaml:1: apiVersion: must be 'v1alpha1'"),
         (JOIN.replace("apiVersion: v1alpha1\n", ""), "f0.yaml:1: apiVersion: is missing; needed are apiVersion, kind, apiUrl"),
-        (JOIN.replace("https", "http"), "f0.yaml:3: apiUrl: cannot use this join URL: in a document it begins with"),
-        (JOIN.replace("https://", ""), "f0.yaml:3: apiUrl: cannot use this join URL: in a document it begins with"),
+        (JOIN.replace("https", "http"), "f0.yaml:3: apiUrl: cannot use this join URL: in a document it must begin with"),
+        (JOIN.replace("https://", ""), "f0.yaml:3: apiUrl: cannot use this join URL: in a document it must begin with"),
         (JOIN.replace("h?", "h/path?"), "f0.yaml:3: apiUrl: cannot use this join URL: its path"),
         ("- a", "f0.yaml:1: a document is a mapping with apiVersion and kind"),
         (

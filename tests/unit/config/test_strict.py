@@ -86,7 +86,7 @@ def test_a_main_document_is_refused_with_a_text_for_people(text: str) -> None:
         ("apiVersion: v1alpha1\nkind: SideroLinkConfig\n", "apiUrl: is missing"),
         ("apiVersion: v1alpha1\nkind: SideroLinkConfig\napiUrl: http://192.0.2.1\n", "must begin with https:// or grpc://"),
         ("apiVersion: v1alpha1\nkind: EventSinkConfig\nendpoint: 1\n", "must be text"),
-        (f"{SINK}endpoint: again\n", "a second time"),
+        (f"{SINK}endpoint: again\n", "is repeated"),
         ("a: " + "[" * 100, "nested deeper"),
     ],
 )

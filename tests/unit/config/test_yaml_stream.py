@@ -77,7 +77,7 @@ def test_a_stream_of_documents_knows_its_lines() -> None:
     ("text", "line", "words"),
     [
         ("a: 1\nb: 2\na: 3", 3, "'a' is repeated; it is first in line 1"),
-        ("a: {b: 1,\n b: 2}", 2, "second time"),
+        ("a: {b: 1,\n b: 2}", 2, "is repeated"),
         ("a: 1\n2: b", 2, "a key must be text"),
         ("true: b", 1, "a key must be text"),
         ("? [a]\n: b", 1, "a key must be text"),

@@ -185,7 +185,7 @@ async def test_a_server_that_drains_refuses_a_second_stream_while_the_first_carr
                     while not (service.refusals or len(manager.link(answer).streams) > 1):
                         await anyio.sleep(0.01)
                 if service.refusals:
-                    with pytest.raises(GRPCError, match="is being drained"):
+                    with pytest.raises(GRPCError, match="is draining"):
                         await stream.wait_ended()
                 return len(manager.link(answer).streams)
 
