@@ -31,7 +31,7 @@ _LINK: dict[type[events.LinkEvent], tuple[str, int, Callable[[Any], str]]] = {
     events.ProvisionFailed: ("provision failed", logging.WARNING, lambda e: f"{e.reason}; again in {e.retry_in:.0f} s"),
     events.Reestablished: ("re-established", logging.INFO, lambda e: f"{e.route} after {e.down_for:.1f} s"),
     events.InterfaceRepaired: ("interface repaired", logging.WARNING, lambda e: e.what),
-    events.FallbackBegun: ("fallback", logging.WARNING, lambda e: f"the tunnel stands in for UDP: {e.reason}"),
+    events.FallbackBegun: ("fallback", logging.WARNING, lambda e: f"using the tunnel instead of UDP: {e.reason}"),
     events.FallbackEnded: ("fallback ended", logging.INFO, lambda e: "UDP passes again"),
     events.TransportChanged: ("transport changed", logging.WARNING, lambda e: f"{e.new}, was {e.old}"),
     events.ConnectionsCut: (
@@ -39,12 +39,12 @@ _LINK: dict[type[events.LinkEvent], tuple[str, int, Callable[[Any], str]]] = {
         logging.WARNING,
         lambda e: f"{e.what} about every {e.age:.0f} s, as by a proxy's timeout",
     ),
-    events.SettingsTried: ("trying settings", logging.INFO, lambda e: f"{e.changes}; the present link stays meanwhile"),
+    events.SettingsTried: ("trying settings", logging.INFO, lambda e: f"{e.changes}; the present link stays in use"),
     events.SettingsApplied: ("settings applied", logging.INFO, lambda e: e.changes),
     events.SettingsRefused: (
         "settings do not work",
         logging.WARNING,
-        lambda e: f"{e.changes}: {e.reason}; the link stays as it was",
+        lambda e: f"{e.changes}: {e.reason}; the link is unchanged",
     ),
     events.Left: ("left", logging.INFO, lambda e: "the interface is gone"),
 }

@@ -123,7 +123,7 @@ class LineWriter(Generic[T]):
         if not lost or self._notice is None:
             return []
         self._told_lost += lost
-        return [self._rendered(self._notice(f"{lost} log records were lost: standard output did not take them"))]
+        return [self._rendered(self._notice(f"{lost} log records were lost: standard output did not accept them"))]
 
     def _write(self, lines: Sequence[bytes]) -> None:
         rest = memoryview(b"".join(lines))

@@ -274,7 +274,7 @@ class Serve:
         calm_collector()
         notify("READY=1")
         async with background_tasks() as tasks:
-            tasks.start_soon(keep_running, "giving memory back", FreeMemory().run)
+            tasks.start_soon(keep_running, "returning free memory", FreeMemory().run)
             if self._reports is not None:
                 show = partial(log_reports, server.reports, with_lines=self._options.print_machine_logs)
                 tasks.start_soon(keep_running, "showing machines' reports", show)

@@ -89,7 +89,7 @@ Sort = Annotated[
 
 
 def state_of(machine: Machine) -> str:
-    """Its admission; for an accepted machine, the state of its link; and whether a limit of its own drops something now."""
+    """Its admission; for an accepted machine, the state of its link; and whether one of its limits is active."""
     state = machine.link if machine.admission == "accepted" else machine.admission
     return f"{state}, limited" if machine.limits_biting else state
 

@@ -128,11 +128,11 @@ class FleetDemo:
         await step("network namespaces", partial(self._lay_cables, servers, machines), begun=True)
         await step("Postgres starts", partial(self._start_postgres, servers), timeout=90)
         await step("three servers start over one database", self._serve, timeout=120)
-        await step("a balancer stands before their APIs", self._balance)
+        await step("a load balancer is placed before their APIs", self._balance)
         await step("six machines join", self._join, timeout=120)
         await step("every server knows every machine", self._check_machines)
         await step("server 1 is killed with -9", self._kill, timeout=120)
-        await step("the others know", self._check_survivors)
+        await step("the other servers detect it", self._check_survivors)
         await step("server 1 comes back", self._return, timeout=90)
         await step("server 2 is drained, by a command at server 3", self._drain, timeout=120)
 

@@ -66,7 +66,7 @@ class MetricsSource(Protocol):
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it works, but new machines are to go elsewhere."""
+        """Whether it works, but new machines should use another server."""
 
 
 @dataclass(slots=True)
@@ -119,10 +119,11 @@ class Pages:
         return _health_page([check for check in await self._source.health() if check.name == "device"])
 
     async def ready(self) -> PageAnswer:
-        """Whether machines can join and be reached now, and are to come here. A drain is no fault, so no metric tells it."""
+        """Readiness: whether machines can join, can be reached, and should use this server. A drain is not a fault, so no
+        metric shows it."""
         checks = await self._checks()
         if self._source.is_leaving:
-            checks.append(HealthCheck(name="drain", is_good=False, text="this server drains: machines go to the other servers"))
+            checks.append(HealthCheck(name="drain", is_good=False, text="this server is draining: machines are moving"))
         return _health_page(checks)
 
     async def _checks(self) -> list[HealthCheck]:

@@ -44,7 +44,7 @@ class PageServer:
         self._pages = pages
         self._open: set[asyncio.Task[None]] = set()
         self._idle: dict[asyncio.Task[None], None] = {}
-        """Those that wait for their client to send a request or to read the answer, the longest wait first."""
+        """Tasks that wait for their client to send a request or to read the answer, longest wait first."""
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= MAX_CONNECTIONS:

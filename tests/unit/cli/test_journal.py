@@ -131,7 +131,7 @@ def test_a_journal_that_is_away_is_told_once_and_used_again_when_it_is_back(
             listening.settimeout(30)
             logs.log_event("event", "heard")
             texts = [fields_of(listening.recv(65_536))["MESSAGE"] for _ in range(2)]
-    assert texts == [b"1 log records were lost: standard output did not take them", b"event: heard"]
+    assert texts == [b"1 log records were lost: standard output did not accept them", b"event: heard"]
     assert capfd.readouterr().err.count("log records are lost") == 1
 
 

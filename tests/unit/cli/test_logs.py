@@ -94,7 +94,7 @@ def test_a_writer_whose_reader_is_stuck_never_blocks_and_tells_what_it_lost_when
     os.close(reading)
     lines = received.decode().splitlines()
     assert writer.lost >= lost
-    notice = " log records were lost: standard output did not take them"
+    notice = " log records were lost: standard output did not accept them"
     # one line, or several where more was lost after the first
     assert sum(int(line.removesuffix(notice)) for line in lines if line.endswith(notice)) == writer.lost
     assert lines[-1] == "at last"
