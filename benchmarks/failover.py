@@ -4,9 +4,11 @@
     sudo python benchmarks/failover.py --load [--machines 10000] [--rounds 3]
 
 The first: machines of this package (half by UDP, half by the tunnel) and existing ones (by UDP, one endpoint each, which they
-never change) send a packet every second. A balancer gives the API's connections to the servers in turns. Back is who gets an
-answer. It prints how long that took, who took the machines and how often each was taken, how many handshakes servers began
-with each existing machine, and what the killed server does when it returns.
+never change) send a packet every second. A balancer, a process of its own, gives the API's connections to the servers in
+turns. Back is who gets an answer. It prints how long that took, and the same for the machines of the other servers: nothing
+happens to these, so their figure is what sending once a second and busy processors add. Then the processor time of each part,
+who took the machines and how often each was taken, how many handshakes servers began with each existing machine, and what the
+killed server does when it returns.
 
 The second: simulated machines join and connect at three servers, and at one, by turns: joins per second, processor time of all
 servers and of Postgres for each, memory of all servers for each, and a restart of all servers at once. In the last turn one of
@@ -16,6 +18,7 @@ Everything shares this host's processors. Needs root.
 """
 
 import argparse
+import asyncio
 import signal
 import statistics
 import subprocess
@@ -29,10 +32,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import uvloop
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.recovery import Machine, Swarm, wait_back, watch_all
-from benchmarks.support.scale_net import SOURCES, SwarmProcess, cluster_processor, processor, resident
+from benchmarks.support.scale_net import SOURCES, Process, SwarmProcess, cluster_processor, processor, resident
 from siderolink.common.join_url import JoinURL
 from tests.support.netns import Namespace, link
 from tests.support.packet_machine import PacketMachine
@@ -45,6 +50,7 @@ from tests.support.who_sends import Record, recorded
 
 ADDRESSES = ("192.0.2.1", "198.51.100.1", "203.0.113.1")
 SETTLE_SECONDS = 20.0
+USAGE_SECONDS = 6.0
 INITIATION = 1
 JOINS_AT_ONCE = 64
 _OWNERS = """
@@ -128,11 +134,38 @@ def initiations(record: Record, since: int, server: str | None = None) -> Counte
     )
 
 
+class Usage:
+    """Processor time: of the servers that stay, of Postgres, and of what belongs to the benchmark."""
+
+    def __init__(self, net: Place, balancing: Process) -> None:
+        self._net, self._balancing = net, balancing
+        self._before = self._now()
+
+    def _now(self) -> dict[str, float]:
+        return {
+            "the servers": processor_of(self._net.servers[1:]),
+            "Postgres": cluster_processor(self._net.cluster),
+            "the balancer": self._balancing.cpu,
+            "the machines": time.process_time(),
+        }
+
+    def taken(self) -> dict[str, float]:
+        """Seconds by part since the last call."""
+        before, self._before = self._before, self._now()
+        return {name: used - before[name] for name, used in self._before.items()}
+
+
+def tell_usage(usage: Usage, idle: dict[str, float]) -> None:
+    said = ", ".join(f"{name} {used:.2f} s ({used - idle[name]:+.2f})" for name, used in usage.taken().items())
+    print(f"processor time of {USAGE_SECONDS:g} s (beyond what packets alone cost): {said}", flush=True)
+
+
 def kill_one(options: argparse.Namespace) -> None:
     with place(3) as net, ExitStack() as stack:
         portal = stack.enter_context(net.machine.portal())
-        port = stack.enter_context(portal.wrap_async_context_manager(balancer(list(ADDRESSES), is_fair=True)))
-        url = f"grpc://127.0.0.1:{port}?jointoken={TOKEN}"
+        balancing = Process(net.machine, [sys.executable, __file__, "--balancer"])
+        stack.callback(balancing.stop)
+        url = f"grpc://127.0.0.1:{int(balancing.line())}?jointoken={TOKEN}"
         ours = {way: [PacketMachine(JoinURL.parse(url + more)) for _ in range(options.machines // 2)] for way, more in WAYS}
         existing = [TalosMachine(JoinURL.parse(url), sends=True) for _ in range(options.existing)]
         everyone: list[Machine] = [*ours["UDP"], *ours["the tunnel"], *existing]
@@ -144,17 +177,29 @@ def kill_one(options: argparse.Namespace) -> None:
         wait_back(swarm, 300)
         print(f"{swarm.back()} of {len(everyone)} machines are connected", flush=True)
         time.sleep(SETTLE_SECONDS)
+        usage = Usage(net, balancing)
+        time.sleep(USAGE_SECONDS)
+        idle = usage.taken()
         before, mark = net.owners(), record.mark()
         print(f"owners before: {dict(Counter(owner for owner, _ in before.values()))}")
         victim = net.servers[0]
         gone = {node_uuid for node_uuid, (owner, _) in before.items() if owner == victim.address}
+        usage.taken()
         victim.kill()
         watch_all(swarm)
         since = time.monotonic()
+        time.sleep(USAGE_SECONDS)
+        tell_usage(usage, idle)
         wait_back(swarm, 60)
         of = {name: [one for one in group if uuid_of(one) in gone] for name, group in ours.items()}
         for name, group in of.items():
             tell(f"ours by {name}, of the killed server", group, since, 5)
+            tell(
+                f"ours by {name}, of the others: the measure's own share",
+                [one for one in group if one not in of[name]],
+                since,
+                5,
+            )
         tell("existing ones by UDP, of the killed server", [one for one in existing if uuid_of(one) in gone], since, 10)
         time.sleep(5)
         after = net.owners()
@@ -290,13 +335,24 @@ def take_a_third(net: Place, machines: int) -> None:
     )
 
 
+async def balance() -> None:
+    """Balance until the process ends; says the port."""
+    async with balancer(list(ADDRESSES), is_fair=True) as port:
+        print(port, flush=True)
+        await asyncio.Event().wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machines", type=int)
     parser.add_argument("--existing", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--load", action="store_true")
+    parser.add_argument("--balancer", action="store_true", help="what the benchmark itself starts")
     options = parser.parse_args()
+    if options.balancer:
+        uvloop.run(balance())
+        return
     options.machines = options.machines or (10_000 if options.load else 1000)
     print(subprocess.run(["uptime"], capture_output=True, text=True, check=True).stdout.strip())
     if options.load:

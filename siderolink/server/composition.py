@@ -208,6 +208,12 @@ class Composition:
         fleet.liveness.owner_queries = peers.queries
         return peers
 
+    def _watch_failures(self, membership: Membership) -> None:
+        """Let machines hear which servers fail."""
+        membership.on_failure = self._health.notify_watchers
+        self._health.own_endpoints = lambda: membership.living()[0].endpoints
+        self._health.failed_endpoints = lambda: membership.failures.endpoints(membership.living())
+
     def _is_leaving(self) -> bool:
         return self._draining.has_begun
 
@@ -226,7 +232,7 @@ class Composition:
             tasks.start_soon(keep_running, "writing heartbeats", fleet.membership.run)
             tasks.start_soon(keep_running, "taking links", fleet.owners.run)
             tasks.start_soon(keep_running, "asking machines to move", self._draining.watch)
-            fleet.membership.on_failure = self._health.notify_watchers
+            self._watch_failures(fleet.membership)
             tasks.start_soon(keep_running, "telling machines to check their links", self._health.run)
         if fleet.lease is not None:
             tasks.start_soon(fleet.lease.run)

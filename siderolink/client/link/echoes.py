@@ -1,7 +1,7 @@
 """Echo requests that show whether a link still works, where handshakes would find it dead much later."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,6 +9,7 @@ import anyio
 
 from siderolink.client.link.signals import EchoesUnanswered, Put
 from siderolink.common.backoff import Backoff
+from siderolink.common.hostport import HostPort
 from siderolink.common.wireguard.device import CanShakeHands, Device
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ class EchoCheck:
     def check_now(self) -> None:
         """Another server died: check now."""
         self._requested.set()
+
+    async def uses(self, servers: Collection[HostPort], endpoint: HostPort | None) -> bool:
+        """Whether the link uses one of these servers: they include its route's endpoint, or one that dialled this machine."""
+        if endpoint in servers:
+            return True
+        status = await self._device.peer(self._server_key)
+        return status is not None and status.path in {str(one) for one in servers}
 
     async def still_carries(self) -> bool:
         """Whether an echo shows that the session works. Only for the kernel, where a new session loses packets in flight."""

@@ -46,6 +46,8 @@ _CHECK_AFTER = 3
 _QUERY_OTHERS_AFTER = 1
 """The same if the connection to the API broke and the answer's several endpoints suggest other servers. Repeated once after
 `_CHECK_AFTER`."""
+_QUERY_NEXT_AFTER = 2
+"""The same on the way to another server, which may have failed, too."""
 _SIZE_PROBE_AFTER = 1.0
 _SIZE_PROBE_AGAIN = 60.0
 _RETRY = (2.0, 4.0)
@@ -96,6 +98,8 @@ class RouteMonitor:
         self._is_moving = False
         self._check_at = _CHECK_AFTER + 1
         self._check_reason = ""
+        self._has_failed = False
+        """Whether the server that has the link is said to have failed, and was not heard since."""
         self._probes_size = False
         self._cuts = RegularCuts()
         self._cut_at = time.monotonic()
@@ -194,6 +198,8 @@ class RouteMonitor:
             return
         await self._route.shake_hands(self._device, self._peer)
         if watch.suspicion is None:
+            if self._progress.machine.was_up and watch.unanswered == _QUERY_NEXT_AFTER and len(self._answer.endpoints) > 1:
+                self._check_server()
             return
         if watch.unanswered == _REOPEN_AFTER + 1:
             self._route.reopen()
@@ -217,13 +223,16 @@ class RouteMonitor:
                 return "handshakes go unanswered"
             case PeerSilent(public_key=key) if key == self._peer.public_key:
                 watch.suspect(now, "what was sent went unanswered")
-            case signals.RouteLost(reason=reason):
-                return reason
+            case signals.RouteLost(reason=reason) | signals.EchoesUnanswered(reason=reason) if self._has_failed or isinstance(
+                signal, signals.RouteLost
+            ):
+                return reason  # the next endpoint is another server's
+            case signals.ServerDied(servers=servers) | signals.ApiLost(servers=servers) if servers and not (
+                await self._echoes.uses(servers, self._route.endpoint)
+            ):
+                pass  # the link's server is another one
             case signals.RouteInterrupted(reason=reason):
-                self._note_cut(reason)
-                if watch.is_up and not self._checks_after_cut:
-                    self._checks_after_cut = True
-                    self._tasks.start_soon(self._check_server_after_cut)
+                self._note_cut(reason, watch)
             case signals.Answered(answer=answer, has_link=has_link) if _is_another(
                 answer, self._answer, but_endpoints=watch.is_up and watch.suspicion is None and self._check_reason != _LEAVING
             ):
@@ -248,8 +257,11 @@ class RouteMonitor:
 
     def _handle_api_signal(self, signal: signals.Signal, watch: HandshakeWatch, now: float) -> None:
         match signal:
-            case signals.ApiLost():
+            case signals.ApiLost(servers=servers):
                 watch.suspect_twice(now, _API_LOST)
+                if servers and len(self._answer.endpoints) > 1:
+                    self._has_failed = True
+                    self._echoes.check_now()
             case signals.ApiBack():
                 self._context.retry.fire()
                 watch.probe_now(now)
@@ -260,7 +272,8 @@ class RouteMonitor:
                 what = "idle connections to the API are cut, so none is kept:"
                 self._context.emit(events.ConnectionsCut(what=what, age=age))
                 watch.suspect(now, _API_LOST)
-            case signals.ServerDied():
+            case signals.ServerDied(servers=servers):
+                self._has_failed |= bool(servers)
                 self._echoes.check_now()
             case signals.EchoesUnanswered(reason=reason) if watch.suspect(now, reason):
                 self._check_server()  # an answer that lists another server arrives before a second handshake would complete
@@ -302,7 +315,7 @@ class RouteMonitor:
             self._context.retry.fire()
             watch.suspect_at_once(now, "the network changed")
 
-    def _note_cut(self, reason: str) -> None:
+    def _note_cut(self, reason: str, watch: HandshakeWatch) -> None:
         now = time.monotonic()
         age, self._cut_at = now - self._cut_at, now
         regular = self._cuts.note(age)
@@ -311,6 +324,9 @@ class RouteMonitor:
             self._context.emit(events.ConnectionsCut(what=what, age=regular))
             self._cuts = RegularCuts()
         self._progress.trouble("stream", reason)
+        if watch.is_up and not self._checks_after_cut:
+            self._checks_after_cut = True
+            self._tasks.start_soon(self._check_server_after_cut)
 
     async def _pause(self, pause: signals.Pause, watch: HandshakeWatch | None) -> None:
         """Send nothing until the pause ends, then shake hands again."""
@@ -356,7 +372,7 @@ class RouteMonitor:
         return status.last_handshake if status is not None else None
 
     def _note_handshake(self, watch: HandshakeWatch, at: float) -> None:
-        self._server_checked = False
+        self._server_checked = self._has_failed = False
         self._check_at = _CHECK_AFTER + 1
         came_up = watch.handshake_completed(at)
         self._progress.handshake(str(self._route))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from siderolink.client.link.provisioning import MAX_ENDPOINTS
 from siderolink.client.link.signals import ApiBack, ApiCutRegularly, ApiLost, Put, ServerDied
 from siderolink.client.link.watch import RegularCuts
 from siderolink.common.backoff import Backoff, RetryTrigger
@@ -24,6 +25,7 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.netlink import call_in
+from siderolink.common.pb.grpc.health.v1 import HealthCheckResponse
 from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route, UdpRoute
 from siderolink.common.wireguard.device import DEFAULT_MTU, DeviceConfig, DeviceEvent, PeerConfig, PeerHandshake
@@ -260,7 +262,7 @@ _LEARN_AGAIN = 1800.0
 
 
 async def _until_api_ends(
-    url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None], on_update: Callable[[], None]
+    url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None], on_message: Callable[[bytes, bool], None]
 ) -> float:
     """Watch the API; returns the number of seconds for which it was reachable."""
     began_at: list[float] = []
@@ -272,12 +274,23 @@ async def _until_api_ends(
     try:
         with translate_errors():
             async with open_channel(url.host, url.port, tls) as channel:
-                await channel.watch_health(up, on_update)
+                await channel.watch_health(up, on_message)
     except JoinError:
         pass
     except Exception:
         log.exception("watching the server's API failed; retrying")
     return anyio.current_time() - began_at[0] if began_at else 0.0
+
+
+def _read_endpoints(message: bytes) -> tuple[frozenset[HostPort], frozenset[HostPort]]:
+    """The endpoints of the server that sent a health message, and of servers that failed; none where it names none."""
+    try:
+        response = HealthCheckResponse.parse(message)
+        own, failed = response.server_endpoints[:MAX_ENDPOINTS], response.failed_endpoints[:MAX_ENDPOINTS]
+        return frozenset(map(HostPort.parse, own)), frozenset(map(HostPort.parse, failed))
+    except Exception as error:  # another server's message, or a malformed one
+        log.debug("a health message names no servers: %s", error)
+        return frozenset(), frozenset()
 
 
 async def watch_api(
@@ -298,15 +311,23 @@ async def watch_api(
     context = (tls or True) if url.tls else None
     is_lost = ends_soon = False
     cuts = RegularCuts()
+    here: frozenset[HostPort] = frozenset()
 
     def api_answers() -> None:
         on_state(True)
         if is_lost:
             put(ApiBack())
 
+    def heard(message: bytes, is_first: bool) -> None:
+        nonlocal here
+        here, failed = _read_endpoints(message)
+        if failed or not is_first:
+            put(ServerDied(failed))
+
     while True:
+        here = frozenset()
         try:
-            stood_for = await _until_api_ends(url, context, api_answers, lambda: put(ServerDied()))
+            stood_for = await _until_api_ends(url, context, api_answers, heard)
         finally:
             on_state(False)
         if not stood_for:
@@ -317,7 +338,7 @@ async def watch_api(
             await anyio.sleep(_LEARN_AGAIN)
             continue
         if stood_for > STABLE or (stood_for and not ends_soon):
-            put(ApiLost())
+            put(ApiLost(here))
             is_lost = True
             ends_soon = stood_for <= STABLE
             backoff.reset()

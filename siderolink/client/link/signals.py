@@ -10,6 +10,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from siderolink.client.link.provisioning import Provisioned
 from siderolink.common.errors import DeviceError
+from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import DeviceEvent, InterfaceLost
 
@@ -41,6 +42,9 @@ class Answered:
 class ApiLost:
     """The connection to the API was lost."""
 
+    servers: frozenset[HostPort] = frozenset()
+    """The endpoints of the server at its other end; empty if that did not tell."""
+
 
 @dataclass(frozen=True, slots=True)
 class ApiBack:
@@ -49,7 +53,10 @@ class ApiBack:
 
 @dataclass(frozen=True, slots=True)
 class ServerDied:
-    """The API reports that another server of its store died. The link may be at that server."""
+    """The API says that other servers of its store died, stopped, or seem to have ended. One of them may have the link."""
+
+    servers: frozenset[HostPort] = frozenset()
+    """Their endpoints; empty if the API does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from siderolink.common.grpc.calls import SHUTTING_DOWN
 from siderolink.common.grpc.connection import H2Stream, Headers
 from siderolink.common.grpc.dialing import adopt, authority, check_host, connect_in, dial
 from siderolink.common.grpc.limits import Limits
-from siderolink.common.grpc.messages import ClientCodec, PrefixGuard
+from siderolink.common.grpc.messages import ClientCodec, MessageSplitter
 from siderolink.common.grpc.protocol import Http2Protocol
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.grpc.tls import client_tls
@@ -37,6 +37,7 @@ log = logging.getLogger("siderolink")
 CREATE_STREAM = "/sidero.link.WireGuardOverGRPCService/CreateStream"
 """The path of the tunnel's bidirectional method."""
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+OnHealth = Callable[[bytes, bool], None]
 _EMPTY_MESSAGE = bytes(5)
 _MAX_HEALTH_BYTES = 4096
 _CLOSE_SECONDS = 0.5
@@ -153,11 +154,11 @@ class GrpcChannel(private.ConnectingChannel):
         for protocol in tuple(self._connections):
             await protocol.lost.wait()
 
-    async def watch_health(self, on_up: Callable[[], None], on_update: Callable[[], None] = lambda: None) -> None:
+    async def watch_health(self, on_up: Callable[[], None], on_message: OnHealth = lambda message, is_first: None) -> None:
         """Call `on_up` once the server answers, and return when it is gone. Uses one long-lived call.
 
-        `on_update` is called for each further message within one call: servers of this package send one when another server of
-        their store died.
+        `on_message` is called with each message, and whether it is the first one of a call: servers of this package send
+        another one when a server of their store died.
 
         The call (``grpc.health.v1.Health/Watch``) keeps the connection open at reverse proxies, which close idle ones after a
         minute. Behind such a proxy the call ends with the server, where the connection would not. For a server without that
@@ -175,7 +176,7 @@ class GrpcChannel(private.ConnectingChannel):
         while True:
             before = answers
             try:
-                status, message = await self._call_health(heard, on_update)
+                status, message = await self._call_health(heard, on_message)
             except (grpclib.exceptions.StreamTerminatedError, ServerUnreachableError):
                 if not answers and not protocol.connection.is_closing():
                     raise
@@ -191,17 +192,18 @@ class GrpcChannel(private.ConnectingChannel):
                 return
         await protocol.lost.wait()
 
-    async def _call_health(self, heard: Callable[[object], None], on_update: Callable[[], None]) -> tuple[grpclib.Status, str]:
+    async def _call_health(self, heard: Callable[[object], None], on_message: OnHealth) -> tuple[grpclib.Status, str]:
         """Make one health call and wait for its end; returns its status and message."""
-        guard = PrefixGuard(_MAX_HEALTH_BYTES)
+        messages = MessageSplitter(_MAX_HEALTH_BYTES)
+        is_first = True
 
         def receive(pieces: Sequence[memoryview]) -> None:
+            nonlocal is_first
             heard(pieces)
-            before = guard.messages
             for piece in pieces:
-                guard.feed(bytes(piece))
-            if guard.messages > max(before, 1):
-                on_update()
+                for message in messages.feed(bytes(piece)):
+                    was_first, is_first = is_first, False
+                    on_message(message, was_first)
 
         try:
             async with open_byte_stream(self, HEALTH_WATCH) as stream:

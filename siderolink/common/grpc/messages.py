@@ -70,6 +70,27 @@ class PrefixGuard:
             self.messages += not self._remaining
 
 
+class MessageSplitter:
+    """Splits a stream's bytes into small messages."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._guard = PrefixGuard(max_bytes)
+        self._kept = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that are complete with the next bytes. Raises Refused at the first invalid prefix."""
+        self._guard.feed(data)
+        self._kept += data
+        found = []
+        while len(self._kept) >= PREFIX_BYTES:
+            end = PREFIX_BYTES + int.from_bytes(self._kept[1:PREFIX_BYTES])
+            if len(self._kept) < end:
+                break
+            found.append(self._kept[PREFIX_BYTES:end])
+            self._kept = self._kept[end:]
+        return found
+
+
 class _Held:
     """Bytes that a call has received but not read. Separate from the buffer, whose own callback would form a cycle."""
 

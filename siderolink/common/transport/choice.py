@@ -60,6 +60,10 @@ class Route(Protocol):
     def remote(self) -> str | None:
         """The address (as text) to which this host sends on this route; None if unknown."""
 
+    @property
+    def endpoint(self) -> HostPort | None:
+        """The server's endpoint by UDP, as its answer lists it; None for a stream."""
+
     async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
         """Configure the peer on the device, start a handshake, and forward datagrams.
 
@@ -133,7 +137,7 @@ class UdpRoute:
     """One endpoint, whose name is resolved again for each attempt."""
 
     def __init__(self, endpoint: HostPort, turn: int) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._turn = turn
         self._address: Endpoint | None = None
 
@@ -143,9 +147,9 @@ class UdpRoute:
 
     async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
         try:
-            addresses = await self._endpoint.resolve()
+            addresses = await self.endpoint.resolve()
         except OSError as error:
-            return f"cannot resolve {self._endpoint.host}: {error.strerror or error}"
+            return f"cannot resolve {self.endpoint.host}: {error.strerror or error}"
         self._address = addresses[self._turn % len(addresses)]
         try:
             await dial_peer(device, replace(peer, endpoint=self._address))
@@ -184,7 +188,7 @@ class UdpRoute:
         """Does nothing: there is no stream."""
 
     def __str__(self) -> str:
-        return f"udp {self._endpoint}"
+        return f"udp {self.endpoint}"
 
 
 class TunnelTransport:
@@ -202,6 +206,8 @@ class TunnelTransport:
 
 class TunnelRoute:
     """The stream, reopened whenever it ends: first immediately, then with backoff."""
+
+    endpoint = None
 
     def __init__(
         self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None, retry: RetryTrigger

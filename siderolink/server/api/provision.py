@@ -92,7 +92,7 @@ class ResponseBuilder:
     def build(self, machine: Machine, *, tunnel: bool) -> ProvisionResponse:
         """The answer for an admitted machine. With `tunnel` it contains a virtual address."""
         response = ProvisionResponse(
-            server_endpoint=self._living_endpoints(),
+            server_endpoint=self._living_endpoints(machine.id),
             server_public_key=self._public_key,
             node_address_prefix=f"{format_address(machine.overlay_address)}/{self._prefix_length}",
             server_address=self._server_address,
@@ -102,10 +102,10 @@ class ResponseBuilder:
             response.server_endpoint = [response.grpc_peer_addr_port]
         return response
 
-    def _living_endpoints(self) -> list[str]:
+    def _living_endpoints(self, machine_id: str) -> list[str]:
         if self._membership is None:
             return self._endpoints
-        return swap_endpoints(self._membership.endpoints()[:MAX_ENDPOINTS])
+        return swap_endpoints(self._membership.endpoints(machine_id)[:MAX_ENDPOINTS])
 
 
 class ProvisionService:

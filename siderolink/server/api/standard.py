@@ -68,6 +68,10 @@ class HealthService(HealthBase):
         self._is_leaving = is_leaving
         self._watchers: set[anyio.Event] = set()
         self._has_news = anyio.Event()
+        self.own_endpoints: Callable[[], Collection[str]] = tuple
+        """The endpoints of this server, where others share its store."""
+        self.failed_endpoints: Callable[[], Collection[str]] = tuple
+        """Those of servers that failed."""
 
     async def check(self, message: HealthCheckRequest) -> HealthCheckResponse:
         if message.service not in self._services:
@@ -81,13 +85,24 @@ class HealthService(HealthBase):
     def _now(self) -> HealthCheckResponse:
         return _LEAVING if self._is_leaving() else _SERVING
 
+    @property
+    def _watched(self) -> HealthCheckResponse:
+        return HealthCheckResponse(
+            status=self._now.status,
+            server_endpoints=list(self.own_endpoints()),
+            failed_endpoints=list(self.failed_endpoints()),
+        )
+
     async def watch(self, message: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
-        """Send the state now, and again whenever another server died. The call ends with UNAVAILABLE after `WATCH_SECONDS`."""
+        """Send the state now, and again whenever another server died. The call ends with UNAVAILABLE after `WATCH_SECONDS`.
+
+        It says which servers died, so that machines of others need not check their links.
+        """
         while True:
             told = anyio.Event()
             self._watchers.add(told)
             try:
-                yield self._now if message.service in self._services else _UNKNOWN
+                yield self._watched if message.service in self._services else _UNKNOWN
                 await told.wait()
             finally:
                 self._watchers.discard(told)

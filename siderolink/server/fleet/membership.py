@@ -5,6 +5,7 @@ heartbeats declares nobody dead, and after an outage of the database every serve
 """
 
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -33,6 +34,8 @@ the database, the last heartbeats of the others are not older than `DEAD_AFTER` 
 """
 MAX_CLOCK_OFFSET = 0.5
 """Maximum difference between a host's clock and the store's, in seconds."""
+MAX_FAILED = 32
+"""The endpoints of failed servers that machines are told of."""
 _CLOSE_SECONDS = 1.0
 _LATER_SECONDS = 0.05
 """Delay between the time when a server may be dead and the check of its heartbeat."""
@@ -40,6 +43,34 @@ _LATER_SECONDS = 0.05
 
 async def _nothing() -> None:
     pass
+
+
+def _weight(server_id: str, machine_id: str) -> bytes:
+    """Of several servers, the one with the highest weight is to have the machine (rendezvous hashing)."""
+    return blake2b(f"{server_id} {machine_id}".encode(), digest_size=8).digest()
+
+
+class Failures:
+    """Where machines reached servers that died, were removed or may have failed, and that had no heartbeat since."""
+
+    def __init__(self) -> None:
+        self._heard_at: dict[str, float] = {}
+        """The last heartbeats of the servers, by their endpoints."""
+
+    def note(self, server: FleetServer) -> None:
+        for endpoint in server.endpoints:
+            self._heard_at.pop(endpoint, None)
+            self._heard_at[endpoint] = server.heartbeat_at
+        while len(self._heard_at) > MAX_FAILED:
+            del self._heard_at[next(iter(self._heard_at))]
+
+    def endpoints(self, living: Iterable[FleetServer]) -> list[str]:
+        """Those of the servers that are not among the living again."""
+        for one in living:
+            for endpoint in one.endpoints:
+                if one.heartbeat_at > self._heard_at.get(endpoint, math.inf):
+                    del self._heard_at[endpoint]
+        return list(self._heard_at)
 
 
 class Membership:
@@ -71,6 +102,7 @@ class Membership:
         self._others: dict[str, FleetServer] = {}
         self._dead: set[str] = set()
         """Servers whose death was reported."""
+        self.failures = Failures()
         self._read_at = clock.time()
         """When heartbeats were last read, on the store's clock."""
         self._beat_at = self._began_at = clock.monotonic()
@@ -143,13 +175,16 @@ class Membership:
         """Whether machines dialled by other servers might refuse this one's handshakes as replays, or vice versa."""
         return self._stamps_by_host and abs(self.clock_offset) > MAX_CLOCK_OFFSET
 
-    def endpoints(self) -> list[str]:
-        """The WireGuard endpoints of the live servers that are not draining, this server's own first.
+    def endpoints(self, machine_id: str = "") -> list[str]:
+        """The WireGuard endpoints of the live servers that are not draining: this server's own first, then those of the
+        machine's `heir` without this server, and so on. So the machines of a dead server do not all go to one other server.
 
         The endpoints of a draining server come last in its own answers and are missing from those of others.
         """
-        staying = [one for one in self.living() if not one.is_draining]
-        found = [endpoint for one in staying + [self._row] for endpoint in one.endpoints]
+        own, *others = self.living()
+        others.sort(key=lambda one: _weight(one.id, machine_id), reverse=True)
+        staying = [one for one in (own, *others) if not one.is_draining]
+        found = [endpoint for one in staying + [own] for endpoint in one.endpoints]
         return list(dict.fromkeys(found))
 
     def heir(self, machine_id: str) -> str:
@@ -157,7 +192,7 @@ class Membership:
         living = self.living()
         staying = [one.id for one in living if not one.is_draining and abs(one.clock_offset) <= MAX_CLOCK_OFFSET]
         staying = staying or [one.id for one in living]
-        return max(staying, key=lambda server_id: blake2b(f"{server_id} {machine_id}".encode(), digest_size=8).digest())
+        return max(staying, key=lambda server_id: _weight(server_id, machine_id))
 
     # --- changes
 
@@ -185,7 +220,7 @@ class Membership:
         if server.id == self.id:
             return
         if is_gone:
-            self._others.pop(server.id, None)
+            self.failures.note(self._others.pop(server.id, server))
         else:
             known = self._others.get(server.id)
             newest = server.heartbeat_at if known is None else max(known.heartbeat_at, server.heartbeat_at)
@@ -196,6 +231,7 @@ class Membership:
         """Handle a hint that a server's process ended: machines check their links. It is dead only without heartbeats."""
         if server_id in self._others and server_id not in self._dead:
             log.warning("the server %s closed its connection and refuses another one: machines check their links", server_id)
+            self.failures.note(self._others[server_id])
             self.on_failure()
 
     def _report_changes(self, gone: set[str]) -> None:
@@ -203,6 +239,8 @@ class Membership:
         told, self._dead = self._dead, dead | (self._dead - self._others.keys())
         for server_id in dead - told:
             log.warning("the server %s is %s", server_id, "gone" if server_id in gone else "dead: it has no heartbeat")
+            if server_id in self._others:
+                self.failures.note(self._others[server_id])
             self.on_dead(server_id)
             self.on_failure()
         told, self._draining = self._draining, {server_id for server_id in self._others if self.is_leaving(server_id)}
@@ -299,6 +337,8 @@ class Membership:
         self._was_doubtful |= not is_first and at - self._beat_at > SURE_SECONDS
         self._beat_at, self._read_at = at, now
         gone = self._others.keys() - others.keys()
+        for server_id in gone:
+            self.failures.note(self._others[server_id])
         self._others = others
         self._report_changes(gone)
 

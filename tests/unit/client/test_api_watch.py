@@ -13,6 +13,7 @@ from siderolink.client.link.probes import watch_api
 from siderolink.common.backoff import RetryTrigger
 from siderolink.common.grpc import GrpcServer, Servable, serve
 from siderolink.common.grpc.limits import CallLimits
+from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest, HealthCheckResponse
 from siderolink.common.tasks import background_tasks
@@ -100,6 +101,36 @@ async def test_a_machine_hears_of_other_servers_deaths_by_its_health_call() -> N
                 while len(bench.told) < deaths:
                     health.notify_watchers()  # the first may be told before the machine's call has come
                     await anyio.sleep(0.1)
+        assert set(bench.told) == {signals.ServerDied()}
+
+
+async def test_a_machine_hears_which_servers_failed_and_which_one_it_asks() -> None:
+    health, failed = HealthService(), list[str]()
+    health.own_endpoints, health.failed_endpoints = (lambda: ["192.0.2.1:51820"]), (lambda: failed)
+    async with background_tasks() as tasks, watched(health) as bench:
+        tasks.start_soon(health.run)
+        failed += ["192.0.2.2:51820", "[2001:db8::3]:51820"]
+        with anyio.fail_after(30):
+            while not bench.told:
+                health.notify_watchers()
+                await anyio.sleep(0.1)
+        gone = signals.ServerDied(frozenset(map(HostPort.parse, failed)))
+        assert set(bench.told) == {gone}
+        await bench.stop()
+        await bench.until(lambda: bench.told[-1] == signals.ApiLost(frozenset({HostPort("192.0.2.1", 51820)})))
+        await bench.start()
+        await bench.until(lambda: bench.told[-1] == gone)  # with the first message, too: it may have happened meanwhile
+
+
+async def test_a_malformed_health_message_names_no_servers() -> None:
+    health = HealthService()
+    health.failed_endpoints = lambda: ["no endpoint"]
+    async with background_tasks() as tasks, watched(health) as bench:
+        tasks.start_soon(health.run)
+        with anyio.fail_after(30):
+            while not bench.told:
+                health.notify_watchers()
+                await anyio.sleep(0.1)
         assert set(bench.told) == {signals.ServerDied()}
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from siderolink.client.link import events, signals
 from siderolink.client.link.events import ConnectionState
+from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute
 from siderolink.common.wireguard.device import InterfaceLost, PeerConfig, PeerStatus
@@ -66,6 +67,60 @@ async def test_a_dead_server_costs_an_echo_where_the_link_carries_and_a_call_whe
         bench.put(signals.ServerDied())
         await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {TWO}")
         assert len(bench.service.requests) == calls + 1
+
+
+async def test_a_failed_server_is_left_for_the_next_endpoint_without_a_call() -> None:
+    server, (one, two) = new_key(), (HostPort.parse(text) for text in (ONE, TWO))
+    async with running(response(server, TWO, ONE)) as bench:
+        await connect(bench, server)
+        calls = len(bench.service.requests)
+        bench.put(signals.ServerDied(frozenset({two})))
+        bench.put(signals.ApiLost(frozenset({two})))
+        await anyio.wait_all_tasks_blocked()
+        assert bench.echo_checks == 0, "another server's death concerns other machines"
+        bench.put(signals.ServerDied(frozenset({one, two})))
+        await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {TWO}")
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(server)
+        await bench.saw(events.Reestablished, condition=lambda event: event.route == f"udp {TWO}")
+        assert (bench.echo_checks, len(bench.service.requests)) == (1, calls)
+
+
+@pytest.mark.parametrize("dialled_by", [TWO, "192.0.2.3:51820"])
+async def test_the_server_that_has_the_link_may_be_another_one_than_was_dialled(dialled_by: str) -> None:
+    class Dialled(FakeDevice):
+        async def peer(self, public_key: PublicKey) -> PeerStatus | None:
+            status = await super().peer(public_key)
+            return status and replace(status, path=dialled_by)
+
+    server = new_key()
+    async with running(response(server, TWO, ONE)) as bench:
+        bench.device_type = Dialled
+        await connect(bench, server)
+        bench.is_server_answering = True
+        bench.put(signals.ServerDied(frozenset({HostPort.parse(TWO)})))
+        await anyio.wait_all_tasks_blocked()
+        assert bench.echo_checks == (dialled_by == TWO)
+        assert bench.state() is ConnectionState.CONNECTED
+
+
+@pytest.mark.parametrize("is_alive", [False, True])
+async def test_an_api_that_ends_with_the_links_own_server_is_left_unless_that_answers(is_alive: bool) -> None:
+    server, one = new_key(), HostPort.parse(ONE)
+    async with running(response(server, TWO, ONE)) as bench:
+        await connect(bench, server)
+        bench.is_server_answering = is_alive
+        before, calls = handshakes_begun(bench), len(bench.service.requests)
+        bench.put(signals.ApiLost(frozenset({one})))
+        await begun(bench, before)
+        if not is_alive:
+            await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {TWO}")
+            assert len(bench.service.requests) == calls
+            return
+        bench.shake_hands(server)
+        await bench.saw(events.Handshake, 2)
+        await anyio.wait_all_tasks_blocked()
+        assert bench.state() is ConnectionState.CONNECTED
 
 
 @pytest.mark.parametrize(("endpoints", "seconds"), [((TWO, ONE), 0.4), ((TWO, ONE), 0.1), ((ONE,), 0.4)])

@@ -13,7 +13,7 @@ from siderolink.server.fleet.owners import IN_FLIGHT_SECONDS, Owners
 from siderolink.server.fleet.reconciler import EVERYTHING
 from siderolink.server.store import Machine, Ownership, Transaction
 from tests.support.fake_device import FakePath, VirtualClock
-from tests.support.manager import FakeMachine
+from tests.support.manager import FakeMachine, Manager
 from tests.support.several import UdpPath, fleet_of, linked, membership, owners, settled
 
 pytestmark = pytest.mark.anyio
@@ -114,17 +114,55 @@ async def test_a_server_that_reads_its_rows_for_long_is_none_of_the_others_yet_a
 async def test_answers_list_the_living_servers_this_one_first() -> None:
     async with fleet_of("a", "b", "c") as fleet:
 
-        async def given(name: str) -> list[str]:
-            answer = await fleet[name].join(FakeMachine())
+        async def given(name: str, machine: FakeMachine) -> list[str]:
+            answer = await fleet[name].join(machine)
             return [endpoint.partition(".")[0] for endpoint in swap_endpoints(answer.server_endpoint)]
 
-        assert await given("b") == ["b"] * 3 + ["a"] * 3 + ["c"] * 3
+        machine, others, seconds = FakeMachine(), {"a", "b", "c"}, set()
+        for one in [FakeMachine() for _ in range(12)]:
+            first, second, third = (await given("b", one))[::3]
+            assert (first, {second, third}) == ("b", {"a", "c"})
+            seconds.add(second)
+        assert seconds == {"a", "c"}, "the machines of a server that dies do not all go to one"
+        assert await given("b", machine) == await given("b", machine)
+        assert {*(await given("c", machine))} == others
+        of_a = await given("a", machine)
         membership(fleet["a"]).describe(is_draining=True)
         await fleet.pass_time(1)
-        assert await given("b") == ["b"] * 3 + ["c"] * 3
-        assert await given("a") == ["b"] * 3 + ["c"] * 3 + ["a"] * 3  # a machine that asks it goes to another one
+        assert await given("b", machine) == ["b"] * 3 + ["c"] * 3
+        assert await given("a", machine) == of_a[3:] + of_a[:3]  # a machine that asks it goes to another one
         await fleet.pass_time(DEAD_AFTER + 1, "a", "b")
-        assert await given("b") == ["b"] * 3
+        assert await given("b", machine) == ["b"] * 3
+
+
+async def test_the_server_after_the_first_in_an_answer_is_the_one_that_would_dial_the_machine() -> None:
+    async with fleet_of("a", "b", "c") as fleet:
+        machines = [FakeMachine() for _ in range(12)]
+        answers = [await fleet["a"].join(machine) for machine in machines]
+        await fleet.pass_time(DEAD_AFTER + 1, "b", "c")
+        for machine, answer in zip(machines, answers, strict=True):
+            row = await fleet["b"].row(machine)
+            assert swap_endpoints(answer.server_endpoint)[3].partition(".")[0] == membership(fleet["b"]).heir(row.id)
+
+
+def failed(manager: Manager) -> list[str]:
+    return membership(manager).failures.endpoints(membership(manager).living())
+
+
+async def test_machines_are_told_which_servers_failed_until_these_are_heard_again() -> None:
+    async with fleet_of("a", "b", "c") as fleet:
+        of_b = [endpoint for endpoint in membership(fleet["a"]).endpoints() if endpoint.startswith("b.")]
+        assert failed(fleet["a"]) == []
+        membership(fleet["a"]).suspect("b")
+        assert failed(fleet["a"]) == of_b
+        await fleet.pass_time(2)
+        assert failed(fleet["a"]) == [], "its heartbeats go on"
+        await fleet.pass_time(DEAD_AFTER + 1, "a", "c")
+        assert failed(fleet["c"]) == of_b
+        await fleet.pass_time(2)
+        await membership(fleet["b"]).leave()
+        await fleet.pass_time(1, "a", "c")
+        assert [failed(fleet[name]) for name in "ac"] == [of_b, of_b], "it stopped"
 
 
 # --- what two servers did to each other (each began as a fault)

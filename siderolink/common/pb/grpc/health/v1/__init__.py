@@ -63,6 +63,22 @@ class HealthCheckResponse(betterproto2.Message):
         default_factory=lambda: HealthCheckResponseServingStatus(0),
     )
 
+    server_endpoints: "list[str]" = betterproto2.field(
+        1000, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    Fields from here on are an addition of this package, for its machines. Other clients skip them.
+
+    Where machines reach the WireGuard of the server that sends this; empty where others cannot share its store.
+    """
+
+    failed_endpoints: "list[str]" = betterproto2.field(
+        1001, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    Those of servers of the same store that died, stopped, or seem to have ended, and were not seen since.
+    """
+
 
 default_message_pool.register_message(
     "grpc.health.v1", "HealthCheckResponse", HealthCheckResponse
