@@ -41,7 +41,8 @@ _PEERS_AT_ONCE = 50
 class Source(Protocol):
     """The source of a status: a running server, or a machine's link."""
 
-    async def status(self) -> StatusResponse: ...
+    def status(self) -> AsyncIterator[StatusResponse]:
+        """The status, in parts that are merged. Yields to other tasks in between."""
 
     def events(self) -> AsyncIterator[Event]: ...
 
@@ -67,18 +68,16 @@ class ControlService(ControlBase):
 
     async def _serve_status(self, stream: Stream[StatusRequest, bytes]) -> None:
         """Send the status in pieces, because encoding ten thousand peers takes a good part of a second."""
-        answer = await self.status(await stream.recv_message() or StatusRequest())
+        await stream.recv_message()
         parts: list[bytes] = []
-        for part in encode_in_parts(answer, "peers", _PEERS_AT_ONCE):
-            parts.append(part)
-            await anyio.lowlevel.checkpoint()
-        await stream.send_message(b"".join(parts))
-
-    async def status(self, message: StatusRequest) -> StatusResponse:
         try:
-            return await self._source.status()
+            async for answer in self._source.status():
+                for part in encode_in_parts(answer, "peers", _PEERS_AT_ONCE):
+                    parts.append(part)
+                    await anyio.lowlevel.checkpoint()
         except SideroLinkError as error:
             raise GRPCError(Status.UNAVAILABLE, one_line(str(error))) from None
+        await stream.send_message(b"".join(parts))
 
     async def events(self, message: EventsRequest) -> AsyncIterator[Event]:
         try:

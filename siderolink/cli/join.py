@@ -73,10 +73,10 @@ class LinkSource:
         self._name = name
         self._reporting = reporting
 
-    async def status(self) -> StatusResponse:
+    async def status(self) -> AsyncIterator[StatusResponse]:
         status = await self._link.status()
         last_refused = f"the last new settings were refused: {status.last_refused}" if status.last_refused else ""
-        return StatusResponse(
+        yield StatusResponse(
             role="machine",
             interface=status.interface or self._name,
             device_kind=status.device or "",

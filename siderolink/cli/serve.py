@@ -7,8 +7,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-import anyio.lowlevel
-
 from siderolink.cli.control import (
     ControlService,
     control_socket,
@@ -32,16 +30,15 @@ from siderolink.cli.web_child import check_page, keep_page
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import GRPCError, Servable, ServerCertificate, Status
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
-from siderolink.common.tasks import background_tasks, in_parts, keep_running
+from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import PeerStatus
-from siderolink.server import AdminOptions, EventStream, JoinPolicy, JoinTokensMode, Server, Store
+from siderolink.server import AdminOptions, EventStream, JoinPolicy, JoinTokensMode, MachineStatus, Server, Store
 from siderolink.server.admin.services import ADMIN_LIMITS, GROUP, LocalAccess, admin_services, group_id, guarded
 from siderolink.server.events import describe_event
 from siderolink.server.peers import relayed
 from siderolink.server.store import Role
 
 _MOST_DESCRIPTORS = 1 << 20
-_PEERS_AT_ONCE = 100
 
 
 class ServerSource:
@@ -52,26 +49,21 @@ class ServerSource:
         self._interface = interface
         self._has_reports = has_reports
 
-    async def status(self) -> StatusResponse:
+    async def status(self) -> AsyncIterator[StatusResponse]:
         if not self._serving.is_running:
-            return StatusResponse(role="server", interface=self._interface, state="starting")
+            yield StatusResponse(role="server", interface=self._interface, state="starting")
+            return
         server = self._serving.server
         reports = server.reports if self._has_reports else None
-        machines = {status.machine.public_key: status for status in await server.machines()}
 
-        def describe_peer(peer: PeerStatus) -> Peer:
-            status = machines.get(peer.public_key)
+        def describe_peer(peer: PeerStatus, status: MachineStatus | None) -> Peer:
             if status is None:
                 return peer_message(peer)
             machine, limits = status.machine, status.limits_biting
             report_drops = {} if reports is None else reports.drops(machine.id)
             return peer_message(peer, machine.node_uuid, report_drops, name=machine.shown_name, limits_biting=limits)
 
-        peers: list[Peer] = []
-        for part in in_parts(await server.device.peers(), _PEERS_AT_ONCE):
-            peers += map(describe_peer, part)
-            await anyio.lowlevel.checkpoint()
-        return StatusResponse(
+        yield StatusResponse(
             role="server",
             interface=server.device.name,
             device_kind=server.device.kind,
@@ -80,12 +72,13 @@ class ServerSource:
             addresses=[f"{server.address}/64"],
             public_key=str(server.public_key),
             listen_port=server.wireguard_port or 0,
-            peers=peers,
             drops=server.drops() | lost_records(),
             refusals=server.refusals(),
             state="serving",
             reports=None if reports is None else report_counts(reports),
         )
+        async for part in server.links():
+            yield StatusResponse(peers=[describe_peer(peer, status) for peer, status in part])
 
     async def events(self) -> AsyncIterator[Event]:
         async for event in self._serving.server.events():

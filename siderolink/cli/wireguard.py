@@ -52,13 +52,13 @@ class InterfaceSource:
     def __init__(self, device: "UserspaceDevice") -> None:
         self._device = device
 
-    async def status(self) -> "StatusResponse":
+    async def status(self) -> AsyncIterator["StatusResponse"]:
         from siderolink.cli.control import peer_message
         from siderolink.common.pb.siderolink.control import StatusResponse
 
         device = self._device
         has_key = device.report().private_key is not None
-        return StatusResponse(
+        yield StatusResponse(
             role="interface",
             state="up" if device.is_passing else "down",
             interface=device.name,
@@ -66,9 +66,10 @@ class InterfaceSource:
             transport="udp",
             public_key=str(device.public_key) if has_key else "",
             listen_port=device.listen_port or 0,
-            peers=[peer_message(peer) for peer in await device.peers()],
             drops=device.drops(),
         )
+        async for part in device.peers_in_parts():
+            yield StatusResponse(peers=[peer_message(peer) for peer in part])
 
     def events(self) -> AsyncIterator["Event"]:
         raise SideroLinkError("a bare interface has no event stream; set LOG_LEVEL=verbose to log events")

@@ -116,8 +116,11 @@ def _next(source: AsyncIterator[T]) -> "asyncio.Future[T]":
 
 
 def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The present content of `items`, in lists of `size`, for work that yields to other tasks in between."""
-    found = list(items)
+    """The present content of `items`, in lists of `size`, for work that yields to other tasks in between.
+
+    A list may not change meanwhile. Anything else is copied, which visits all items at once: see `PartedDict`.
+    """
+    found = items if isinstance(items, list) else list(items)
     for start in range(0, len(found), size):
         yield found[start : start + size]
 

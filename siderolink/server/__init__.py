@@ -13,7 +13,7 @@ from siderolink.server.admin import (
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy, JoinTokensMode
 from siderolink.server.admission.request import Allow, Authorize, Deny, JoinRequest
-from siderolink.server.counters import HealthCheck, MachineGroup, ReportCounters, ServerCounters, Transport
+from siderolink.server.counters import HealthCheck, ReportCounters, ServerCounters
 from siderolink.server.events import (
     AdmissionChanged,
     ClaimRefused,
@@ -32,7 +32,7 @@ from siderolink.server.events import (
     ServerEvent,
     UniqueTokenBound,
 )
-from siderolink.server.fleet.directory import LinkState
+from siderolink.server.fleet.directory import LinkState, MachineGroup, Transport
 from siderolink.server.fleet.enrolment import open_machine_api
 from siderolink.server.history import History, HistoryCounters, HistoryOptions
 from siderolink.server.options import AdminOptions, PeerOptions

@@ -7,47 +7,27 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Final
 
 import anyio
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.tasks import in_parts
-from siderolink.common.transport.tunnel import TunnelPath
 from siderolink.common.wireguard.device import DeviceCounters
 from siderolink.server.admin.forwards import ForwardCounters
 from siderolink.server.composition import Parts
 from siderolink.server.events import EventHub, ServerEvent
-from siderolink.server.fleet.directory import Directory, LinkState
+from siderolink.server.fleet.directory import MachineGroup
 from siderolink.server.fleet.membership import Membership
 from siderolink.server.history import HistoryCounters
 from siderolink.server.reporting import Reports
 from siderolink.server.store import MachineAdmission
 from siderolink.server.store.measured import MeasuredStore, StoreCounters
 
-LINKS_AT_ONCE: Final = 500
-"""Machines visited before other tasks run."""
 STORE_TIMEOUT: Final = 2.0
 """Time limit in seconds for the store's answer to a health check."""
 FULL_FOR: Final = 60.0
 """How long, in seconds, a store is reported as full after a write failed for lack of space."""
-
-
-class Transport(StrEnum):
-    """The transport assigned to a machine."""
-
-    UDP = "udp"
-    TUNNEL = "tunnel"
-
-
-class MachineGroup(NamedTuple):
-    """The dimensions by which machines are counted."""
-
-    state: LinkState
-    transport: Transport
-    admission: MachineAdmission
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,10 +103,10 @@ class HealthCheck:
 async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) -> ServerCounters:
     """Implements `Server.counters`."""
     directory = parts.fleet.directory
-    links = await count_links(directory)
+    queued_bytes, limits = await _queued_bytes(parts), await parts.fleet.limits.totals()
     return ServerCounters(
-        machines=links.machines,
-        claims=directory.claim_count,
+        machines=dict(directory.groups),
+        claims=len(directory.claims),
         events=dict(events.counts),
         token_joins=dict(events.joins_by_token),
         token_machines=dict(directory.token_users),
@@ -135,11 +115,11 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
         api_refusals=api_refusals(parts),
         drops=drops(parts),
         connections=parts.api.connections,
-        streams=links.streams,
-        queued_bytes=links.queued_bytes,
-        limit_drops=parts.fleet.limits.all_dropped(),
-        limits_biting=parts.fleet.limits.limited_by(),
-        limited_machines=parts.fleet.limits.limited_machines(),
+        streams=len(parts.tunnel.paths),
+        queued_bytes=queued_bytes,
+        limit_drops=limits.dropped,
+        limits_biting=limits.limited_by,
+        limited_machines=limits.limited_machines,
         forwards=_count_forwards(parts),
         device=await parts.device.counters(),
         store=store.counters(),
@@ -153,29 +133,12 @@ def _count_forwards(parts: Parts) -> ForwardCounters:
     return own if parts.peers is None else own.with_relayed(parts.peers.forwards)
 
 
-@dataclass(slots=True)
-class LinkCounts:
-    """Totals over all links of a directory."""
-
-    machines: Counter[MachineGroup] = field(default_factory=Counter)
-    streams: int = 0
-    queued_bytes: int = 0
-
-
-async def count_links(directory: Directory) -> LinkCounts:
-    """Count all links in parts, yielding to other tasks in between."""
-    found = LinkCounts()
-    for links in in_parts(directory, LINKS_AT_ONCE):
+async def _queued_bytes(parts: Parts) -> int:
+    total = 0
+    for paths in parts.tunnel.paths.parts():
+        total += sum(path.queued_bytes for path in paths)
         await checkpoint()
-        for link in links:
-            machine = link.machine
-            transport = Transport.TUNNEL if machine.tunnel else Transport.UDP
-            found.machines[MachineGroup(link.state, transport, machine.admission)] += 1
-            for stream in link.streams:
-                found.streams += 1
-                if isinstance(stream.path, TunnelPath):
-                    found.queued_bytes += stream.path.queued_bytes
-    return found
+    return total
 
 
 def _count_reports(reports: Reports) -> ReportCounters:

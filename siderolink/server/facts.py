@@ -60,7 +60,7 @@ class Facts:
         membership, owners, directory = parts.fleet.membership, parts.fleet.owners, parts.fleet.directory
         if membership is None or owners is None:
             alone = FleetServer(is_this=True, state="up", wireguard_endpoints=info.wireguard_endpoints, version=info.version)
-            alone.machines = sum(1 for link in directory if link.state is LinkState.UP)
+            alone.machines = sum(count for group, count in directory.groups.items() if group.state is LinkState.UP)
             return [alone]
         owned = owners.counts()
         return [

@@ -3,8 +3,8 @@
 import contextlib
 import ssl
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import replace
 from functools import cached_property
 from ipaddress import IPv6Address
@@ -15,9 +15,9 @@ from siderolink.common.addressing import overlay_prefix, server_address
 from siderolink.common.errors import ConfigurationError, NotFoundError, SideroLinkError
 from siderolink.common.grpc import Limits
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.wireguard.device import Device, DeviceKind
+from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
 from siderolink.server.admin import Administration, ApiKeys, AuditLog, MachineStatus
-from siderolink.server.admin.machines import statuses
+from siderolink.server.admin.machines import all_statuses
 from siderolink.server.admin.services import admin_services
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.limits import MachineLimits
@@ -161,15 +161,33 @@ class _Administered(_Measured):
 
     async def machines(self, limit: int | None = None) -> list[MachineStatus]:
         """All accepted machines, or up to `limit` of them. Yields to other tasks."""
-        live = self._lifetime.live
-        links = [link for link in live.fleet.directory if link.machine.is_accepted]
-        return await statuses(live.device, links[:limit], live.fleet.limits)
+        return await self._machines(lambda machine: machine.is_accepted, limit)
 
     async def unaccepted_machines(self) -> list[MachineStatus]:
         """The machines that are pending or denied."""
+        return await self._machines(lambda machine: not machine.is_accepted)
+
+    async def _machines(self, takes: Callable[[Machine], bool], limit: int | None = None) -> list[MachineStatus]:
+        live, found = self._lifetime.live, list[MachineStatus]()
+        async with aclosing(all_statuses(live.device, live.fleet.directory, live.fleet.limits, takes)) as parts:
+            async for part in parts:
+                found += part
+                if limit is not None and len(found) >= limit:
+                    break
+        return found[:limit]
+
+    async def links(self) -> AsyncIterator[list[tuple[PeerStatus, MachineStatus | None]]]:
+        """The device's peers, in parts, each with its accepted machine, if any. Yields to other tasks."""
         live = self._lifetime.live
-        links = [link for link in live.fleet.directory if not link.machine.is_accepted]
-        return await statuses(live.device, links, live.fleet.limits)
+        async for part in live.device.peers_in_parts():
+            yield [(peer, self._of_peer(live, peer)) for peer in part]
+
+    def _of_peer(self, live: Parts, peer: PeerStatus) -> MachineStatus | None:
+        link = live.fleet.directory.by_key(peer.public_key)
+        if link is None or link.claim is not None or not link.machine.is_accepted:
+            return None
+        biting = live.fleet.limits.active(link.machine.id)
+        return MachineStatus(machine=link.machine, state=link.state, peer=peer, limits_biting=biting)
 
     async def find(self, name: str) -> Machine | None:
         """The machine that has this id, UUID, public key or name."""

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 import anyio
 
+from siderolink.common.histogram import Histogram
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.wireguard.device import (
+    SESSION_AGE_BOUNDS,
     DeviceCounters,
     OnDeviceEvent,
     OpenPorts,
@@ -22,7 +24,7 @@ from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.server.clock import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
 
 class VirtualClock:
@@ -159,6 +161,9 @@ class FakeDevice:
         wanted = None if keys is None else set(keys)
         return [self._status(one) for key, one in self.configs.items() if wanted is None or key in wanted]
 
+    async def peers_in_parts(self) -> "AsyncIterator[list[PeerStatus]]":
+        yield await self.peers()
+
     def _status(self, config: PeerConfig) -> PeerStatus:
         return PeerStatus(
             public_key=config.public_key,
@@ -191,7 +196,9 @@ class FakeDevice:
         return None
 
     async def counters(self) -> DeviceCounters:
-        return DeviceCounters(peers=0, received_bytes=0, sent_bytes=0, session_ages=(), interface=None)
+        return DeviceCounters(
+            peers=0, received_bytes=0, sent_bytes=0, session_ages=Histogram(SESSION_AGE_BOUNDS), interface=None
+        )
 
 
 class FakeKernelDevice(FakeDevice):

@@ -1,6 +1,6 @@
 """The pages of `--metrics-listen`: counters, process information and health.
 
-Counters are read on the event loop, some hundred machines at a time; metric families are created and rendered some hundred
+Counters are read on the event loop, some hundred machines at a time; metric families are created and rendered some fifty
 samples at a time. A thread would hold the interpreter lock for 5 ms at a time. Scrapes run one at a time, and those within a
 second of the last one share its answer.
 """
@@ -8,10 +8,8 @@ second of the last one share its answer.
 import json
 import platform
 import time
-from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from importlib.metadata import version
 from itertools import chain
@@ -27,6 +25,7 @@ from siderolink.cli.metrics.http import PageAnswer, serve_pages
 from siderolink.cli.options import MetricsOptions
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ServerCertificate
+from siderolink.common.histogram import Histogram
 from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks, in_parts, keep_running
 from siderolink.server import HealthCheck
@@ -42,7 +41,7 @@ from siderolink.cli.metrics.families import counter, gauge, gauges, histogram
 
 FRESH_SECONDS: Final = 1.0
 """A scrape within this time after another one gets the same answer."""
-SAMPLES_AT_ONCE: Final = 200
+SAMPLES_AT_ONCE: Final = 50
 """Samples rendered before other tasks run."""
 LAG_INTERVAL: Final = 0.25
 LAG_BOUNDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
@@ -69,37 +68,27 @@ class MetricsSource(Protocol):
         """Whether it works, but new machines should use another server."""
 
 
-@dataclass(slots=True)
-class LoopLag:
-    """The delay with which the event loop runs due callbacks."""
-
-    buckets: list[int] = field(default_factory=lambda: [0] * (len(LAG_BOUNDS) + 1))
-    seconds: float = 0.0
-
-    async def watch(self) -> None:
-        while True:
-            due_at = time.monotonic() + LAG_INTERVAL
-            await anyio.sleep(LAG_INTERVAL)
-            lag = max(0.0, time.monotonic() - due_at)
-            self.seconds += lag
-            self.buckets[bisect_left(LAG_BOUNDS, lag)] += 1
-
-
 class Pages:
     """The pages of one process."""
 
     def __init__(self, source: MetricsSource) -> None:
         self._source = source
-        self._lag = LoopLag()
+        self._lag = Histogram(LAG_BOUNDS)
+        """The delay with which the event loop runs due callbacks, in seconds."""
         self._lock = anyio.Lock()
         self._rendered = b""
         self._rendered_at = float("-inf")
+        self._versions = version("siderolink"), platform.python_version()  # read from files
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
         GCCollector(registry=self._process)
 
     async def run(self) -> None:
-        await self._lag.watch()
+        """Measure the event loop, until cancelled."""
+        while True:
+            due_at = time.monotonic() + LAG_INTERVAL
+            await anyio.sleep(LAG_INTERVAL)
+            self._lag.add(max(0.0, time.monotonic() - due_at))
 
     async def metrics(self) -> PageAnswer:
         async with self._lock:
@@ -140,12 +129,10 @@ class Pages:
         return checks
 
     def _own_families(self, checks: Sequence[HealthCheck], clock: ClockState, began_at: float) -> Iterator[Metric]:
-        labels = ("version", "python")
-        info = (version("siderolink"), platform.python_version())
-        yield gauges("build_info", "The running versions.", labels, [(info, 1)])
+        yield gauges("build_info", "The running versions.", ("version", "python"), [(self._versions, 1)])
         yield gauges("check_good", "Whether a part works, as in /readyz.", ["check"], [([c.name], c.is_good) for c in checks])
         text = "Delay with which the event loop runs due callbacks."
-        yield histogram("event_loop_lag_seconds", text, LAG_BOUNDS, self._lag.buckets, self._lag.seconds)
+        yield histogram("event_loop_lag_seconds", text, self._lag)
         yield gauge("clock_synchronized", "Whether a time service synchronises this host's clock.", clock.is_synchronized)
         yield gauge("clock_offset_seconds", "Correction of the clock that the kernel has yet to apply.", clock.offset)
         yield gauge("clock_max_error_seconds", "Upper bound on the clock's error.", clock.max_error)

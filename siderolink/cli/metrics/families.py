@@ -3,7 +3,6 @@
 A reason that has not occurred is a series of zero, so that its rate is defined from the start.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from prometheus_client.core import (
 )
 
 from siderolink.common.grpc.refusals import Refusal
+from siderolink.common.histogram import Histogram
 from siderolink.common.tasks import in_parts
 from siderolink.common.transport.tunnel import TunnelDrop
 from siderolink.common.wireguard.device import BANDWIDTH_DROPS, DeviceCounters
@@ -53,11 +53,9 @@ from siderolink.server.reporting.ingest import LIMITS
 from siderolink.server.store.measured import LATENCY_BOUNDS
 from siderolink.server.store.tokens import TokenState
 
-AGE_BOUNDS = (15.0, 60.0, 120.0, 180.0, 275.0, 600.0, 3600.0, 86400.0)
-"""Seconds since the last handshake. A session in use is renewed after 120 s and ends after 180; a link is down after 275 s."""
 TOKENS = 100
 """Join tokens with their own series."""
-MACHINES_AT_ONCE = 200
+MACHINES_AT_ONCE = 50
 """Machines in one part of a family."""
 DEVICE_DROPS = tuple(
     dict.fromkeys(str(reason) for reason in (*Drop, *TunDrop, *RuleDrop, *TunnelDrop, "send_failed", "send_buffer_full"))
@@ -92,14 +90,13 @@ def gauges(name: str, text: str, labels: Labels, found: Iterable[tuple[Labels, f
     return family
 
 
-def histogram(name: str, text: str, bounds: Sequence[float], buckets: Sequence[int], total: float) -> Metric:
-    """`buckets` are not cumulative; there is one more than `bounds`."""
-    return HistogramMetricFamily(f"siderolink_{name}", text, buckets=_cumulative(bounds, buckets), sum_value=total)
+def histogram(name: str, text: str, found: Histogram) -> Metric:
+    return HistogramMetricFamily(f"siderolink_{name}", text, buckets=_cumulative(found), sum_value=found.total)
 
 
-def _cumulative(bounds: Sequence[float], buckets: Sequence[int]) -> list[tuple[str, float]]:
-    names = [*(f"{bound:g}" for bound in bounds), "+Inf"]
-    return list(zip(names, map(float, accumulate(buckets)), strict=True))
+def _cumulative(found: Histogram) -> list[tuple[str, float]]:
+    names = [*(f"{bound:g}" for bound in found.bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(found.counts)), strict=True))
 
 
 # --- devices
@@ -118,14 +115,11 @@ def device_families(device: DeviceCounters, drops: Mapping[str, int]) -> Iterato
         inner = {"received": interface.received_bytes, "sent": interface.sent_bytes}
         yield by("interface_bytes", "Bytes of inner packets, by direction.", "direction", inner)
     yield by("drops", "Datagrams and packets that were dropped, by reason (docs/drops.md).", "reason", drops, DEVICE_DROPS)
-    buckets = [0] * (len(AGE_BOUNDS) + 1)
-    for age in device.session_ages:
-        buckets[bisect_left(AGE_BOUNDS, age)] += 1
     yield GaugeHistogramMetricFamily(
         "siderolink_session_age_seconds",
         "Peers by the time since their last handshake.",
-        buckets=_cumulative(AGE_BOUNDS, buckets),
-        gsum_value=sum(device.session_ages),
+        buckets=_cumulative(device.session_ages),
+        gsum_value=device.session_ages.total,
     )
 
 
@@ -209,7 +203,7 @@ def _history_families(history: HistoryCounters) -> Iterator[Metric]:
 
 def _store_families(store: StoreCounters) -> Iterator[Metric]:
     text = "Duration of the store's transactions, until they are durable."
-    yield histogram("store_transaction_seconds", text, LATENCY_BOUNDS, store.buckets, store.seconds)
+    yield histogram("store_transaction_seconds", text, Histogram(LATENCY_BOUNDS, list(store.buckets), store.seconds))
     yield counter("store_failures", "Transactions that the store failed.", store.failures)
 
 

@@ -1,13 +1,14 @@
 """The WireGuard device, of either kind: one interface, one private key, many peers; its configuration and its events."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.histogram import Histogram
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.path import Datagrams, Endpoint, Path
 
@@ -21,6 +22,8 @@ Interface = IPv4Interface | IPv6Interface
 OpenPorts = frozenset[tuple[int, int]] | None
 """Ports of this host that peers may connect to, as IP protocol (``socket.IPPROTO_TCP``, …) and number. None opens all."""
 DEFAULT_MTU = 1280
+SESSION_AGE_BOUNDS: Final = (15.0, 60.0, 120.0, 180.0, 275.0, 600.0, 3600.0, 86400.0)
+"""Seconds since the last handshake. A session in use is renewed after 120 s and ends after 180; a link is down after 275 s."""
 
 _INTERFACE_NAME: Final = re.compile(r"[!-$&-.0-9;-~]{1,15}")
 """Interface names that the kernel accepts (visible ASCII without `/` and `:`), without `%`, which it expands."""
@@ -167,8 +170,8 @@ class DeviceCounters:
     received_bytes: int
     """Authenticated WireGuard datagrams, including headers."""
     sent_bytes: int
-    session_ages: tuple[float, ...]
-    """Seconds since the last handshake of each peer with a completed one."""
+    session_ages: Histogram
+    """Seconds since the last handshake of each peer with a completed one, by SESSION_AGE_BOUNDS."""
     interface: InterfaceCounters | None
     """None without an interface, also after it was deleted."""
 
@@ -263,6 +266,9 @@ class Device(Protocol):
 
     async def peers(self, keys: Iterable[PublicKey] | None = None) -> list[PeerStatus]:
         """All peers, or the existing ones of `keys`; yields to other tasks in between."""
+
+    def peers_in_parts(self) -> AsyncIterator[list[PeerStatus]]:
+        """All peers, some at a time; yields to other tasks in between."""
 
     async def counters(self) -> DeviceCounters:
         """The counters; yields to other tasks. Figures of the kernel's peers may be a few seconds old."""

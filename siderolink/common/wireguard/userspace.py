@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Literal
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.clock_watch import BootTimer, boot_time
+from siderolink.common.histogram import Histogram
 from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.common.parted_dict import PartedDict
 from siderolink.common.tasks import in_parts
 from siderolink.common.wireguard.configure import Configurator, peer_status
 from siderolink.common.wireguard.dataplane import DataPlane
 from siderolink.common.wireguard.device import (
+    SESSION_AGE_BOUNDS,
     DeviceChange,
     DeviceConfig,
     DeviceCounters,
@@ -29,17 +32,19 @@ from siderolink.common.wireguard.device import (
     PeerStatus,
     interface_counters,
 )
-from siderolink.common.wireguard.noise import Drop, Engine, Event, PeerRoamed, PeerUnresponsive, SessionEstablished
+from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, PeerRoamed, PeerUnresponsive, SessionEstablished
 from siderolink.common.wireguard.packets import row_functions
 from siderolink.common.wireguard.packets.parts import PacketInterface
 from siderolink.common.wireguard.path import Path
-from siderolink.common.wireguard.uapi.protocol import DeviceReport
 from siderolink.common.wireguard.udp import UdpSockets, open_udp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from siderolink.common.netlink import NetworkLink
+    from siderolink.common.wireguard.uapi.protocol import DeviceReport
+
+_STATUSES_AT_ONCE = 64
 
 
 class UserspaceDevice:
@@ -52,6 +57,7 @@ class UserspaceDevice:
         self.name = config.name
         key = config.private_key or PrivateKey.generate()
         rows = row_functions()
+        self._peers: PartedDict[bytes, Peer] = PartedDict()
         self.engine = Engine(
             bytes(key),
             entropy=os.urandom,
@@ -59,6 +65,7 @@ class UserspaceDevice:
             ciphers=rows.ciphers(),
             mtu=config.mtu,
             timestamps=config.timestamps,
+            peers=self._peers,
         )
         self.plane = DataPlane(
             self.engine,
@@ -84,6 +91,8 @@ class UserspaceDevice:
             self._udp = open_udp(config.listen_port, plane.deliver, mixed=plane.mixed, receive_many=plane.deliver_many)
             plane.send_many = self._udp.send_many
         self._configurator = Configurator(self.engine, config.private_key, self._udp)
+        self.report: Callable[[], DeviceReport] = self._configurator.report
+        """The device as `wg` shows it, its keys included."""
 
         def timer_fired() -> None:
             self._timer_at = float("inf")
@@ -126,10 +135,6 @@ class UserspaceDevice:
         self._configurator.apply(change, now)
         self.plane.drain(now)
 
-    def report(self) -> DeviceReport:
-        """The device as `wg` shows it, its keys included."""
-        return self._configurator.report()
-
     async def remove_peer(self, public_key: PublicKey) -> None:
         self.engine.remove_peer(bytes(public_key))
 
@@ -141,29 +146,34 @@ class UserspaceDevice:
         return peer_status(entry, boot_time()) if entry is not None else None
 
     async def peers(self, keys: "Iterable[PublicKey] | None" = None) -> list[PeerStatus]:
-        now, peers = boot_time(), self.engine.peers
-        asked = peers.values() if keys is None else [peers[key] for key in map(bytes, keys) if key in peers]
-        found: list[PeerStatus] = []
-        for part in in_parts(asked, 100):
-            found += [peer_status(peer, now) for peer in part]
+        if keys is None:
+            return [status async for part in self.peers_in_parts() for status in part]
+        now, found = boot_time(), list[PeerStatus]()
+        for part in in_parts(keys, _STATUSES_AT_ONCE):
+            found += [peer_status(peer, now) for key in part if (peer := self._peers.get(bytes(key))) is not None]
             await checkpoint()
         return found
 
+    async def peers_in_parts(self) -> "AsyncIterator[list[PeerStatus]]":
+        now = boot_time()
+        for part in self._peers.parts(_STATUSES_AT_ONCE):
+            yield [peer_status(peer, now) for peer in part]
+            await checkpoint()
+
     async def counters(self) -> DeviceCounters:
-        now, count = boot_time(), len(self.engine.peers)
-        # counts of peers that are removed while tasks run are in the objects held here
+        now, count, ages = boot_time(), len(self._peers), Histogram(SESSION_AGE_BOUNDS)
+        # peers that are removed meanwhile are visited, too
         received, sent = self.engine.removed_received_bytes, self.engine.removed_sent_bytes
-        ages: list[float] = []
-        for part in in_parts(self.engine.peers.values(), 500):
+        for part in self._peers.parts():
             received += sum(peer.received_bytes for peer in part)
             sent += sum(peer.sent_bytes for peer in part)
-            ages += [now - peer.last_handshake_at for peer in part if peer.last_handshake_at is not None]
+            ages.extend(now - peer.last_handshake_at for peer in part if peer.last_handshake_at is not None)
             await checkpoint()
         return DeviceCounters(
             peers=count,
             received_bytes=received,
             sent_bytes=sent,
-            session_ages=tuple(ages),
+            session_ages=ages,
             interface=interface_counters(self.read_interface()),
         )
 
@@ -196,11 +206,11 @@ class UserspaceDevice:
         found: dict[PublicKey, tuple[int, int]] = {}
         if not (self.engine.drops[Drop.BANDWIDTH_IN] or self.engine.drops[Drop.BANDWIDTH_OUT]):
             return found
-        for part in in_parts(self.engine.peers.items(), 1000):
-            for key, peer in part:
+        for part in self._peers.parts():
+            for peer in part:
                 drops = tuple(0 if rate is None else rate.dropped for rate in peer.own_rates)
                 if any(drops):
-                    found[PublicKey(key)] = drops[0], drops[1]
+                    found[PublicKey(peer.public_key)] = drops[0], drops[1]
             await checkpoint()
         return found
 

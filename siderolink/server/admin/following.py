@@ -3,10 +3,11 @@
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from anyio.lowlevel import checkpoint
 
+from siderolink.common.parted_dict import PartedDict
 from siderolink.common.tasks import in_parts
 from siderolink.server.admin.hostnames import Hostnames
 from siderolink.server.admin.machines import MachineAdministration, MachineStatus
@@ -34,27 +35,38 @@ class FollowedPart:
     is_last: bool = False
 
 
+class _Sent(NamedTuple):
+    """The state of one machine that was sent."""
+
+    machine_id: str
+    poll: int
+    """The last poll that found the machine."""
+    row: Row
+    link: Link
+
+
 class Follower:
     """The state that was sent to one program."""
 
     def __init__(self, machines: MachineAdministration, hostnames: Hostnames) -> None:
         self._machines = machines
         self._hostnames = hostnames
-        self._sent: dict[str, tuple[Row, Link]] = {}
+        self._sent: PartedDict[str, _Sent] = PartedDict()
+        self._poll = 0
 
     async def changes(self) -> AsyncIterator[FollowedPart]:
         """The changes since the last poll, in parts. Yields to other tasks."""
-        seen: set[str] = set()
+        self._poll += 1
         machines: list[MachineStatus] = []
         links: list[MachineStatus] = []
-        for part in in_parts(await self._machines.every(), _AT_ONCE):
+        async for part in self._parts():
             for status in part:
                 machine_id = status.machine.id
-                seen.add(machine_id)
-                now, before = self._state(status), self._sent.get(machine_id)
-                if before is None or before[0] != now[0]:
+                now = self._state(status)
+                before = self._sent.get(machine_id)
+                if before is None or before.row != now.row:
                     machines.append(status)
-                elif before[1] != now[1]:
+                elif before.link != now.link:
                     links.append(status)
                 self._sent[machine_id] = now
             for whole in in_parts(machines, _WHOLE):
@@ -64,18 +76,26 @@ class Follower:
                 links = links[_AT_ONCE:]
             machines = []
             await checkpoint()
-        gone = [machine_id for machine_id in self._sent if machine_id not in seen]
+        gone: list[str] = []
+        for states in self._sent.parts():
+            gone += [state.machine_id for state in states if state.poll != self._poll]
+            await checkpoint()
         for machine_id in gone:
             del self._sent[machine_id]
         yield FollowedPart(links=links, gone=gone, is_last=True)
 
-    def _state(self, status: MachineStatus) -> tuple[Row, Link]:
+    async def _parts(self) -> AsyncIterator[list[MachineStatus]]:
+        async for found in self._machines.walk():
+            for part in in_parts(found, _AT_ONCE):
+                yield part
+
+    def _state(self, status: MachineStatus) -> "_Sent":
         """The compared values of a machine. Times are omitted: whatever changes them also changes the counters."""
         machine, peer = status.machine, status.peer
         link: Link = (status.state, *status.limits_biting)
         if peer is not None:
             link += (peer.path, peer.received_bytes, peer.sent_bytes)
-        return (machine.revision, self._hostnames.of(machine.id)), link
+        return _Sent(machine.id, self._poll, (machine.revision, self._hostnames.of(machine.id)), link)
 
 
 class Followers:

@@ -3,17 +3,14 @@
 import base64
 import binascii
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest, nsmallest
 from itertools import accumulate
 from operator import itemgetter
 from typing import Final, Generic, TypeVar
 
-from anyio.lowlevel import checkpoint
-
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.tasks import in_parts
 
 T = TypeVar("T")
 
@@ -22,7 +19,6 @@ MAX_PAGE: Final = 1000
 MAX_PAGE_BYTES: Final = 1024 * 1024
 """Approximate maximum size of a page, in bytes."""
 _MAX_TOKEN_LENGTH: Final = 2048
-_AT_ONCE: Final = 500
 
 SortKey = tuple[float | str, str]
 """A sort value and an id."""
@@ -70,7 +66,7 @@ def page_of(
 
 
 async def page_of_unsorted(
-    keyed: Sequence[tuple[SortKey, T]],
+    keyed: AsyncIterable[Sequence[tuple[SortKey, T]]],
     size: int,
     token: str,
     *,
@@ -78,19 +74,20 @@ async def page_of_unsorted(
     descending: bool,
     weight: Callable[[tuple[SortKey, T]], int],
 ) -> Page[tuple[SortKey, T]]:
-    """Like `page_of` for unsorted pairs: sorts only as many as the page needs, and yields to other tasks."""
+    """Like `page_of` for unsorted pairs, which come in parts: keeps and sorts only as many as the page needs."""
     size, after = page_size(size), _decode_token(token, sort) if token else None
     pick = nlargest if descending else nsmallest
     best: list[tuple[SortKey, T]] = []
-    for part in in_parts(keyed, _AT_ONCE):
+    total = 0
+    async for part in keyed:
+        total += len(part)
         try:
             rest = part if after is None else [one for one in part if (one[0] < after if descending else one[0] > after)]
         except TypeError:
             raise _invalid_token() from None
         best = pick(size + 1, [*best, *rest], key=itemgetter(0))
-        await checkpoint()
     page = page_of(best, itemgetter(0), size, "", sort=sort, weight=weight)
-    return replace(page, total=len(keyed))
+    return replace(page, total=total)
 
 
 def _first_after(items: Sequence[T], key: Callable[[T], SortKey], after: SortKey, descending: bool) -> int:

@@ -1,13 +1,12 @@
 """The administration of machines: list, name, label, accept, limit and remove."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol
 
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
-from siderolink.common.keys import PublicKey
 from siderolink.common.selection import Selector, changed_labels, is_of_version, version_order
 from siderolink.common.tasks import in_parts, uninterrupted
 from siderolink.common.text import one_line
@@ -34,11 +33,12 @@ from siderolink.server.store import (
 )
 from siderolink.server.store.audit import EMBEDDER
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from siderolink.common.keys import PublicKey
 
 MIN_RATE: Final = 8_000
 MAX_RATE: Final = 10**12
-_AT_ONCE: Final = 500
+_AT_ONCE: Final = 128
 _DIGEST_DIGITS: Final = 4
 _HEARD_SECONDS: Final = 30.0
 LIMITED: Final = "limited"
@@ -98,25 +98,29 @@ def with_elsewhere(status: MachineStatus, other: LinkElsewhere | None) -> Machin
 
 async def statuses(device: Device, links: Sequence[MachineLink], limits: LimitWatch | None = None) -> list[MachineStatus]:
     """The status of each link's machine; `limits` provides the active limits. Yields to other tasks."""
-    active = {} if limits is None else limits.all_active()
-    keys = [link.machine.public_key for link in links if link.machine.public_key is not None]
-    peers = dict[PublicKey | None, PeerStatus]()
-    for found in in_parts(await device.peers(keys), 1000):
-        peers.update((status.public_key, status) for status in found)
-        await checkpoint()
     result: list[MachineStatus] = []
     for part in in_parts(links, _AT_ONCE):
+        keys = [link.machine.public_key for link in part if link.machine.public_key is not None]
+        peers: dict[PublicKey | None, PeerStatus] = {status.public_key: status for status in await device.peers(keys)}
         result += [
             MachineStatus(
                 machine=link.machine,
                 state=link.state,
                 peer=peers.get(link.machine.public_key),
-                limits_biting=active.get(link.machine.id, ()),
+                limits_biting=() if limits is None else limits.active(link.machine.id),
             )
             for link in part
         ]
         await checkpoint()
     return result
+
+
+async def all_statuses(
+    device: Device, directory: Directory, limits: LimitWatch, takes: Callable[[Machine], bool]
+) -> AsyncGenerator[list[MachineStatus], None]:
+    """The status of every machine that `takes` selects, in parts. Yields to other tasks."""
+    for links in directory.parts():
+        yield await statuses(device, [link for link in links if takes(link.machine)], limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,29 +264,23 @@ class MachineAdministration:
         """One page of the machines that the query selects. Raises ConfigurationError."""
         name, descending = query.sort.removeprefix("-") or "name", query.sort.startswith("-")
         elsewhere = {} if self.other_servers is None else await self.other_servers.links()
-        links = await self._selected(query, elsewhere)
-        if name in _OF_STATUS:
-            of_status = _OF_STATUS[name]
-            found = await self._statuses(links, elsewhere)
-            keyed: list[tuple[SortKey, MachineStatus]] = [((of_status(one), one.machine.id), one) for one in found]
-            return await _sorted_page(keyed, lambda status: status.machine, query, descending)
-        if name not in _OF_ROW:
-            raise ConfigurationError(f"machines can be sorted by {', '.join(SORTS)}, not by {one_line(name, limit=32)}")
-        of_row = _OF_ROW[name]
-        rows = list[tuple[SortKey, MachineLink]]()
-        for part in in_parts(links, _AT_ONCE):
-            rows += [((of_row(link), link.machine.id), link) for link in part]
-            await checkpoint()
-        page = await _sorted_page(rows, lambda link: link.machine, query, descending)
-        found = await self._statuses(page.items, elsewhere)
+        page = await page_of_unsorted(
+            self._keyed(query, name, elsewhere),
+            query.page_size,
+            query.page_token,
+            sort=query.sort,
+            descending=descending,
+            weight=lambda pair: _weight(pair[1].machine),
+        )
+        found = await self._statuses([link for _, link in page.items], elsewhere)
         return Page(items=found, next_page_token=page.next_page_token, total=page.total)
 
-    async def every(self) -> list[MachineStatus]:
-        """The status of every machine. Yields to other tasks."""
+    async def walk(self) -> AsyncIterator[list[MachineStatus]]:
+        """The status of every machine, in parts. Yields to other tasks."""
         elsewhere = {} if self.other_servers is None else await self.other_servers.links()
-        links = [_as_elsewhere(link, elsewhere.get(link.machine.id)) for link in self._directory]
-        await checkpoint()
-        return await self._statuses(links, elsewhere)
+        for part in self._directory.parts():
+            links = [_as_elsewhere(link, elsewhere.get(link.machine.id)) for link in part]
+            yield await self._statuses(links, elsewhere)
 
     async def _statuses(self, links: Sequence[MachineLink], elsewhere: Mapping[str, LinkElsewhere]) -> list[MachineStatus]:
         found = await statuses(self._device, links, self._limits)
@@ -309,14 +307,23 @@ class MachineAdministration:
 
         return is_taken
 
-    async def _selected(self, query: MachineQuery, elsewhere: Mapping[str, LinkElsewhere]) -> list[MachineLink]:
+    async def _keyed(
+        self, query: MachineQuery, sort: str, elsewhere: Mapping[str, LinkElsewhere]
+    ) -> AsyncIterator[list[tuple[SortKey, MachineLink]]]:
+        """The links that the query selects, with their sort keys, in parts."""
         taken = await self._filter(query, elsewhere)
-        found: list[MachineLink] = []
-        for part in in_parts(list(self._directory), _AT_ONCE):
+        if sort not in SORTS:
+            raise ConfigurationError(f"machines can be sorted by {', '.join(SORTS)}, not by {one_line(sort, limit=32)}")
+        of_row, of_status = _OF_ROW.get(sort), _OF_STATUS.get(sort)
+        for part in self._directory.parts():
             shown = (_as_elsewhere(link, elsewhere.get(link.machine.id)) for link in part)
-            found += [link for link in shown if taken.matches(link)]
+            links = [link for link in shown if taken.matches(link)]
+            if of_row is not None:
+                yield [((of_row(link), link.machine.id), link) for link in links]
+            elif of_status is not None:
+                found = await self._statuses(links, elsewhere)
+                yield [((of_status(one), one.machine.id), link) for one, link in zip(found, links, strict=True)]
             await checkpoint()
-        return found
 
     async def _filter(self, query: MachineQuery, elsewhere: Mapping[str, LinkElsewhere]) -> _Filter:
         token = None
@@ -331,7 +338,7 @@ class MachineAdministration:
             token = await self._store.transact(work)
         limited = set[str]()
         if LIMITED in query.states:
-            limited.update(() if self._limits is None else self._limits.all_active())
+            limited.update(() if self._limits is None else await self._limits.limited())
             limited.update(machine_id for machine_id, link in elsewhere.items() if link.limits_biting)
         return _Filter(query, self._hostnames, limited, *(token or ("", b"")))
 
@@ -464,20 +471,6 @@ def _unbound(machine: Machine) -> Machine:
 def _weight(machine: Machine) -> int:
     """Approximate encoded size of the machine's message."""
     return 600 + 4 * len(machine.note) + sum(len(key) + len(value) + 8 for key, value in machine.labels.items())
-
-
-async def _sorted_page(
-    keyed: Sequence[tuple[SortKey, T]], machine: Callable[[T], Machine], query: MachineQuery, descending: bool
-) -> Page[T]:
-    page = await page_of_unsorted(
-        keyed,
-        query.page_size,
-        query.page_token,
-        sort=query.sort,
-        descending=descending,
-        weight=lambda pair: _weight(machine(pair[1])),
-    )
-    return Page(items=[item for _, item in page.items], next_page_token=page.next_page_token, total=page.total)
 
 
 async def _named(transaction: Transaction, name: str) -> Machine:

@@ -12,6 +12,7 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ByteStream, ByteStreamService
 from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.keys import PublicKey
+from siderolink.common.parted_dict import PartedDict
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelDrop, TunnelPath, carry
 from siderolink.common.wireguard.device import Device
 from siderolink.server.fleet.directory import Directory, MachineLink
@@ -55,6 +56,8 @@ class TunnelService:
         self.refusals: Counter[StreamRefusal] = Counter()
         self.drops: Counter[TunnelDrop] = Counter()
         """Dropped datagrams, by reason."""
+        self.paths: PartedDict[TunnelPath, TunnelPath] = PartedDict()
+        """The open streams."""
 
     def service(self) -> ByteStreamService:
         return ByteStreamService({CREATE_STREAM: self.create_stream})
@@ -74,9 +77,11 @@ class TunnelService:
             path.close(*ENDINGS[refusal])
 
         opened = self._monitor.open_stream(link, path, end, stream.peer_name.rpartition(":")[0])
+        self.paths[path] = path
         try:
             await carry(stream, path, self._device.deliver)
         finally:
+            del self.paths[path]
             self._monitor.close_stream(opened)
 
     async def _is_served(self, link: MachineLink, key: PublicKey) -> bool:

@@ -1,6 +1,6 @@
 """The directory: the machines and claims that this server knows, indexed by id, key and address.
 
-Unknown rows are read through from the store. Only methods that list or load machines visit all of them.
+Unknown rows are read through from the store. Only methods that list or load machines visit all of them; totals are kept.
 """
 
 from collections import Counter
@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv6Address
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import anyio
 
 from siderolink.common.keys import PublicKey
+from siderolink.common.parted_dict import PartedDict
 from siderolink.common.wireguard.path import Path
 from siderolink.server.admission.tokens import assigned_digest
 from siderolink.server.clock import Clock
@@ -19,6 +22,7 @@ from siderolink.server.fleet.known import Known
 from siderolink.server.refusals import StreamRefusal
 from siderolink.server.store import Claim, Machine, MachineAdmission, Store
 
+T = TypeVar("T")
 EndStream = Callable[[StreamRefusal], None]
 
 _FEED_SECONDS = 2.0
@@ -34,6 +38,21 @@ class LinkState(StrEnum):
     UP = "up"
     DOWN = "down"
     """Silent for too long, said goodbye, or not heard since the server started."""
+
+
+class Transport(StrEnum):
+    """The transport assigned to a machine."""
+
+    UDP = "udp"
+    TUNNEL = "tunnel"
+
+
+class MachineGroup(NamedTuple):
+    """The dimensions by which machines are counted."""
+
+    state: LinkState
+    transport: Transport
+    admission: MachineAdmission
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +100,18 @@ class MachineLink:
     def is_tunnel(self) -> bool:
         """Whether it was last heard over a tunnel stream."""
         return self.endpoint is None and self.path is not None
+
+    @property
+    def group(self) -> MachineGroup:
+        machine = self.machine
+        return MachineGroup(self.state, Transport.TUNNEL if machine.tunnel else Transport.UDP, machine.admission)
+
+
+def _change(counts: Counter[T], key: T, by: int) -> None:
+    """Change a count; one of zero is left out."""
+    counts[key] += by
+    if not counts[key]:
+        del counts[key]
 
 
 class DeniedMachines:
@@ -143,11 +174,9 @@ class HeardSources:
     def replace(self, old: str | None, new: str | None) -> None:
         """Count a machine under its new address."""
         if new is not None:
-            self._counts[new] += 1
+            _change(self._counts, new, 1)
         if old is not None:
-            self._counts[old] -= 1
-            if not self._counts[old]:
-                del self._counts[old]
+            _change(self._counts, old, -1)
 
 
 class Directory:
@@ -155,17 +184,20 @@ class Directory:
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
-        self._by_id: dict[str, MachineLink] = {}
+        self._by_id: PartedDict[str, MachineLink] = PartedDict()
         self._by_key: dict[PublicKey, MachineLink] = {}
         self._by_virtual: dict[IPv6Address, MachineLink] = {}
         self._by_overlay: dict[IPv6Address, MachineLink] = {}
-        self._claims: dict[str, MachineLink] = {}
+        self.claims: dict[str, MachineLink] = {}
+        """By claim id."""
         self._claims_of: dict[str, list[MachineLink]] = {}
         self.sources = HeardSources()
         self.known = Known(clock)
         self.denied = DeniedMachines()
         self.token_users: Counter[str] = Counter()
         """Number of machines that each token (by id) last admitted."""
+        self.groups: Counter[MachineGroup] = Counter()
+        """Number of machines in each group that has any."""
         self._awaited: dict[IPv6Address, anyio.Event] = {}
         self.pending = 0
         """Number of machines and claims that are PENDING."""
@@ -174,7 +206,12 @@ class Directory:
         return len(self._by_id)
 
     def __iter__(self) -> Iterator[MachineLink]:
-        return iter(list(self._by_id.values()))
+        """All machines, in no particular order; they may change meanwhile."""
+        return chain.from_iterable(self.parts())
+
+    def parts(self) -> Iterator[list[MachineLink]]:
+        """The same some at a time, for work that yields to other tasks in between."""
+        return self._by_id.parts()
 
     def get(self, machine_id: str) -> MachineLink | None:
         return self._by_id.get(machine_id)
@@ -196,11 +233,7 @@ class Directory:
         return self._by_overlay.get(address)
 
     def claim(self, claim_id: str) -> MachineLink | None:
-        return self._claims.get(claim_id)
-
-    @property
-    def claim_count(self) -> int:
-        return len(self._claims)
+        return self.claims.get(claim_id)
 
     def claims_of(self, machine_id: str) -> list[MachineLink]:
         return list(self._claims_of.get(machine_id, ()))
@@ -231,11 +264,11 @@ class Directory:
         """Add a machine or a claim; the reconciler then adds its keys and addresses."""
         if link.claim is None:
             self._by_id[link.machine.id] = link
-            self._count(link.machine, 1)
+            self._count(link, 1)
             source, link.source = link.source, None
             self.set_source(link, source)
         else:
-            self._claims[link.claim.id] = link
+            self.claims[link.claim.id] = link
             self._claims_of.setdefault(link.machine.id, []).append(link)
         self.pending += link.state is LinkState.PENDING
 
@@ -244,10 +277,10 @@ class Directory:
         machine = link.machine
         if link.claim is None:
             self._by_id.pop(machine.id, None)
-            self._count(machine, -1)
+            self._count(link, -1)
             self.set_source(link, None)
             self.release_overlay_address(link, machine.overlay_address)
-        elif self._claims.pop(link.claim.id, None) is not None:
+        elif self.claims.pop(link.claim.id, None) is not None:
             others = self._claims_of[machine.id]
             others.remove(link)
             if not others:
@@ -260,22 +293,27 @@ class Directory:
 
     def set_row(self, link: MachineLink, machine: Machine) -> None:
         """Replace the row of a machine's link."""
-        self._count(link.machine, -1)
+        self._count(link, -1)
         link.machine = machine
-        self._count(machine, 1)
+        self._count(link, 1)
 
-    def _count(self, machine: Machine, by: int) -> None:
-        """Count a row in or out."""
+    def _count(self, link: MachineLink, by: int) -> None:
+        """Count a machine's link and row in or out."""
+        machine = link.machine
+        _change(self.groups, link.group, by)
         (self.known.add_row if by > 0 else self.known.remove_row)(machine)
         (self.denied.add if by > 0 else self.denied.remove)(machine)
         if token_id := machine.join_token_id:
-            self.token_users[token_id] += by
-            if not self.token_users[token_id]:
-                del self.token_users[token_id]
+            _change(self.token_users, token_id, by)
 
     def set_state(self, link: MachineLink, state: LinkState) -> None:
         self.pending += (state is LinkState.PENDING) - (link.state is LinkState.PENDING)
+        is_counted = self._by_id.get(link.machine.id) is link  # and no claim, nor just removed
+        if is_counted:
+            _change(self.groups, link.group, -1)
         link.state = state
+        if is_counted:
+            _change(self.groups, link.group, 1)
 
     def set_source(self, link: MachineLink, source: str | None) -> None:
         """Set the source address of the link's last authenticated packet."""

@@ -11,6 +11,7 @@ from ipaddress import IPv6Address
 from typing import Final
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.tasks import in_parts
@@ -85,7 +86,7 @@ class Draining:
         """
         await self._begin()
         ends_at = self._clock.monotonic() + timeout
-        while (left := len(self._left())) and self._clock.monotonic() < ends_at:
+        while (left := len(await self._left())) and self._clock.monotonic() < ends_at:
             yield DrainStep(left, self._others())
             await self._clock.sleep(min(POLL_SECONDS, max(0.0, ends_at - self._clock.monotonic())))
             if not self.has_begun:
@@ -112,7 +113,7 @@ class Draining:
             self._wake = anyio.Event()
             requests: dict[str, int] = {}
             while self.has_begun:
-                links = self._left()
+                links = await self._left()
                 requests = {link.machine.id: requests.get(link.machine.id, 0) for link in links}
                 for part in in_parts([link for link in links if requests[link.machine.id] < MAX_REQUESTS], _AT_ONCE):
                     for link in part:
@@ -131,7 +132,7 @@ class Draining:
             self._wake.set()
             log.warning(
                 "this server is draining: %d machines are asked to move to %d other servers; connections to this host will end",
-                len(self._left()),
+                len(await self._left()),
                 others,
             )
             await self._describe(membership, is_draining=True)
@@ -150,11 +151,11 @@ class Draining:
             return 0
         return sum(one.id != membership.id and not one.is_draining for one in membership.living())
 
-    def _left(self) -> list[MachineLink]:
-        """The machines whose links are up here."""
-        owners = self._owners
-        return [
-            link
-            for link in self._directory
-            if link.state is LinkState.UP and (owners is None or owners.is_mine(link.machine.id))
-        ]
+    async def _left(self) -> list[MachineLink]:
+        """The machines whose links are up here. Yields to other tasks meanwhile."""
+        owners, found = self._owners, list[MachineLink]()
+        for part in self._directory.parts():
+            up = (link for link in part if link.state is LinkState.UP)
+            found += [link for link in up if owners is None or owners.is_mine(link.machine.id)]
+            await checkpoint()
+        return found

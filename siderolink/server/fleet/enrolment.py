@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import anyio
+from anyio.lowlevel import checkpoint
 from grpclib import GRPCError, Status
 
 from siderolink.common.backoff import Backoff
@@ -104,8 +105,10 @@ class Enrolment:
                     tasks.start_soon(self._enrol, link.machine.id)
 
             with self._sessions.watching(changed):
-                for link in self._directory:
-                    changed(link)
+                for links in self._directory.parts():
+                    for link in links:
+                        changed(link)
+                    await checkpoint()
                 await anyio.sleep_forever()
 
     def _needs(self, link: MachineLink) -> bool:

@@ -10,11 +10,10 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import SideroLinkError, StoreError
 from siderolink.common.hostport import HostPort
-from siderolink.common.tasks import background_tasks, in_parts
+from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import Device
 from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.clock import Clock
@@ -37,7 +36,6 @@ LEASE_SECONDS = 10.0
 HEARD_SECONDS = 30.0
 """After that, it sends only to machines heard within this many seconds."""
 _POLL_SECONDS = 2.0
-_IN_ONE_GO = 1000
 _RETRY_SECONDS = 1.0
 DIAL_PAUSES = (2.0, 2.0, 10.0, 20.0, 40.0)
 """Seconds between dials of a dead server's machines that have not answered yet.
@@ -219,7 +217,7 @@ class Lease:
 
     async def _unheard(self) -> list[str]:
         found = []
-        for part in in_parts(await self._device.peers(), _IN_ONE_GO):
+        async for part in self._device.peers_in_parts():
             for status in part:
                 link = self._directory.by_key(status.public_key)
                 if link is None or link.claim is not None:
@@ -227,5 +225,4 @@ class Lease:
                 silence = status.silence(self._clock.host_time())
                 if silence is None or silence > HEARD_SECONDS:
                     found.append(link.machine.id)
-            await checkpoint()
         return found

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from anyio.lowlevel import checkpoint
+
+from siderolink.common.parted_dict import PartedDict
 from siderolink.common.queues import Broadcast, Overflow
 from siderolink.common.wireguard.device import BANDWIDTH_DROPS, Device
 from siderolink.server.clock import Clock
@@ -37,10 +40,23 @@ class _Active:
 class _Watched:
     """One machine that a limit has ever affected."""
 
+    machine_id: str
     seen: dict[str, int] = field(default_factory=dict)
     """The counts of the last poll."""
     dropped: Counter[str] = field(default_factory=Counter)
     active_limits: dict[str, _Active] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class LimitTotals:
+    """Totals of the limits of all machines."""
+
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Drops by machine id and limit name; only machines with drops."""
+    limited_by: Counter[str] = field(default_factory=Counter)
+    """The number of machines for which each limit is active."""
+    limited_machines: int = 0
+    """The number of machines for which any limit is active."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +74,7 @@ class LimitWatch:
         self._directory = directory
         self._events = events
         self._clock = clock
-        self._watched: dict[str, _Watched] = {}
+        self._watched: PartedDict[str, _Watched] = PartedDict()
         self.changes: Broadcast[LimitsChanged | ChangesLost] = Broadcast(
             lost=lambda _: ChangesLost(), overflow=Overflow.DROP_ALL
         )
@@ -80,14 +96,18 @@ class LimitWatch:
             if link is not None and link.claim is None:
                 own = zip(BANDWIDTH_DROPS, (inbound, outbound), strict=True)
                 found.setdefault(link.machine.id, {}).update(own)
+        for machine_id in found:
+            if machine_id not in self._watched:
+                self._watched[machine_id] = _Watched(machine_id)
         now = self._clock.monotonic()
-        for machine_id in self._watched.keys() | found.keys():
-            link = self._directory.get(machine_id)
-            if link is None:
-                self._watched.pop(machine_id, None)
-            else:
-                watched = self._watched.setdefault(machine_id, _Watched())
-                self._compare(link.machine, watched, found.get(machine_id, {}), now)
+        for part in self._watched.parts():
+            for watched in part:
+                link = self._directory.get(watched.machine_id)
+                if link is None:
+                    self._watched.pop(watched.machine_id, None)
+                else:
+                    self._compare(link.machine, watched, found.get(watched.machine_id, {}), now)
+            await checkpoint()
 
     def _compare(self, machine: Machine, watched: _Watched, found: Mapping[str, int], now: float) -> None:
         active_before = set(watched.active_limits)
@@ -119,19 +139,27 @@ class LimitWatch:
         watched = self._watched.get(machine_id)
         return {} if watched is None else dict(watched.dropped)
 
-    def all_active(self) -> dict[str, list[str]]:
-        """The names of the active limits, by machine id; machines without any are omitted."""
-        found = ((machine_id, sorted(watched.active_limits)) for machine_id, watched in self._watched.items())
-        return {machine_id: names for machine_id, names in found if names}
+    def active(self, machine_id: str) -> list[str]:
+        """The names of the machine's active limits."""
+        watched = self._watched.get(machine_id)
+        return [] if watched is None else sorted(watched.active_limits)
 
-    def all_dropped(self) -> dict[str, dict[str, int]]:
-        """`dropped` for all machines that have any."""
-        return {machine_id: dict(watched.dropped) for machine_id, watched in self._watched.items() if watched.dropped}
+    async def limited(self) -> set[str]:
+        """The ids of the machines with any active limit. Yields to other tasks."""
+        found: set[str] = set()
+        for part in self._watched.parts():
+            found.update(watched.machine_id for watched in part if watched.active_limits)
+            await checkpoint()
+        return found
 
-    def limited_by(self) -> Counter[str]:
-        """The number of machines for which each limit is active."""
-        return Counter(limit for watched in self._watched.values() for limit in watched.active_limits)
-
-    def limited_machines(self) -> int:
-        """The number of machines for which any limit is active."""
-        return sum(bool(watched.active_limits) for watched in self._watched.values())
+    async def totals(self) -> LimitTotals:
+        """The current totals. Yields to other tasks."""
+        found = LimitTotals()
+        for part in self._watched.parts():
+            for watched in part:
+                if watched.dropped:
+                    found.dropped[watched.machine_id] = dict(watched.dropped)
+                found.limited_by.update(watched.active_limits.keys())
+                found.limited_machines += bool(watched.active_limits)
+            await checkpoint()
+        return found

@@ -19,7 +19,7 @@ from siderolink.server.admission.rows import refusal
 from siderolink.server.admission.rules import Basis
 from siderolink.server.clock import Clock
 from siderolink.server.events import AdmissionChanged, EventHub, LeaveReason, MachineJoined, UniqueTokenBound
-from siderolink.server.fleet.directory import Directory, LinkState
+from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
 from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.moves import Moves
 from siderolink.server.fleet.reconciler import Reconciler
@@ -30,7 +30,6 @@ from siderolink.server.store.audit import SERVER
 log = logging.getLogger(__name__)
 
 _LEAST_PAUSE, _MOST_PAUSE = 1.0, 3600.0
-_AT_ONCE = 256
 
 Work = Callable[[Transaction], Awaitable[Machine | None]]
 
@@ -150,21 +149,23 @@ class Machines:
 
     async def forget_absent_now(self, forget_after: float) -> None:
         """Remove the machines that are due."""
-        for number, link in enumerate(self._directory):
-            if number % _AT_ONCE == 0:
-                await anyio.lowlevel.checkpoint()
-            if link.state is not LinkState.DOWN or not self._is_absent(link.machine, forget_after):
-                continue
-            machine = await self._liveness.newest_row(link.machine)
-            if machine is None or not self._is_absent(machine, forget_after):
-                continue
-            facts = await self._liveness.of(machine)
-            if facts.unheard is not None and facts.unheard < forget_after and facts.silence is not None:
-                continue
-            try:
-                await self.remove(machine.id, LeaveReason.LONG_GONE)
-            except SideroLinkError as error:
-                log.warning("an expired machine could not be removed: %s", error, extra=machine.log_fields)
+        for links in self._directory.parts():
+            await anyio.lowlevel.checkpoint()
+            for link in links:
+                if link.state is LinkState.DOWN and self._is_absent(link.machine, forget_after):
+                    await self._forget_if_absent(link, forget_after)
+
+    async def _forget_if_absent(self, link: MachineLink, forget_after: float) -> None:
+        machine = await self._liveness.newest_row(link.machine)
+        if machine is None or not self._is_absent(machine, forget_after):
+            return
+        facts = await self._liveness.of(machine)
+        if facts.unheard is not None and facts.unheard < forget_after and facts.silence is not None:
+            return
+        try:
+            await self.remove(machine.id, LeaveReason.LONG_GONE)
+        except SideroLinkError as error:
+            log.warning("an expired machine could not be removed: %s", error, extra=machine.log_fields)
 
     def _is_absent(self, machine: Machine, forget_after: float) -> bool:
         last = max(machine.seen_at or 0.0, machine.linked_at or 0.0, machine.joined_at)

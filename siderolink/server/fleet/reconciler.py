@@ -398,18 +398,19 @@ class Reconciler:
         async for machine in self._store.machines():
             seen.add(machine.id)
             await self.apply_change(machine)
-        for link in self._directory:
-            if link.machine.id not in seen:
-                await self.resync(link.machine.id)  # it may have joined since its page was read
+        for links in self._directory.parts():
+            for link in links:
+                if link.machine.id not in seen:
+                    await self.resync(link.machine.id)  # it may have joined since its page was read
+            await checkpoint()
         if self._owners is not None:
             self._owners.retake(unstored)
         known = {claim.id: claim for claim in await self._store.all_claims()}
         for claim in known.values():
             await self._follow_claim(claim, False)
-        for link in self._directory:
-            for claimed in self._directory.claims_of(link.machine.id):
-                if claimed.claim is not None and claimed.claim.id not in known:
-                    await self.drop_claim(claimed.claim.id)
+        for claim_id in list(self._directory.claims):
+            if claim_id not in known:
+                await self.drop_claim(claim_id)
 
 
 def _machine_id(change: Change) -> str:

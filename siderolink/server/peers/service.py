@@ -1,6 +1,6 @@
 """The service for the other servers: when this one last heard a machine, and the state of its link."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
 from siderolink.common.pb.siderolink.peers import v1 as pb
@@ -36,16 +36,17 @@ class PeerService(pb.PeerServiceBase):
         return pb.LastHeardResponse(heard_at=await self._heard_at(message.machine_id))
 
     async def link_states(self, message: pb.LinkStatesRequest) -> AsyncIterator[pb.LinkStatesResponse]:
-        for links in in_parts(self._wanted(message.machine_ids), _AT_ONCE):
+        for links in self._wanted(message.machine_ids):
             known = await statuses(self._device, links, self._limits)
             found = [one for status in known if (one := self._message(status)) is not None]
             if found:
                 yield pb.LinkStatesResponse(links=found)
 
-    def _wanted(self, machine_ids: Sequence[str]) -> list[MachineLink]:
+    def _wanted(self, machine_ids: Sequence[str]) -> Iterator[list[MachineLink]]:
         if not machine_ids:
-            return list(self._directory)
-        return [link for machine_id in machine_ids if (link := self._directory.get(machine_id)) is not None]
+            yield from self._directory.parts()
+        for part in in_parts(machine_ids, _AT_ONCE):
+            yield [link for machine_id in part if (link := self._directory.get(machine_id)) is not None]
 
     def _message(self, status: MachineStatus) -> pb.LinkStatus | None:
         """None for a machine that this server has not heard."""

@@ -51,6 +51,8 @@ class ReportIngest:
         self._machine_at = machine_at
         self._clock = clock
         self._senders: dict[str, _Sender] = {}
+        self._limited: set[str] = set()
+        """The machines that a limit of their own has affected."""
 
     def find_machine(self, source: str) -> Machine | None:
         """The machine with this address; calls from other addresses are counted."""
@@ -85,6 +87,8 @@ class ReportIngest:
         """Count reports that were not accepted."""
         self.drops[reason] += count
         self._sender(machine).drops[reason] += count
+        if reason in LIMITS:
+            self._limited.add(machine.id)
 
     def drop_lines(self, machine: Machine, reason: ReportDrop, count: int = 1) -> None:
         """Count dropped lines. Subscribers receive the count before the machine's next line."""
@@ -142,16 +146,13 @@ class ReportIngest:
 
     def limit_drops(self) -> dict[str, dict[str, int]]:
         """Reports dropped by machines' own limits, by machine id; only machines with drops."""
-        found = {
-            machine_id: {str(reason): sender.drops[reason] for reason in LIMITS if sender.drops[reason]}
-            for machine_id, sender in self._senders.items()
-            if sender.drops
-        }
-        return {machine_id: drops for machine_id, drops in found.items() if drops}
+        drops = ((machine_id, self._senders[machine_id].drops) for machine_id in self._limited)
+        return {machine_id: {str(reason): found[reason] for reason in LIMITS if found[reason]} for machine_id, found in drops}
 
     def forget(self, machine_id: str) -> None:
         """Drop the state of a machine that has left."""
         self._senders.pop(machine_id, None)
+        self._limited.discard(machine_id)
         self.recent_events.forget(machine_id)
         self.recent_lines.forget(machine_id)
 

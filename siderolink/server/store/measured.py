@@ -1,13 +1,13 @@
 """A wrapper around a store that measures the duration and the failures of its transactions."""
 
 import time
-from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from siderolink.common.errors import StoreError, StoreFullError
+from siderolink.common.histogram import Histogram
 from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Store, Work
 from siderolink.server.store.feed import Change
@@ -44,8 +44,7 @@ class MeasuredStore:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._seconds = 0.0
-        self._buckets = [0] * (len(LATENCY_BOUNDS) + 1)
+        self._latencies = Histogram(LATENCY_BOUNDS)
         self._failures = 0
         self.full_at: float | None = None
         """When the store last was full, on the monotonic clock."""
@@ -61,7 +60,8 @@ class MeasuredStore:
         return bool(getattr(self._store, "is_shared", False))
 
     def counters(self) -> StoreCounters:
-        return StoreCounters(seconds=self._seconds, buckets=tuple(self._buckets), failures=self._failures)
+        found = self._latencies
+        return StoreCounters(seconds=found.total, buckets=tuple(found.counts), failures=self._failures)
 
     @property
     def sealer(self) -> Sealer:
@@ -88,9 +88,7 @@ class MeasuredStore:
                 self.full_at = time.monotonic()
             raise
         finally:
-            seconds = time.perf_counter() - began_at
-            self._seconds += seconds
-            self._buckets[bisect_left(LATENCY_BOUNDS, seconds)] += 1
+            self._latencies.add(time.perf_counter() - began_at)
 
     def machines(self) -> AsyncIterator[Machine]:
         return self._store.machines()

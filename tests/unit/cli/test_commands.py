@@ -48,8 +48,8 @@ STATUS = StatusResponse(
 class Source:
     """Asked with one status and one event."""
 
-    async def status(self) -> StatusResponse:
-        return STATUS
+    async def status(self) -> AsyncIterator[StatusResponse]:
+        yield STATUS
 
     async def events(self) -> AsyncIterator[Event]:
         yield Event(time=1.0, kind="handshake")
@@ -157,8 +157,8 @@ def test_status_for_programs() -> None:
 @pytest.mark.anyio
 async def test_the_status_of_ten_thousand_peers_comes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Crowd(Source):
-        async def status(self) -> StatusResponse:
-            return StatusResponse(role="server", peers=STATUS.peers * 10_000)
+        async def status(self) -> AsyncIterator[StatusResponse]:
+            yield StatusResponse(role="server", peers=STATUS.peers * 10_000)
 
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
     async with control_socket("siderolink", [ControlService(Crowd())]):
@@ -249,8 +249,8 @@ class Crowd:
         peers = [Peer(public_key=f"key {number}", allowed_ips=["fd00::1/128"]) for number in range(2000)]
         self.answer = StatusResponse(role="server", peers=peers, state="serving", drops={"a": 1})
 
-    async def status(self) -> StatusResponse:
-        return self.answer
+    async def status(self) -> AsyncIterator[StatusResponse]:
+        yield self.answer
 
     async def events(self) -> AsyncIterator[Event]:
         for event in list[Event]():

@@ -25,13 +25,12 @@ from siderolink.cli.options import MetricsOptions, metrics_options
 from siderolink.common.errors import AddressInUseError, ConfigurationError, StoreError, StoreFullError
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
-from siderolink.server import Machine, MachineStatus, MemoryStore, Store, counters
+from siderolink.server import Machine, MachineStatus, MemoryStore, Store
 from siderolink.server.counters import HealthCheck
 from siderolink.server.fleet.directory import LinkState
 from siderolink.server.store.base import Transaction
 from siderolink.server.store.measured import MeasuredStore
 from tests.support.crowd import open_crowd
-from tests.support.manager import FakeMachine, Manager
 
 pytestmark = pytest.mark.anyio
 
@@ -173,41 +172,6 @@ async def test_other_tasks_run_while_peers_are_listed() -> None:
             keys = [member.key.public_key() for member in crowd.members[:2]] + [PrivateKey.generate().public_key()]
             assert {peer.public_key for peer in await crowd.device.peers(keys)} == set(keys[:2])
             tasks.cancel_scope.cancel()
-
-
-async def test_a_scrape_looks_at_a_bounded_number_of_machines_in_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted, not timed: a turn of the loop visits no more links than LINKS_AT_ONCE."""
-    monkeypatch.setattr(counters, "LINKS_AT_ONCE", 20)
-    manager = Manager()
-    for _ in range(110):
-        await manager.join(FakeMachine())
-    visited = most = 0
-
-    async def turn() -> None:
-        nonlocal visited
-        while True:
-            visited = 0
-            await anyio.lowlevel.checkpoint()
-
-    class Counting:
-        """The links, each counted when it is looked at."""
-
-        def __init__(self, link: object) -> None:
-            self._link = link
-
-        def __getattr__(self, name: str) -> object:
-            nonlocal visited, most
-            if name == "machine":
-                visited += 1
-                most = max(most, visited)
-            return getattr(self._link, name)
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(turn)
-        found = await counters.count_links([Counting(link) for link in manager.links])  # type: ignore[arg-type]
-        tasks.cancel_scope.cancel()
-    assert sum(found.machines.values()) == 110
-    assert most <= 20
 
 
 async def test_a_page_is_rendered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,13 +39,13 @@ async def test_a_limit_is_told_of_when_it_begins_to_bite_and_a_minute_after_it_h
     (began,) = limit_events(events)
     assert isinstance(began, LimitReached)
     assert began.limit == IN
-    assert (watch.all_active().get(machine_id, []), watch.dropped(machine_id), watch.limited_machines()) == ([IN], {IN: 25}, 1)
+    assert (watch.active(machine_id), watch.dropped(machine_id), (await watch.totals()).limited_machines) == ([IN], {IN: 25}, 1)
     manager.time.advance(QUIET_SECONDS)
     await watch.poll()
     (over,) = limit_events(events)
     assert isinstance(over, LimitOver)
     assert (over.limit, over.dropped, over.seconds) == (IN, 25, 5)
-    assert (watch.all_active().get(machine_id, []), watch.dropped(machine_id), watch.limited_machines()) == ([], {IN: 25}, 0)
+    assert (watch.active(machine_id), watch.dropped(machine_id), (await watch.totals()).limited_machines) == ([], {IN: 25}, 0)
 
 
 async def test_a_limit_that_bites_all_the_time_is_two_entries_at_most() -> None:
@@ -56,7 +56,7 @@ async def test_a_limit_that_bites_all_the_time_is_two_entries_at_most() -> None:
         await watch.poll()
         manager.time.advance(1)
     assert [(type(event), event.limit) for event in limit_events(events)] == [(LimitReached, IN), (LimitReached, OUT)]  # type: ignore[union-attr]
-    assert watch.limited_by() == {IN: 1, OUT: 1}
+    assert (await watch.totals()).limited_by == {IN: 1, OUT: 1}
 
 
 async def test_a_count_never_falls_while_the_machine_is_known() -> None:
@@ -71,11 +71,11 @@ async def test_a_count_never_falls_while_the_machine_is_known() -> None:
     await watch.poll()
     manager.device.beyond_limits[machine.key] = (1, 0)
     await watch.poll()
-    assert watch.all_dropped() == {machine_id: {IN: 10, OUT: 3}}
+    assert (await watch.totals()).dropped == {machine_id: {IN: 10, OUT: 3}}
     await manager.machines.remove(machine_id)
     manager.device.beyond_limits[new_key()] = (5, 5)  # nobody's
     await watch.poll()
-    assert watch.all_dropped() == {}
+    assert (await watch.totals()).dropped == {}
 
 
 async def test_what_reports_lose_to_a_limit_is_seen_in_the_same_way() -> None:

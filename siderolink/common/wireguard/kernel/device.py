@@ -10,11 +10,13 @@ from typing import Literal
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import ConfigurationError, DeviceError
+from siderolink.common.histogram import Histogram
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import InterfaceMonitor, NetworkLink, call_in, configure_interface, open_events
 from siderolink.common.netlink.follow import LINKS
-from siderolink.common.tasks import background_tasks, in_parts
+from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import (
+    SESSION_AGE_BOUNDS,
     DeviceConfig,
     DeviceCounters,
     InterfaceLost,
@@ -156,23 +158,28 @@ class KernelDevice:
     async def peers(self, keys: Iterable[PublicKey] | None = None) -> list[PeerStatus]:
         """As `peer`."""
         await self._peers.looks.refresh()
-        return await self._peers.table.statuses(None if keys is None else [bytes(key) for key in keys])
+        return [status async for part in self._peers.table.statuses(keys) for status in part]
+
+    async def peers_in_parts(self) -> AsyncIterator[list[PeerStatus]]:
+        """As `peer`."""
+        await self._peers.looks.refresh()
+        async for part in self._peers.table.statuses():
+            yield part
 
     async def counters(self) -> DeviceCounters:
         table, now, count = self._peers.table, time.time(), len(self._peers.table.entries)
-        # objects of peers that are removed while tasks run keep their counts
-        received, sent = table.removed_received_bytes, table.removed_sent_bytes
-        ages: list[float] = []
-        for part in in_parts(table.entries.values(), 500):
+        # peers that are removed meanwhile are visited, too
+        received, sent, ages = table.removed_received_bytes, table.removed_sent_bytes, Histogram(SESSION_AGE_BOUNDS)
+        for part in table.entries.parts():
             received += sum(entry.view.facts.received for entry in part)
             sent += sum(entry.view.facts.sent for entry in part)
-            ages += [max(0.0, now - at / 1e9) for entry in part if (at := entry.view.facts.handshake_ns)]
+            ages.extend(max(0.0, now - at / 1e9) for entry in part if (at := entry.view.facts.handshake_ns))
             await checkpoint()
         return DeviceCounters(
             peers=count,
             received_bytes=received,
             sent_bytes=sent,
-            session_ages=tuple(ages),
+            session_ages=ages,
             interface=interface_counters(self.read_interface()),
         )
 

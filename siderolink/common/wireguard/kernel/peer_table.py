@@ -1,11 +1,12 @@
 """The kernel's peers as of the last poll, and by which stream each of them is reached."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.keys import PublicKey
+from siderolink.common.parted_dict import PartedDict
 from siderolink.common.tasks import in_parts
 from siderolink.common.wireguard.device import PeerStatus
 from siderolink.common.wireguard.kernel import messages
@@ -17,7 +18,7 @@ from siderolink.common.wireguard.kernel.wireguard import WireGuard
 
 __all__ = ["PeerEntry", "PeerTable", "boot_time"]
 
-_AT_ONCE = 100
+_AT_ONCE = 64
 
 
 def boot_time() -> float:
@@ -48,7 +49,7 @@ class PeerTable:
     """The peers of one interface, by their public keys."""
 
     def __init__(self, wireguard: WireGuard, streams: Streams) -> None:
-        self.entries: dict[bytes, PeerEntry] = {}
+        self.entries: PartedDict[bytes, PeerEntry] = PartedDict()
         self.streams = streams
         self.removed_received_bytes = self.removed_sent_bytes = 0
         """Traffic of removed peers, as of the last poll."""
@@ -104,15 +105,15 @@ class PeerTable:
         entry = self.entries.get(key)
         return self._status(entry) if entry is not None else None
 
-    async def statuses(self, keys: Sequence[bytes] | None = None) -> list[PeerStatus]:
-        """All peers, or the existing ones of `keys`. Yields to other tasks."""
-        entries = self.entries
-        asked = entries.values() if keys is None else [entries[key] for key in keys if key in entries]
-        found: list[PeerStatus] = []
-        for part in in_parts(asked, _AT_ONCE):
-            found += map(self._status, part)
+    async def statuses(self, keys: Iterable[PublicKey] | None = None) -> AsyncIterator[list[PeerStatus]]:
+        """All of them in parts, or those of `keys` that there are, letting other tasks run in between."""
+        for part in self.entries.parts(_AT_ONCE) if keys is None else self._entries_of(keys):
+            yield [self._status(entry) for entry in part]
             await checkpoint()
-        return found
+
+    def _entries_of(self, keys: Iterable[PublicKey]) -> Iterator[list[PeerEntry]]:
+        for part in in_parts(keys, _AT_ONCE):
+            yield [entry for key in part if (entry := self.entries.get(bytes(key))) is not None]
 
     def _status(self, entry: PeerEntry) -> PeerStatus:
         view, facts = entry.view, entry.view.facts

@@ -106,11 +106,20 @@ class PeerPoller:
             if not is_done:
                 self._wireguard.give_up_dump()
         if is_whole:
-            for key in [key for key, entry in self._table.entries.items() if key not in seen and entry.changed_at < began_at]:
-                self.forget(key)
+            await self._forget_missing(seen, began_at)
         self._table.forget_removals(before=began_at)
         self._began_at = began_at
         self._schedule.polled(cost, time.monotonic())
+
+    async def _forget_missing(self, seen: set[bytes], began_at: float) -> None:
+        """Forget the peers that a poll did not find, letting other tasks run in between."""
+        for part in self._table.entries.parts():
+            for entry in part:
+                key = entry.view.facts.key
+                is_missing = key not in seen and entry.changed_at < began_at
+                if is_missing and self._table.entries.get(key) is entry:
+                    self.forget(key)
+            await checkpoint()
 
     def _note(self, peers: list[PeerFacts], seen: set[bytes], read_at: float) -> None:
         now, unix_now = boot_time(), time.time()

@@ -11,7 +11,7 @@ A packet for a peer without a usable session is *staged*; once there is a sessio
 `Exchange` creates sessions, `Traffic` uses them, and the engine connects both with configuration and time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 from . import messages
 from .exchange import Entropy, Exchange
@@ -35,7 +35,8 @@ class Engine:
     """One private key and its peers.
 
     `entropy` returns random bytes, `unix_time_ns` the wall clock (only for handshake timestamps and reporting), `ciphers`
-    the cipher of a session key. `timestamps` has the TAI64N high-water mark of a key that outlives the process.
+    the cipher of a session key. `timestamps` has the TAI64N high-water mark of a key that outlives the process. `peers` is
+    where the engine keeps its peers by their keys, by default a dictionary.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Engine:
         ciphers: CipherFactory,
         mtu: int = DEFAULT_MTU,
         timestamps: Timestamps | None = None,
+        peers: MutableMapping[bytes, Peer] | None = None,
     ) -> None:
-        self.peers: dict[bytes, Peer] = {}
+        self.peers: MutableMapping[bytes, Peer] = {} if peers is None else peers
         self.allowed_ips = CryptokeyRouting()
         self.rates = Rates(self.peers)
         self.mtu = mtu

@@ -3,7 +3,7 @@
 Checks are ordered by cost: length, mac1, load, then one Curve25519 exchange, the peer's key, and only then the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from . import messages
 from .cookies import CookieBudget, LoadMeter, MacGuard, SourceLimiter
@@ -108,7 +108,7 @@ class Exchange:
     def __init__(
         self,
         identity: Identity,
-        peers: dict[bytes, Peer],
+        peers: Mapping[bytes, Peer],
         output: Output,
         *,
         entropy: Entropy,

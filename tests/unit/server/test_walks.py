@@ -1,0 +1,124 @@
+"""No work on all machines visits more than some of them in one turn of the loop. Counted, not timed."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from siderolink.common.parted_dict import AT_ONCE, PartedDict
+from siderolink.common.pb.siderolink.peers.v1 import LinkStatesRequest
+from siderolink.common.wireguard.noise import Drop
+from siderolink.server.admin.following import Follower
+from siderolink.server.admin.hostnames import Hostnames
+from siderolink.server.admin.machines import SORTS, MachineAdministration, MachineQuery, all_statuses
+from siderolink.server.clock import Clock
+from siderolink.server.events import EventHub
+from siderolink.server.fleet.limit_watch import LimitWatch
+from siderolink.server.peers.service import PeerService
+from siderolink.server.store import MemoryStore
+from tests.support.crowd import Crowd, open_crowd
+
+pytestmark = pytest.mark.anyio
+
+MACHINES = 3 * AT_ONCE + 7
+Work = Callable[[Crowd], Awaitable[object]]
+
+
+def administration(crowd: Crowd) -> MachineAdministration:
+    return MachineAdministration(MemoryStore(), crowd.directory, crowd.machines, crowd.device, EventHub(), Clock())
+
+
+async def to_the_end(parts: AsyncIterator[Any]) -> None:
+    async for _ in parts:
+        pass
+
+
+async def count_drops(crowd: Crowd) -> None:
+    crowd.device.engine.drops[Drop.BANDWIDTH_IN] = 1
+    await crowd.device.limit_drops()
+
+
+async def poll_twice(crowd: Crowd) -> None:
+    machines = administration(crowd)
+    follower = Follower(machines, Hostnames(crowd.directory))
+    await to_the_end(follower.changes())
+    await to_the_end(follower.changes())
+
+
+async def tell_other_servers(crowd: Crowd) -> None:
+    limits = LimitWatch(crowd.device, crowd.directory, EventHub(), Clock())
+
+    async def heard_at(_: str) -> float:
+        return 0.0
+
+    service = PeerService(crowd.directory, crowd.device, Clock(), heard_at, limits)
+    await to_the_end(service.link_states(LinkStatesRequest()))
+
+
+async def watch_limits(crowd: Crowd) -> None:
+    limits = LimitWatch(crowd.device, crowd.directory, EventHub(), Clock())
+    limits.report_drops = lambda: {link.machine.id: {"line rate limited": 1} for link in LINKS}
+    await limits.poll()
+    assert (await limits.totals()).limited_machines == len(await limits.limited()) == MACHINES
+
+
+async def list_accepted(crowd: Crowd) -> None:
+    limits = LimitWatch(crowd.device, crowd.directory, EventHub(), Clock())
+    await to_the_end(all_statuses(crowd.device, crowd.directory, limits, lambda machine: machine.is_accepted))
+
+
+def sorted_by(sort: str) -> Work:
+    return lambda crowd: administration(crowd).page(MachineQuery(sort=sort, page_size=20))
+
+
+LINKS: list[Any] = []
+WORKS: dict[str, Work] = {
+    "the device's counters": lambda crowd: crowd.device.counters(),
+    "the device's peers": lambda crowd: crowd.device.peers(),
+    "drops by limits": count_drops,
+    "a program that follows": poll_twice,
+    "accepted machines": list_accepted,
+    "another server's question": tell_other_servers,
+    "limits": watch_limits,
+    "machines to forget": lambda crowd: crowd.machines.forget_absent_now(1e9),
+    **{f"a list by {sort}": sorted_by(sort) for sort in SORTS},
+}
+
+
+async def test_no_turn_visits_all_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    visited = most = total = 0
+
+    def parts(self: PartedDict[Any, Any], size: int = AT_ONCE) -> Iterator[list[Any]]:
+        nonlocal visited, most, total
+        for part in whole(self, size):
+            visited += len(part)
+            total += len(part)
+            most = max(most, visited)
+            yield part
+
+    async def turn() -> None:
+        nonlocal visited
+        while True:
+            visited = 0
+            await anyio.lowlevel.checkpoint()
+
+    def refuse(self: PartedDict[Any, Any]) -> Iterator[Any]:
+        raise AssertionError("all of it is visited at once")
+
+    whole = PartedDict.parts
+    async with open_crowd(MACHINES) as crowd, anyio.create_task_group() as tasks:
+        LINKS[:] = crowd.directory
+        tasks.start_soon(turn)
+        with monkeypatch.context() as patched:
+            patched.setattr(PartedDict, "parts", parts)
+            patched.setattr(PartedDict, "__iter__", refuse)
+            for name, work in WORKS.items():
+                await anyio.lowlevel.checkpoint()
+                most = total = 0
+                await work(crowd)
+                assert total >= MACHINES, f"{name}: all are visited"
+                assert most <= AT_ONCE, name
+        tasks.cancel_scope.cancel()
+    LINKS.clear()
