@@ -83,8 +83,8 @@ def store_address(url: str, password_file: Path | None) -> StoreAddress:
 
 
 def state_key(file: Path | None) -> StateKey | None:
-    """the systemd credential siderolink.state-key; None for the default, a file beside a state file. Raises SideroLinkError.
-    the systemd credential siderolink.state-key; None for the default, a file beside a state file. Raises SideroLinkError.
+    """The key in the given file, in SIDEROLINK_STATE_KEY or in the systemd credential siderolink.state-key; None for the
+    default, a file beside a state file. Raises SideroLinkError.
     """
     if file is not None:
         return KeyFile(file)

@@ -12,10 +12,11 @@ from grpclib.exceptions import GRPCError
 from siderolink.cli.control import directory
 from siderolink.cli.output import show
 from siderolink.cli.serving import StoreAddress, open_state, state_key
-from siderolink.cli.state_copy import beside, check, put, refuse_in_use
+from siderolink.cli.state_copy import check, put, refuse_in_use
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.pb.siderolink.control import BackupRequest, Chunk, RotateKeyRequest, StateStub
+from siderolink.common.private_files import draft_of
 from siderolink.common.text import one_line
 from siderolink.server.store import Store, Transaction
 from siderolink.server.store.rekeying import reseal_all
@@ -44,7 +45,7 @@ def run_restore(interface: str, file: Path) -> None:
 def run_restore_offline(file: Path, state: Path, key_file: Path | None) -> None:
     """Replace a state that no server has open with a copy. Raises SideroLinkError."""
     key = state_key(key_file) or KeyFile(key_file_beside(state))
-    copy = beside(state)
+    copy = draft_of(state)
     try:
         _copy(file, copy)
         machines = anyio.run(check, copy, key)

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import secrets
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -13,11 +12,6 @@ from siderolink.server.store.sql import SqlStore
 
 _MAGIC = b"SQLite format 3\0"
 """The magic header of SQLite files (file format, section 1.3)."""
-
-
-def beside(state: Path) -> Path:
-    """A path for a copy on the state's file system."""
-    return state.with_name(f".{state.name}.{secrets.token_hex(4)}")
 
 
 async def check(path: Path, key: StateKey) -> int:

@@ -9,7 +9,7 @@ import anyio
 from grpclib import GRPCError, Status
 
 from siderolink.cli.serving import Serving, StoreAddress
-from siderolink.cli.state_copy import beside, check, put
+from siderolink.cli.state_copy import check, put
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.pb.siderolink.control import (
     BackupRequest,
@@ -19,6 +19,7 @@ from siderolink.common.pb.siderolink.control import (
     RotateKeyResponse,
     StateBase,
 )
+from siderolink.common.private_files import draft_of
 from siderolink.common.tasks import to_its_end, uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server import Server
@@ -41,7 +42,7 @@ class StateCommands(StateBase):
 
     async def backup(self, message: BackupRequest) -> AsyncIterator[Chunk]:
         store, state = self._store()
-        copy = beside(state)
+        copy = draft_of(state)
         try:
             with _reporting_errors():
                 await self._serving.server.audit.record(actor(), "state.backup", "state")
@@ -55,7 +56,7 @@ class StateCommands(StateBase):
 
     async def restore(self, messages: AsyncIterator[Chunk]) -> RestoreResponse:
         _, state = self._store()
-        copy = beside(state)
+        copy = draft_of(state)
         try:
             await _receive(messages, copy)
             with _reporting_errors():

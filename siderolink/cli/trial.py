@@ -11,9 +11,9 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from siderolink.client.maintenance.meta import read_private, write_private
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.join_url import JoinURL
+from siderolink.common.private_files import read_private, replace_private
 
 log = logging.getLogger("siderolink")
 
@@ -108,7 +108,7 @@ def _digest(data: bytes) -> str:
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_private(path, data)
+    replace_private(path, data)
 
 
 def _remove(folder: Path, prefix: str) -> None:

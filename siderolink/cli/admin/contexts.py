@@ -2,7 +2,6 @@
 
 import os
 import stat
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -11,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from siderolink.common.admin_channel import ServerAddress
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.private_files import replace_private
 from siderolink.common.text import one_line
 
 _NAME_LENGTH = 64
@@ -126,15 +126,6 @@ def write_contexts(path: Path, contexts: Contexts) -> None:
     text = yaml.safe_dump(body, sort_keys=False)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".config-")
-        try:
-            with os.fdopen(descriptor, "w") as opened:
-                opened.write(text)
-                opened.flush()
-                os.fsync(descriptor)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        replace_private(path, text.encode())
     except OSError as error:
         raise ConfigurationError(f"cannot write {path}: {error.strerror}") from None

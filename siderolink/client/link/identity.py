@@ -3,9 +3,7 @@
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +15,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.netlink import run_netlink
 from siderolink.common.node_uuid import is_placeholder, parse_uuid
+from siderolink.common.private_files import create_private
 
 log = logging.getLogger("siderolink")
 
@@ -134,31 +133,12 @@ def _kept(file: Path, made: str) -> str:
         return made
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=file.parent)
-        try:
-            with os.fdopen(descriptor, "w") as new:
-                new.write(made + "\n")
-                new.flush()
-                os.fsync(new.fileno())
-            _give_name(name, file)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(name)
+        create_private(file, made.encode() + b"\n")
     except FileExistsError:
         return _first_line(file, _LARGEST_FILE) or made
     except OSError as error:
         log.warning("%s cannot be written; the identity will change at the next start: %s", file, error.strerror or error)
     return made
-
-
-def _give_name(temporary: str, file: Path) -> None:
-    """Raises FileExistsError if the file already exists and the file system can detect it."""
-    try:
-        os.link(temporary, file)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        os.replace(temporary, file)
 
 
 def _first_line(path: Path, limit: int = 128) -> str:

@@ -16,12 +16,12 @@ from siderolink.client.config import MachineSettings
 from siderolink.client.config.sources import needing_extra
 from siderolink.client.link.supervisor import Verdict
 from siderolink.client.maintenance.hooks import ApplyAnswer, ApplyMode, ApplyRequest
-from siderolink.client.maintenance.meta import read_private, write_private
 from siderolink.client.maintenance.resources.definitions import MACHINE_CONFIG
 from siderolink.client.maintenance.resources.specs import MACHINE_CONFIG_ANNOTATIONS, machine_config
 from siderolink.client.maintenance.resources.store import ResourceStore
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.machine import ConfigLoadErrorEvent
+from siderolink.common.private_files import read_private, replace_private
 from siderolink.common.text import one_line
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class ConfigurationKeeper:
         if self._path is None:
             return ["it is kept only in memory: this program has no file for it"]
         try:
-            await anyio.to_thread.run_sync(write_private, self._path, found.data)
+            await anyio.to_thread.run_sync(replace_private, self._path, found.data)
         except OSError as error:
             log.warning("the configuration cannot be saved to %s: %s", self._path, error.strerror)
             return [f"it is kept only in memory: its file cannot be written: {error.strerror}"]

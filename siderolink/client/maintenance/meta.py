@@ -1,10 +1,8 @@
-"""META, the key-value store that a server writes on its machine, and private files."""
+"""META, the key-value store that a server writes on its machine."""
 
 import base64
 import binascii
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from siderolink.client.maintenance.resources import specs
 from siderolink.client.maintenance.resources.definitions import META_KEY
 from siderolink.client.maintenance.resources.store import ResourceStore
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.private_files import read_private, replace_private
 
 UUID_KEY, UNIQUE_TOKEN_KEY = 15, 16
 """The keys by which a server gives a machine its identity."""
@@ -66,7 +65,7 @@ class MetaStore:
             encoded = {str(key): base64.b64encode(value).decode() for key, value in sorted(values.items())}
             data = json.dumps({"version": _FORMAT, "values": encoded}).encode()
             try:
-                await anyio.to_thread.run_sync(write_private, self._path, data)
+                await anyio.to_thread.run_sync(replace_private, self._path, data)
             except OSError as error:
                 text = f"meta write failed: {self._path.name} cannot be written: {error.strerror}"
                 raise GRPCError(Status.INTERNAL, text) from error
@@ -94,37 +93,3 @@ def _load(path: Path) -> dict[int, bytes]:
     if not all(0 <= key <= 255 for key in values) or sum(map(len, values.values())) > MAX_BYTES:
         raise ConfigurationError(f"{path} has keys or values that META does not allow; use another file, or remove it")
     return values
-
-
-def read_private(path: Path, limit: int) -> bytes | None:
-    """A file's contents, or None if it does not exist. Raises ConfigurationError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
-    if len(data) > limit:
-        raise ConfigurationError(f"{path} is longer than {limit // 1024} KiB")
-    return data
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file atomically; only its owner can read it. Raises OSError; then the old file is intact."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

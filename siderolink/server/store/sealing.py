@@ -16,6 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from siderolink.common.errors import StoreError
+from siderolink.common.private_files import create_private
 
 KEY_BYTES: Final = 32
 MAGIC: Final = b"\0sl1\0"
@@ -116,19 +117,10 @@ def parse_key(text: str, where: str) -> bytes:
 
 
 def write_key(path: Path, key: bytes) -> None:
-    """Write a new file that only its owner can read, completely or not at all. Raises StoreError, also if it exists."""
-    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    """Write a new file that only its owner can read. Raises StoreError, also if it exists."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with open(descriptor, "wb") as opened:
-                opened.write(base64.b64encode(key) + b"\n")
-                opened.flush()
-                os.fsync(descriptor)
-            os.link(draft, path)
-        finally:
-            os.unlink(draft)
+        create_private(path, base64.b64encode(key) + b"\n")
     except OSError as error:
         raise StoreError(f"cannot write the state key {path}: {error.strerror}") from None
 

@@ -1,16 +1,19 @@
 """The state file: whose it is, what is refused and left alone, what survives, and what a full disk costs."""
 
+import asyncio
 import os
 import shutil
 import sqlite3
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import aiosqlite
 import anyio
 import pytest
 from alembic.command import upgrade
@@ -20,9 +23,10 @@ from sqlalchemy import create_engine, inspect
 
 from siderolink.cli.state_copy import put
 from siderolink.common.errors import StoreError, StoreFullError
+from siderolink.common.private_files import draft_of
 from siderolink.server.store import Ban, Machine, UniqueViolationError
 from siderolink.server.store.sql import SqlStore, tables
-from siderolink.server.store.sql.file import APPLICATION_ID
+from siderolink.server.store.sql.file import APPLICATION_ID, prepare
 from tests.unit.server.test_store import machine, work_of
 
 pytestmark = pytest.mark.anyio
@@ -103,7 +107,8 @@ async def test_what_is_no_state_file_is_left_alone(tmp_path: Path) -> None:
     assert "is not a siderolink state file" in await refusal(other)
     link = tmp_path / "link"
     link.symlink_to(text)
-    assert "cannot be opened" in await refusal(link)
+    assert "cannot be opened" not in await refusal(link)
+    assert "is a symbolic link" in await refusal(link)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StoreError, match="is not a regular file"):
         async with SqlStore.open(tmp_path / "pipe"):
@@ -150,6 +155,30 @@ async def test_a_value_of_another_type_than_its_column_is_damage(tmp_path: Path,
     assert f"is damaged; it was not changed: a row has no proper value in {column}" in await refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("DELETE FROM alembic_version", "the table alembic_version, which records its schema, has 0 rows instead of one"),
+        ("INSERT INTO alembic_version VALUES ('3')", "the table alembic_version, which records its schema, has 2 rows"),
+        ("DROP TABLE alembic_version", "the table alembic_version, which records its schema, has 0 rows instead of one"),
+        ("DROP TABLE machines", "it lacks the table machines"),
+        ("ALTER TABLE machines RENAME TO old; CREATE VIEW machines AS SELECT * FROM old", "it lacks the table machines"),
+        ("ALTER TABLE machines DROP COLUMN is_installed", "no such column: machines.is_installed"),
+        ("UPDATE alembic_version SET version_num = '5'", "duplicate column"),
+        ("UPDATE alembic_version SET version_num = '5'; DROP TABLE machines", "no such table: machines"),
+    ],
+)
+async def test_another_schema_than_a_file_claims_is_damage(tmp_path: Path, change: str, told: str) -> None:
+    path = tmp_path / "state"
+    await fill(path)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.executescript(change)
+    text = await refusal(path)
+    assert "is damaged; it was not changed" in text
+    assert told in text
+    assert text.endswith("restore a backup, or move the file away to start over")
+
+
 async def test_a_file_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "state"
     await fill(path)
@@ -166,6 +195,34 @@ async def test_one_server_at_a_time(tmp_path: Path) -> None:
             async with SqlStore.open(path):
                 pass
     await fill(path)
+
+
+@pytest.mark.parametrize("at", [1, 6, 15, 18, 26, 40])
+async def test_a_cancelled_opening_leaves_the_file_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: int
+) -> None:
+    """At whichever of its statements it is cancelled."""
+    path = tmp_path / "state"
+    await fill(path)
+    calls = 0
+    scope = anyio.CancelScope()
+    execute: Callable[..., Awaitable[Any]] = aiosqlite.Connection._execute
+
+    async def cancelling(connection: aiosqlite.Connection, *args: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            asyncio.get_running_loop().call_soon(scope.cancel)
+        return await execute(connection, *args, **named)
+
+    monkeypatch.setattr(aiosqlite.Connection, "_execute", cancelling)
+    with scope:
+        async with SqlStore.open(path):
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    monkeypatch.undo()
+    assert len(await fill(path, 0)) == 1, "nobody else has it"
+    assert "was not closed" not in caplog.text
 
 
 async def test_a_copy_is_whole_and_never_replaces_anything(tmp_path: Path) -> None:
@@ -326,6 +383,32 @@ async def test_a_new_file_that_nothing_was_written_to_is_not_left_behind(
         async with SqlStore.open(tmp_path / "state"):
             pass
     assert modes(tmp_path) == {}
+
+
+async def test_a_new_file_is_a_database_from_the_moment_it_appears(tmp_path: Path) -> None:
+    """A start that is killed at once leaves a file that the next one uses."""
+    path, reference = tmp_path / "state", tmp_path / "reference"
+    assert prepare(path)
+    assert not prepare(path)
+    with closing(sqlite3.connect(reference)) as database, database:
+        database.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    assert content(path)[:96] == content(reference)[:96], "the bytes that SQLite writes, up to its own version"
+    assert content(path)[100:] == content(reference)[100:]
+    assert modes(tmp_path)["state"] == 0o600
+    assert len(await fill(path)) == 1
+
+
+async def test_the_copies_of_killed_servers_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    await fill(path)
+    left = draft_of(path)
+    others = [
+        tmp_path / name for name in ("other", ".other.0123abcd", ".state.notes", ".state.key.0123abcd", ".state.0123abcde")
+    ]
+    for file in (left, Path(f"{left}-wal"), *others):
+        file.touch()
+    await fill(path, 0)
+    assert sorted(modes(tmp_path)) == sorted(file.name for file in (path, *others))
 
 
 async def test_a_restored_copy_loses_nothing_of_the_state_before_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import sqlite3
 import stat
+import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -31,11 +32,13 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.types import TypeEngine
 
 from siderolink.common.errors import StoreError, StoreFullError
+from siderolink.common.private_files import create_private, remove_drafts
+from siderolink.common.tasks import to_its_end
 from siderolink.common.text import one_line
 from siderolink.server.store.sql.schema import HEAD, upgrade
 from siderolink.server.store.sql.tables import metadata
@@ -53,24 +56,44 @@ _STORAGE: list[tuple[type[TypeEngine[Any]], list[str]]] = [
     (Boolean, ["integer"]),
 ]
 _HEADER_BYTES = 100
+_PAGE_BYTES = 4096
 _FULL = "database or disk is full"
+_VERSIONS = "alembic_version"
+_DAMAGE = ("malformed", "not a database", "no such table", "no such column", "already exists", "duplicate column")
+"""Parts of SQLite's messages about a file that this program did not write, or not like this."""
 CLOSE_SECONDS = 5.0
 """Time limit of closing; SQLite recovers the rest at its next start."""
 BUSY_SECONDS = 2.0
 """How long to wait for a previous process to release the file."""
 
 
+def _first_page() -> bytes:
+    """A database without tables (SQLite's file format, sections 1.3 and 1.6), so that no start finds an empty file."""
+    header = _MAGIC + struct.pack(
+        ">HBBBBBB12I20x2I",
+        *(_PAGE_BYTES, 1, 1, 0, 64, 32, 32),  # 1, 1: a rollback journal; opening the file turns it into WAL
+        *(1, 1, *[0] * 9, APPLICATION_ID),  # change counter and pages; the first table sets format and encoding
+        *(1, 3_040_000),  # change counter again, and an SQLite version that may have written this
+    )
+    leaf = struct.pack(">BHHHB", 13, 0, 0, _PAGE_BYTES, 0)
+    return (header + leaf).ljust(_PAGE_BYTES, b"\0")
+
+
 def prepare(path: Path) -> bool:
     """Create the file, or check it without changing it. Returns whether it was created. Raises StoreError."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            os.close(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600))
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            create_private(path, _first_page())
             return True
-        except FileExistsError:
-            descriptor = os.open(path, flags)
     except OSError as error:
+        if path.is_symlink():
+            raise StoreError(
+                f"the state file {path} is a symbolic link, which another user of the directory could change; "
+                "give the path of the file itself"
+            ) from None
         raise StoreError(f"the state file {path} cannot be opened: {error.strerror}") from None
     try:
         status = os.fstat(descriptor)
@@ -104,22 +127,32 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
     stack.push_async_callback(engine.dispose)
     try:
         try:
-            connection = await stack.enter_async_context(engine.connect())
-            await connection.run_sync(_check, path)
+            # If this were cancelled during a statement, SQLAlchemy would stop the driver's thread, and closing wait for it.
+            connection = await to_its_end(_connect(stack, engine, path))
         except DBAPIError as error:
+            is_new = is_new and not _is_locked(error)  # or another start has it already
             raise _unusable(path, error) from error
         yield connection
     finally:
-        with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_SECONDS):
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_SECONDS) as limit:
             await stack.aclose()
+        if limit.cancelled_caught:
+            log.warning("the state file %s was not closed within %g s; the next start recovers it", path, CLOSE_SECONDS)
         if is_new:
-            _remove_if_empty(path)
+            _remove_if_unused(path)
 
 
-def _remove_if_empty(path: Path) -> None:
-    """Remove a new file that was never written to; otherwise the next start would consider it damaged."""
+async def _connect(stack: AsyncExitStack, engine: AsyncEngine, path: Path) -> AsyncConnection:
+    connection = await stack.enter_async_context(engine.connect())
+    await connection.run_sync(_check, path)
+    remove_drafts(path)  # of servers that were killed; this one alone has the state
+    return connection
+
+
+def _remove_if_unused(path: Path) -> None:
+    """Remove a new file that was never written to."""
     try:
-        if not path.stat().st_size:
+        if path.stat().st_size == _PAGE_BYTES and path.read_bytes() == _first_page():
             path.unlink()
     except OSError:
         pass
@@ -156,14 +189,27 @@ def _check(connection: Connection, path: Path) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         faults = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         if faults != "ok":
-            raise StoreError(f"the state file {path} is damaged; it was not changed: {one_line(str(faults))}")
-        tables = inspect(connection).get_table_names()
-        version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if tables else None
+            raise _damaged(path, one_line(str(faults)))
+        version = _version(connection, path)
         if version != HEAD:
             upgrade(connection, version, f"the state file {path}")
+        missing = {table.name for table in metadata.sorted_tables} - set(inspect(connection).get_table_names())
+        if missing:
+            raise _damaged(path, f"it lacks the table {min(missing)}")
         odd = _odd_column(connection)
         if odd is not None:
-            raise StoreError(f"the state file {path} is damaged; it was not changed: a row has no proper value in {odd}")
+            raise _damaged(path, f"a row has no proper value in {odd}")
+
+
+def _version(connection: Connection, path: Path) -> str | None:
+    """The schema's version; None for a new file. Raises StoreError."""
+    tables = inspect(connection).get_table_names()
+    if not tables:
+        return None
+    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() if _VERSIONS in tables else []
+    if len(found) != 1:
+        raise _damaged(path, f"the table {_VERSIONS}, which records its schema, has {len(found)} rows instead of one")
+    return str(found[0])
 
 
 def _odd_column(connection: Connection) -> str | None:
@@ -198,8 +244,18 @@ def translated() -> Iterator[None]:
 
 def _unusable(path: Path, error: DBAPIError) -> StoreError:
     reason = one_line(str(error.orig))
-    if "locked" in reason:
+    if _is_locked(error):
         return StoreError(f"the state file {path} is in use by another siderolink")
-    if "malformed" in reason or "not a database" in reason:
-        return StoreError(f"the state file {path} is damaged; it was not changed: {reason}")
+    if any(sign in reason for sign in _DAMAGE):
+        return _damaged(path, reason)
     return StoreError(f"the state file {path} cannot be used: {reason}")
+
+
+def _is_locked(error: DBAPIError) -> bool:
+    return "locked" in str(error.orig)
+
+
+def _damaged(path: Path, reason: str) -> StoreError:
+    return StoreError(
+        f"the state file {path} is damaged; it was not changed: {reason}; restore a backup, or move the file away to start over"
+    )

@@ -1,0 +1,126 @@
+"""Files that only their owner can read, and that appear complete or not at all, even if the host loses power."""
+
+import errno
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from siderolink.common.errors import ConfigurationError
+
+__all__ = ["create_private", "draft_of", "read_private", "remove_drafts", "replace_private"]
+
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""How a file system without hard links refuses one."""
+_ABANDONED = 3600.0
+"""Age in seconds of a draft that no process is still writing."""
+
+
+def create_private(path: Path, data: bytes) -> None:
+    """Write a new file in an existing directory. Raises OSError; FileExistsError if there is one, which is left unchanged."""
+    with _directory(path) as directory:
+        try:
+            _link_nameless(directory, path.name, data)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without nameless files, or no /proc
+            with _draft(path, data) as draft:
+                _give_name(draft, path)
+        os.fsync(directory)
+
+
+def replace_private(path: Path, data: bytes) -> None:
+    """Write or replace a file in an existing directory. Raises OSError; then an old file is intact."""
+    remove_drafts(path, _ABANDONED)
+    with _directory(path) as directory:
+        with _draft(path, data) as draft:
+            os.replace(draft, path)
+        os.fsync(directory)
+
+
+def read_private(path: Path, limit: int) -> bytes | None:
+    """A file's contents, or None if it does not exist. Raises ConfigurationError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > limit:
+        raise ConfigurationError(f"{path} is longer than {limit // 1024} KiB")
+    return data
+
+
+def draft_of(path: Path) -> Path:
+    """A new name in the same directory, for a file that will replace this one."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def remove_drafts(path: Path, age: float = 0.0) -> None:
+    """Remove the drafts, at least `age` seconds old, that killed processes left. Ignores those that cannot be removed."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}(-wal|-shm)?")
+    try:
+        with os.scandir(path.parent) as entries:
+            found = [entry for entry in entries if pattern.fullmatch(entry.name)]
+        for entry in found:
+            if entry.stat(follow_symlinks=False).st_mtime <= time.time() - age:
+                os.unlink(entry.path)
+    except OSError:
+        pass
+
+
+def _link_nameless(directory: int, name: str, data: bytes) -> None:
+    """A crash leaves nothing: the file has no name before it is complete (open(2), O_TMPFILE)."""
+    descriptor = os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    try:
+        _write(descriptor, data)
+        os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=directory, follow_symlinks=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _draft(path: Path, data: bytes) -> Iterator[Path]:
+    """A complete file under another name, which is gone afterwards."""
+    draft = draft_of(path)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            _write(descriptor, data)
+        finally:
+            os.close(descriptor)
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _give_name(draft: Path, path: Path) -> None:
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(draft, path)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    os.fchmod(descriptor, 0o600)  # whatever the umask takes
+    written = 0
+    while written < len(data):
+        written += os.write(descriptor, data[written:])
+    os.fsync(descriptor)
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
