@@ -206,7 +206,7 @@ async def test_a_cancelled_opening_leaves_the_file_closed(
     await fill(path)
     calls = 0
     scope = anyio.CancelScope()
-    execute: Callable[..., Awaitable[Any]] = aiosqlite.Connection._execute
+    execute: Callable[..., Awaitable[Any]] = vars(aiosqlite.Connection)["_execute"]
 
     async def cancelling(connection: aiosqlite.Connection, *args: Any, **named: Any) -> Any:
         nonlocal calls
