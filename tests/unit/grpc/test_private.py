@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import h2
+import hpack.hpack
 import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from hpack import Decoder, Encoder
 from hpack.exceptions import HPACKError
+from hpack.huffman_table import decode_huffman
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -147,3 +149,20 @@ def test_what_is_remembered_has_bounds() -> None:
         private.RequestDecoder(1 << 16, beginnings).decode(block, True)
     assert len(beginnings) == 16
     assert max(len(known.block) for known in beginnings) <= 512
+
+
+def test_the_name_of_a_timeout_is_decoded_without_its_huffman_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+
+    def decode(data: Any) -> bytes:
+        decoded.append(bytes(data))
+        return decode_huffman(data)
+
+    monkeypatch.setattr(hpack.hpack, "decode_huffman", decode)
+    beginnings: list[Any] = []
+    for timeout in ("1S", "20S"):
+        block = bytes(Encoder().encode([*PLAIN, ("grpc-timeout", timeout)]))
+        decoded.clear()
+        found = private.RequestDecoder(1 << 16, beginnings).decode(block, True)
+        assert tuple(found[-1]) == (b"grpc-timeout", timeout.encode())
+    assert len(decoded) == 1, "the value alone"
