@@ -196,7 +196,7 @@ def kill_one(options: argparse.Namespace) -> None:
             tell(f"ours by {name}, of the killed server", group, since, 5)
             tell(
                 f"ours by {name}, of the others: the measure's own share",
-                [one for one in group if one not in of[name]],
+                [one for one in ours[name] if one not in group],
                 since,
                 5,
             )

@@ -91,8 +91,9 @@ class Swarm:
                 for machine in self.machines[step::50]:
                     if machine.answers.last_at == float("-inf") or not self._is_silent(machine):
                         machine.ping()
-                step, due = (step + 1) % 50, due + self._pause
-                await anyio.sleep(max(0.0, due - time.monotonic()))  # a busy host makes no machine's packets rarer
+                # On a busy host the packets are not much rarer, and none are made up for.
+                step, due = (step + 1) % 50, max(due + self._pause, time.monotonic())
+                await anyio.sleep(due - time.monotonic())
 
     def back(self) -> int:
         return sum(machine.answers.first_at is not None for machine in self.machines)

@@ -189,7 +189,7 @@ class Liveness:
             return LinkLiveness(
                 silence=silence,
                 unheard=elsewhere if silence is None else min(silence, elsewhere),
-                said_goodbye=machine.goodbye_at is not None and machine.goodbye_at >= (machine.seen_at or 0.0),
+                said_goodbye=self._said_goodbye_elsewhere(machine, elsewhere),
                 source=machine.last_source,
                 is_unanswered=self._is_unanswered(machine, status),
             )
@@ -219,6 +219,12 @@ class Liveness:
             return silence is None or silence >= since - _LAST_PACKETS
         stored = machine.goodbye_at is not None and machine.goodbye_at >= (machine.seen_at or 0.0)
         return stored and silence is None
+
+    def _said_goodbye_elsewhere(self, machine: Machine, unheard: float) -> bool:
+        """Whether a machine of another server said goodbye and was not heard there since. Its row may be older than that."""
+        if machine.goodbye_at is None or machine.goodbye_at < (machine.seen_at or 0.0):
+            return False
+        return unheard >= self._clock.time() - machine.goodbye_at - _LAST_PACKETS
 
     def _is_unanswered(self, machine: Machine, status: PeerStatus | None) -> bool:
         found = self._unanswered.get(machine.id)

@@ -86,6 +86,20 @@ async def test_a_failed_server_is_left_for_the_next_endpoint_without_a_call() ->
         assert (bench.echo_checks, len(bench.service.requests)) == (1, calls)
 
 
+async def test_the_api_is_asked_where_the_next_server_does_not_answer_either() -> None:
+    server, one = new_key(), HostPort.parse(ONE)
+    three = "192.0.2.3:51820"
+    async with running(response(server, TWO, ONE)) as bench:
+        await connect(bench, server)
+        calls = len(bench.service.requests)
+        bench.service.answer = response(server, three)
+        bench.put(signals.ServerDied(frozenset({one})))
+        await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {three}")
+        tried = [event.route for event in bench.events if isinstance(event, events.Connecting)]
+        assert tried == [f"udp {ONE}", f"udp {TWO}", f"udp {three}"]
+        assert len(bench.service.requests) == calls + 1
+
+
 @pytest.mark.parametrize("dialled_by", [TWO, "192.0.2.3:51820"])
 async def test_the_server_that_has_the_link_may_be_another_one_than_was_dialled(dialled_by: str) -> None:
     class Dialled(FakeDevice):

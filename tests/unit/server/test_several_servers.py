@@ -207,6 +207,25 @@ async def test_a_machine_that_its_owner_does_not_hear_may_be_replaced_at_another
         await fleet.is_owned_by(again, "b")
 
 
+@pytest.mark.parametrize("is_back", [False, True])
+async def test_a_goodbye_to_another_server_counts_until_the_machine_is_back_there(is_back: bool) -> None:
+    """Its return is not stored yet."""
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        link = fleet["a"].links.by_key(machine.key)
+        assert link is not None
+        fleet["a"].monitor.said_goodbye(link)
+        await fleet["a"].fleet.last_seen.write()
+        await fleet.pass_time(3)
+        if is_back:
+            fleet["a"].device.hear(machine.key, UdpPath(f"{machine.source}:51820"), handshake=True)
+        thief = FakeMachine(node_uuid=machine.node_uuid, source="203.0.113.66")
+        if is_back:
+            assert (await fleet["b"].refuses(thief))[0] is Status.ALREADY_EXISTS
+        else:
+            await fleet["b"].join(thief)
+
+
 async def test_the_silence_of_a_dead_servers_machine_counts_from_its_last_heartbeat() -> None:
     async with fleet_of("a", "b") as fleet:
         machine = await linked(fleet, "a")
