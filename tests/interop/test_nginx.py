@@ -51,7 +51,7 @@ def test_a_tunnel_behind_nginx(tmp_path: Path) -> None:
                 )
             stop(iperf)
             time.sleep(IDLE_SECONDS)
-            net.machine.run(["ping", "-c1", "-W5", str(link.server_address)])
+            net.machine.run(["ping", "-c1", "-W20", str(link.server_address)])
             assert not [event for event in events if isinstance(event, Disconnected)]
             assert len([event for event in events if isinstance(event, Connected)]) == 1
             calls = (tmp_path / "access.log").read_text().splitlines()

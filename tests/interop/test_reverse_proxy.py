@@ -147,25 +147,31 @@ async def test_the_proxy_protocol_as_nginx_speaks_it(tmp_path: Path, inner: str)
     assert caller[0] == "::1"
 
 
-TIMES = "client_header_timeout 2s; keepalive_timeout 2s; client_body_timeout 2s; grpc_read_timeout 2s; grpc_send_timeout 2s;"
-PINGED = Limits(server_ping_interval=0.3, ping_timeout=1.0)
+TIMES = ("client_header_timeout", "keepalive_timeout", "client_body_timeout", "grpc_read_timeout", "grpc_send_timeout")
+SECONDS = 4
+"""Each of nginx's times where none may run out, longer than any program is stalled on a busy host."""
+PINGED = Limits(server_ping_interval=0.3, ping_timeout=2.0)
+
+
+def times(seconds: int = SECONDS) -> str:
+    return " ".join(f"{name} {seconds}s;" for name in TIMES)
 
 
 @pytest.mark.parametrize("interval", [0.3, None])
 async def test_a_servers_pings_keep_a_silent_call_open(tmp_path: Path, interval: float | None) -> None:
-    """All of nginx's times are two seconds; they are the server's to beat, whichever side of the call is silent."""
+    """All of nginx's times are short; they are the server's to beat, whichever side of the call is silent."""
     limits = replace(PINGED, server_ping_interval=interval)
     services: list[Servable] = [HealthService(), ByteStreamService({ECHO: hold})]
     port = free_port()
     async with serve(services, host="127.0.0.1", limits=limits) as server:
-        async with nginx(tmp_path, port, http(port, server.port, TIMES)), open_channel("::1", port) as channel:
+        async with nginx(tmp_path, port, http(port, server.port, times())), open_channel("::1", port) as channel:
             async with open_byte_stream(channel, ECHO) as open_call, open_byte_stream(channel, HEALTH_WATCH) as said_all:
                 for stream in (open_call, said_all):
                     stream.receive(lambda _: None)
                     stream.send(memoryview(bytes(5)))
                 said_all.end()
                 ends = [asyncio.ensure_future(stream.wait_ended()) for stream in (open_call, said_all)]
-                done, _ = await asyncio.wait(ends, timeout=5 if interval else 30)
+                done, _ = await asyncio.wait(ends, timeout=1.5 * SECONDS if interval else 30)
                 for end in ends:
                     end.cancel()
                 await asyncio.gather(*ends, return_exceptions=True)
@@ -175,7 +181,7 @@ async def test_a_servers_pings_keep_a_silent_call_open(tmp_path: Path, interval:
 async def test_an_idle_connection_is_cut_whatever_is_pinged_and_a_health_call_is_not(tmp_path: Path) -> None:
     port = free_port()
     async with serve([HealthService()], host="127.0.0.1", limits=PINGED) as server:
-        async with nginx(tmp_path, port, http(port, server.port, TIMES)), background_tasks() as tasks:
+        async with nginx(tmp_path, port, http(port, server.port, times())), background_tasks() as tasks:
             async with open_channel("::1", port) as watching, open_channel("::1", port) as idle:
                 answers, ended = list[str](), asyncio.Event()
 
@@ -188,7 +194,7 @@ async def test_an_idle_connection_is_cut_whatever_is_pinged_and_a_health_call_is
                     await idle.connect()
                     async with asyncio.timeout(30):
                         await idle.wait_lost()
-                await asyncio.sleep(3)
+                await asyncio.sleep(0.5 * SECONDS)
                 assert answers == ["up"]
                 assert not ended.is_set()
                 # behind the proxy, the server's end is the call's
@@ -217,19 +223,19 @@ class Watches(HealthService):
 
 @contextlib.asynccontextmanager
 async def watched(
-    folder: Path, limits: Limits
+    folder: Path, limits: Limits, seconds: int = SECONDS
 ) -> AsyncIterator[tuple[GrpcServer, Watches, list[signals.Signal], RetryTrigger]]:
-    """A machine's watch of its server behind nginx, with every time of nginx two seconds."""
+    """A machine's watch of its server behind nginx, with every time of nginx `seconds`."""
     service, port, told, retry = Watches(), free_port(), list[signals.Signal](), RetryTrigger()
     async with serve([service], host="127.0.0.1", limits=limits) as server:
-        async with nginx(folder, port, http(port, server.port, TIMES)), background_tasks() as tasks:
+        async with nginx(folder, port, http(port, server.port, times(seconds))), background_tasks() as tasks:
             tasks.start_soon(watch_api, JoinURL("::1", port, tls=False), None, told.append, retry)
             yield server, service, told, retry
 
 
 async def test_a_watch_behind_nginx_is_quiet_and_tells_the_servers_end(tmp_path: Path) -> None:
     async with watched(tmp_path, PINGED) as (server, service, told, _):
-        await asyncio.sleep(5)
+        await asyncio.sleep(1.5 * SECONDS)
         assert (service.calls, told) == (1, [])
         await server.stop()
         async with asyncio.timeout(30):
@@ -241,13 +247,14 @@ async def test_nginx_that_cuts_the_watch_regularly_is_left_in_peace(tmp_path: Pa
     """Where the server's pings come too seldom for nginx, three cuts at one age are its habit, and no call is held any more."""
     monkeypatch.setattr("siderolink.client.link.watch.RegularCuts.SHORTEST", 0.0)
     monkeypatch.setattr("siderolink.client.link.probes.STABLE", 0.0)
-    async with watched(tmp_path, Limits(server_ping_interval=None)) as (_, service, told, retry):
+    async with watched(tmp_path, Limits(server_ping_interval=None), seconds=2) as (_, service, told, retry):
         async with asyncio.timeout(60):
             while not any(isinstance(signal, signals.ApiCutRegularly) for signal in told):
                 retry.fire()
                 await asyncio.sleep(0.01)
+        cuts = service.calls
         for _ in range(20):
             retry.fire()
             await asyncio.sleep(0.01)
-        assert service.calls == 3
-    assert [type(signal) for signal in told].count(signals.ApiLost) == 2
+        assert service.calls == cuts >= 3  # more where the host was stalled, which made one cut late
+    assert [type(signal) for signal in told].count(signals.ApiLost) == cuts - 1

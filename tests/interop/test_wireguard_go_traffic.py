@@ -8,8 +8,9 @@ from ipaddress import IPv6Address
 import pytest
 
 from siderolink.common.wireguard.device import PeerConfig
-from tests.interop.test_wireguard_go import OUR_PORT, OURS, THEIR_PORT, THEIRS, Pair, pair_of_ends, ping
+from tests.interop.test_wireguard_go import OUR_PORT, OURS, THEIR_PORT, THEIRS, Pair, pair_of_ends
 from tests.support.netns import Namespace
+from tests.support.pings import ping
 
 MEGABYTES = 8
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.test_wireguard_go import Pair, ping
+from tests.interop.test_wireguard_go import Pair
 from tests.support.kernel_pair import pair_with_the_kernel
 from tests.support.netns import Namespace
+from tests.support.pings import ping
 
 LATER = (
     "client",

@@ -34,8 +34,9 @@ from siderolink.common.wireguard.device import (
 )
 from siderolink.common.wireguard.opening import open_device
 from tests.conftest import descriptor_kinds, opened_since
-from tests.support.kernel_device import KEY, OURS, PORT, THEIR_PORT, THEIRS, config, peered, ping, running
+from tests.support.kernel_device import KEY, OURS, PORT, THEIR_PORT, THEIRS, config, peered, running
 from tests.support.netns import Namespace, stop
+from tests.support.pings import ping
 from tests.support.reach import dial, keeps_out, lets_in
 from tests.support.topology import Net, direct
 

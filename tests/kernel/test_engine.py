@@ -14,7 +14,6 @@ from tests.interop.test_wireguard_go import (
     THEIR_PORT,
     THEIRS,
     Pair,
-    ping,
     test_a_preshared_key,
     test_a_stranger_is_counted_and_gets_no_answer,
     test_another_preshared_key_makes_no_session,
@@ -27,6 +26,7 @@ from tests.interop.test_wireguard_go import (
 )
 from tests.support.kernel_pair import pair_with_the_kernel
 from tests.support.kernel_wireguard import kernel_wireguard
+from tests.support.pings import ping
 
 __all__ = [
     "test_a_preshared_key",

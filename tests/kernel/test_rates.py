@@ -9,8 +9,9 @@ import pytest
 from siderolink.common.nft_limits import LEAST_BUCKET
 from siderolink.common.wireguard.device import PeerConfig
 from siderolink.common.wireguard.interface_rates import rates_table
-from tests.support.kernel_device import OURS, THEIRS, Running, peered, ping, running
+from tests.support.kernel_device import OURS, THEIRS, Running, peered, running
 from tests.support.netns import Namespace
+from tests.support.pings import ping
 from tests.support.topology import direct
 
 PACKET, HEADERS, COUNT, SLOW = 1000, 48, 300, 8000

@@ -10,8 +10,9 @@ import pytest
 
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import PeerConfig, dial_peer
-from tests.support.kernel_device import OURS, PORT, THEIR_PORT, THEIRS, ping, running
+from tests.support.kernel_device import OURS, PORT, THEIR_PORT, THEIRS, running
 from tests.support.kernel_wireguard import kernel_wireguard
+from tests.support.pings import ping
 from tests.support.topology import several
 
 pytestmark = pytest.mark.usefixtures("ageing")

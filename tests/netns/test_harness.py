@@ -35,8 +35,8 @@ def test_nothing_is_left_behind_after_an_error() -> None:
 
 def test_two_ends_of_a_wire() -> None:
     with direct() as net:
-        net.machine.run(["ping", "-c1", "-W2", SERVER_V4])
-        net.machine.run(["ping", "-c1", "-W2", SERVER_V6])
+        net.machine.run(["ping", "-c1", "-W20", SERVER_V4])
+        net.machine.run(["ping", "-c1", "-W20", SERVER_V6])
         assert net.machine.interfaces() == {"lo", "eth0"}
         assert {"192.0.2.2/24", "2001:db8::2/64"} <= net.machine.addresses("eth0")
         net.server.set_link("eth0", up=False)

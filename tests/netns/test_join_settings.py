@@ -99,7 +99,7 @@ def overlay_address(machine: Namespace, interface: str) -> str:
 
 def pings(namespace: Namespace, address: str) -> bool:
     """Whether one of some echo requests is answered: on a busy host the first one may come before all is set up."""
-    return any(" 0 received" not in namespace.run(["ping", "-c1", "-W2", address], check=False) for _ in range(5))
+    return any(" 0 received" not in namespace.run(["ping", "-c1", "-W20", address], check=False) for _ in range(5))
 
 
 def status_of_machine(run_folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from anyio.from_thread import BlockingPortal
 import siderolink
 from siderolink.client import Link
 from siderolink.server import Server
-from tests.support.netns import Namespace
+from tests.support.pings import ping, pinging
 from tests.support.topology import SERVER_V4, Net, direct
 
 TOKEN = "the-join-token"
@@ -50,21 +50,6 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def start_ping(namespace: Namespace, address: object, seconds: float) -> "subprocess.Popen[str]":
-    count = str(int(seconds / 0.02))
-    return namespace.popen(["ping", "-q", "-i0.02", f"-c{count}", "-W2", str(address)], stdout=subprocess.PIPE)
-
-
-def lost(process: "subprocess.Popen[str]") -> int:
-    output, _ = process.communicate(timeout=60)
-    words = output.split()
-    return int(words[words.index("packets") - 1]) - int(words[words.index("received,") - 1])
-
-
-def ping(namespace: Namespace, address: object, *options: str) -> None:
-    namespace.run(["ping", "-c3", "-i0.05", "-W3", *options, str(address)])
-
-
 @TRANSPORTS
 def test_packets_of_every_kind_pass_both_ways(query: str) -> None:
     with direct() as net, linked(net, query) as (server, machine, here, there):
@@ -78,14 +63,16 @@ def test_packets_of_every_kind_pass_both_ways(query: str) -> None:
 def test_the_server_follows_a_machine_to_another_address_under_load() -> None:
     with direct() as net, linked(net) as (server, machine, here, there):
         assert server_path(there, server).startswith("192.0.2.2:")
-        up, down = start_ping(net.machine, machine.server_address, 2), start_ping(net.server, machine.address, 2)
-        time.sleep(0.5)
-        net.machine.add_address("eth0", "192.0.2.77/24")
-        net.machine.remove_address("eth0", "192.0.2.2/24")
-        wait_for(lambda: server_path(there, server).startswith("192.0.2.77:"))
-        # Only what was in flight; and the kernel needs a moment to find the new neighbour.
-        assert lost(up) <= 5
-        assert lost(down) <= 5
+        with pinging(net.machine, machine.server_address) as up, pinging(net.server, machine.address) as down:
+            in_flight = [pings.oldest_unanswered() for pings in (up, down)]
+            net.machine.add_address("eth0", "192.0.2.77/24")
+            net.machine.remove_address("eth0", "192.0.2.2/24")
+            wait_for(lambda: server_path(there, server).startswith("192.0.2.77:"))
+            for pings, first in zip((up, down), in_flight, strict=True):
+                followed = pings.sent
+                pings.wait_sent(50)
+                # Only what was in flight until then; and the kernel needs a moment to find the new neighbour.
+                assert len([number for number in pings.lost() if not first <= number < followed]) <= 5
         assert machine.state == "connected"
 
 
@@ -95,7 +82,7 @@ def test_a_machine_whose_wire_is_cut_for_a_moment_goes_on_by_itself() -> None:
         time.sleep(0.3)
         net.machine.set_link("eth0", up=True)
         net.machine.add_address("eth0", "2001:db8::2/64")
-        ping(net.machine, machine.server_address, "-W8")
+        ping(net.machine, machine.server_address)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -226,7 +226,7 @@ def test_a_forged_overlay_source_on_the_lan_reaches_nothing() -> None:
             neighbour.add_address("eth0", f"{place.server}/128")
             neighbour.add_route(f"{place.address}/128", "2001:db8:1::1")
             machine.forward()
-            neighbour.run(["ping", "-c1", "-W5", "2001:db8:1::1"])
+            neighbour.run(["ping", "-c1", "-W20", "2001:db8:1::1"])
             # positive control: by this way, a socket that is not bound to the interface is reached, under the forged address
             with control_socket(machine, str(place.address)) as reached:
                 assert syn_is_answered(neighbour, str(place.server), str(place.address), 50001)

@@ -46,7 +46,7 @@ def linked(net: Net, server_inner: Namespace, machine_inner: Namespace, query: s
 
 
 def answers(namespace: Namespace, address: object) -> bool:
-    return " 0 received" not in namespace.run(["ping", "-c3", "-i0.05", "-W3", "-s1000", str(address)], check=False)
+    return " 0 received" not in namespace.run(["ping", "-c3", "-i0.05", "-W20", "-s1000", str(address)], check=False)
 
 
 @pytest.mark.parametrize("query", ["", "&grpc_tunnel=true"], ids=["udp", "tunnel"])

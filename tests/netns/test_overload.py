@@ -26,6 +26,8 @@ from tests.support.topology import Net, routed
 URL = f"grpc://{API}?jointoken={TOKEN}"
 CROWD = 50
 ECHO_REQUEST, ECHO_REPLY = 128, 129
+SILENCE = 5.0
+"""Seconds after which no echo comes any more; shorter ones are stalls of a busy host."""
 HANGS = 10.0
 """Seconds that a join takes only if something waits for good; how busy the host is does not count."""
 
@@ -71,11 +73,13 @@ def round_trips(addresses: list[str], rounds: int, pause: float) -> dict[str, li
     found: dict[str, list[float]] = defaultdict(list)
     sent: dict[tuple[str, int], float] = {}
     with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as sock:
-        sock.settimeout(2)
+        sock.settimeout(SILENCE)
+        sending = threading.Event()
+        sending.set()
 
         def receive() -> None:
             try:
-                while True:
+                while sent or sending.is_set():
                     packet, source = sock.recvfrom(2048)
                     kind, _, _, _, sequence = struct.unpack_from(">BBHHH", packet)
                     if kind == ECHO_REPLY and (began := sent.pop((source[0], sequence), None)) is not None:
@@ -90,6 +94,7 @@ def round_trips(addresses: list[str], rounds: int, pause: float) -> dict[str, li
                 sent[address, sequence] = time.monotonic()
                 sock.sendto(struct.pack(">BBHHH", ECHO_REQUEST, 0, 0, 7, sequence) + bytes(16), (address, 0))
             time.sleep(pause)
+        sending.clear()
         receiver.join()
     return found
 

@@ -48,7 +48,7 @@ def test_machines_go_on_at_the_other_server_when_their_own_is_killed(pair: Pair)
             assert pings(pair.a.namespace, address, 60)
             until(lambda: pair.is_owned_by(pair.a, node_uuid))  # noqa: B023
             # an error at once, and no handshake: that would take the machine over
-            assert "nreachable" in pair.b.namespace.run(["ping", "-c1", "-W5", str(address)], check=False)
+            assert "nreachable" in pair.b.namespace.run(["ping", "-c1", "-W20", str(address)], check=False)
             with pair.machines[2].portal() as portal:
                 assert refusal_of_a_thief(portal, node_uuid) == "ALREADY_EXISTS"
             assert pair.is_owned_by(pair.a, node_uuid)

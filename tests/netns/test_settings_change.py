@@ -27,6 +27,7 @@ from siderolink.client import (
 )
 from siderolink.client.link.supervisor import Verdict
 from tests.support.netns import Namespace, link
+from tests.support.pings import pinging
 from tests.support.topology import SERVER_V4, Net, direct
 
 TOKEN = "the-join-token"
@@ -71,7 +72,7 @@ class Machine:
         return [event.new for event in self.events if isinstance(event, StateChanged)]
 
     def ping(self) -> None:
-        self.namespace.run(["ping", "-c1", "-i0.2", "-w10", str(self.link.server_address)])
+        self.namespace.run(["ping", "-c1", "-i0.2", "-w30", str(self.link.server_address)])
 
     def interface_index(self) -> int:
         return int(self.namespace.run(["cat", f"/sys/class/net/{self.link.interface}/ifindex"]))
@@ -97,7 +98,7 @@ def conversation(net: Net, machine: Machine) -> Iterator[Callable[[], None]]:
     """A TCP connection from server to machine over the link; what is given checks that it still carries bytes both ways."""
     with ExitStack() as stack:
         listener = stack.enter_context(net.machine.call(partial(socket.create_server, ("::", 9), family=socket.AF_INET6)))
-        near = stack.enter_context(net.server.call(partial(socket.create_connection, (str(machine.link.address), 9), 5)))
+        near = stack.enter_context(net.server.call(partial(socket.create_connection, (str(machine.link.address), 9), 30)))
         far = stack.enter_context(listener.accept()[0])
 
         def check() -> None:
@@ -172,11 +173,11 @@ def test_where_the_new_transport_does_not_pass_the_old_link_carries_on() -> None
 def test_another_server_gets_another_key_and_is_tried_without_a_break() -> None:
     with direct() as net, serving(net), serving(net, port=5000), joined(net) as machine:
         key, server = machine.link.public_key, machine.link.server_address
-        packets = Pings(net.machine, str(server))
-        assert machine.apply(url=OTHER_URL.replace(TOKEN, "wrong")).is_refused
-        machine.ping()
-        assert machine.link.public_key == key
-        assert packets.lost() == 0, "while another server is tried, nothing is lost"
+        with pinging(net.machine, server) as pings:
+            assert machine.apply(url=OTHER_URL.replace(TOKEN, "wrong")).is_refused
+            machine.ping()
+            assert machine.link.public_key == key
+            assert pings.lost() == [], "while another server is tried, nothing is lost"
         assert machine.apply(url=OTHER_URL).outcome == "applied"
         machine.wait(lambda: machine.count(SettingsApplied) == 1)
         machine.wait(lambda: machine.link.state == ConnectionState.CONNECTED)
@@ -210,24 +211,6 @@ def serving_elsewhere(net: Net) -> Iterator[str]:
         )
         with namespace.portal() as portal, portal.wrap_async_context_manager(server):
             yield f"grpc://203.0.113.1:4000?jointoken={TOKEN}"
-
-
-class Pings:
-    """Ten pings, 50 ms apart, in the background."""
-
-    def __init__(self, namespace: Namespace, address: str) -> None:
-        self._output = ""
-
-        def run() -> None:
-            self._output = namespace.run(["ping", "-c10", "-i0.05", "-W2", address], check=False)
-
-        self._thread = threading.Thread(target=run)
-        self._thread.start()
-
-    def lost(self) -> int:
-        self._thread.join()
-        words = self._output.split()
-        return int(words[words.index("packets") - 1]) - int(words[words.index("received,") - 1])
 
 
 def test_a_later_change_replaces_one_that_is_still_tried() -> None:

@@ -49,7 +49,7 @@ def test_machines_join_connect_answer_pings_and_come_back() -> None:
         assert all(path.startswith("tunnel") for path in paths[3:])
         for peer in status["peers"]:
             address = str(ip_network(peer["allowed_ips"][0]).network_address)
-            assert "1 received" in net.server.run(["ping", "-c1", "-W10", address], timeout=60)
+            assert "1 received" in net.server.run(["ping", "-c1", "-W20", address], timeout=60)
         simulate.send_signal(signal.SIGUSR1)
         assert phase()["phase"] == "reconnect"
         simulate.send_signal(signal.SIGINT)

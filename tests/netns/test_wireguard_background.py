@@ -117,8 +117,8 @@ def test_wg_quick_sends_everything_through_it(tmp_path: Path) -> None:
             set -e
             export WG_QUICK_USERSPACE_IMPLEMENTATION={run}
             wg-quick up {file} 2>/dev/null
-            ping -q -c3 -i0.05 -W3 10.9.0.9
-            ping -q -c3 -i0.05 -W3 fd09::9
+            ping -q -c3 -i0.05 -W20 10.9.0.9
+            ping -q -c3 -i0.05 -W20 fd09::9
             wg show wgq dump
             wg-quick down {file} 2>/dev/null
             """,

@@ -60,7 +60,3 @@ def peered(net: Net, ours: Running) -> Iterator[tuple[WireguardGo, PrivateKey]]:
         ours.portal.call(ours.device.set_peer, PeerConfig(public_key=key.public_key(), allowed_ips=(ip_network(THEIRS),)))
         other.set_peer(ours.device.public_key, f"{OURS}/128", endpoint=f"192.0.2.1:{PORT}")
         yield other, key
-
-
-def ping(namespace: Namespace, address: str, *more: str) -> None:
-    namespace.run(["ping", "-c3", "-i0.05", "-W3", *more, address])
