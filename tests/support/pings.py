@@ -39,7 +39,7 @@ class Pings:
         self._socket, self._address, self._interval = sock, address, interval
         self._name = os.urandom(4)
         self._unanswered: set[int] = set()
-        self._stopping, self.is_through = Event(), False
+        self._stopping, self._is_through = Event(), False
         self._ended: Future[None] = Future()
         self.sent = 0
         self._thread = Thread(target=self._run_to_end, daemon=True)
@@ -52,7 +52,7 @@ class Pings:
     def wait_sent(self, count: int) -> None:
         """Until so many more requests were sent."""
         enough = self.sent + count
-        self._wait(lambda: self.sent >= enough)
+        self.wait(lambda: self.sent >= enough)
 
     def lost(self) -> list[int]:
         """End, and give the numbers of those that were never answered, although a later one was."""
@@ -60,7 +60,12 @@ class Pings:
         self._ended.result(_PATIENCE + 10)
         return sorted(self._unanswered)
 
-    def _wait(self, condition: Callable[[], bool]) -> None:
+    def end(self) -> None:
+        self._is_through = True
+        self._thread.join()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until it holds; raises what ended the pings."""
         deadline = time.monotonic() + _PATIENCE
         while not condition():
             if self._ended.done():
@@ -78,7 +83,7 @@ class Pings:
 
     def _run(self) -> None:
         due, deadline = time.monotonic(), 0.0
-        while not self.is_through:
+        while not self._is_through:
             if select.select([self._socket], [], [], max(due - time.monotonic(), 0))[0]:
                 self._take(self._socket.recv(2048))
             if (now := time.monotonic()) < due:
@@ -103,7 +108,7 @@ class Pings:
         kind, _, _, name, number = _ECHO.unpack(message)
         if (kind, name) == (_ECHO_REPLY, self._name):
             self._unanswered.discard(number)
-            self.is_through = number == _LAST
+            self._is_through = number == _LAST
 
 
 @contextmanager
@@ -112,8 +117,7 @@ def pinging(namespace: Namespace, address: object, interval: float = 0.02) -> It
     with namespace.call(socket.socket, socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as sock:
         pings = Pings(sock, str(address), interval)
         try:
-            pings._wait(lambda: pings.oldest_unanswered() > 0)
+            pings.wait(lambda: pings.oldest_unanswered() > 0)
             yield pings
         finally:
-            pings.is_through = True
-            pings._thread.join()
+            pings.end()
