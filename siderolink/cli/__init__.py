@@ -3,6 +3,8 @@
 import signal
 import sys
 
+from siderolink.common import errors as _errors
+
 __all__ = ["main", "wireguard"]
 
 _EXTRA = frozenset(
@@ -11,6 +13,8 @@ _EXTRA = frozenset(
         *("watchfiles", "yaml"),
     }
 )
+_DESCRIPTORS = 16
+"""File descriptors that every command needs, most of them for its event loop."""
 
 
 def main() -> None:
@@ -19,6 +23,11 @@ def main() -> None:
         sys.exit(_run())
     except KeyboardInterrupt:  # during an import: a running command handles the signal itself
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if (failure := _errors.host_error(error)) is None:
+            raise
+        print(f"siderolink: {failure}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _run() -> int:
@@ -32,6 +41,7 @@ def _run() -> int:
             raise
         print(f"siderolink: the command needs {error.name}: pip install 'siderolink[cli]'", file=sys.stderr)
         return 1
+    _errors.require_descriptors(_DESCRIPTORS)
     return run()
 
 

@@ -1,5 +1,19 @@
 """Every exception the package raises, in one tree. Messages say what was wrong and what to do; never a secret."""
 
+import errno
+import os
+
+_SHORTAGES = {
+    errno.EMFILE: "this process has too many files open; raise its limit: `ulimit -n`, or LimitNOFILE= of its systemd unit",
+    errno.ENFILE: "this host has too many files open; raise its limit: sysctl fs.file-max",
+    errno.ENOMEM: "there is not enough memory",
+    errno.ENOBUFS: "there is not enough memory",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+}
+_OF_NO_FILE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+"""Shortages that say nothing about the file that could not be opened."""
+
 
 class SideroLinkError(Exception):
     """The base of all errors raised on purpose by this package."""
@@ -88,3 +102,50 @@ class ForbiddenError(SideroLinkError):
 
 class UnauthenticatedError(SideroLinkError):
     """Raised when a caller of the admin API presents no valid credentials."""
+
+
+class HostError(SideroLinkError, OSError):
+    """Raised when the operating system lacks or refuses what the package needs, such as a file descriptor."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def host_error(error: BaseException) -> HostError | None:
+    """The operating system's failure behind an error, or behind a group of errors, as one line; None for other errors."""
+    if isinstance(error, HostError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        found = [host_error(one) for one in error.exceptions]
+        return found[0] if all(found) else None
+    if isinstance(error, MemoryError):
+        return HostError(_SHORTAGES[errno.ENOMEM])
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return HostError(
+            "this process may start no more threads; raise its limit: `ulimit -u`, or TasksMax= of its systemd unit"
+        )
+    if type(error).__name__ == "WatchfilesRustInternalError":
+        return HostError(
+            f"files cannot be watched: {error}; raise `ulimit -n`, or the sysctl fs.inotify.max_user_instances or "
+            "fs.inotify.max_user_watches"
+        )
+    if not isinstance(error, OSError):
+        return None
+    shortage = _SHORTAGES.get(error.errno or 0)
+    reason = shortage or error.strerror or str(error) or type(error).__name__
+    failure = HostError(reason if error.filename is None or error.errno in _OF_NO_FILE else f"{error.filename}: {reason}")
+    failure.errno, failure.strerror = error.errno, reason
+    return failure
+
+
+def require_descriptors(count: int) -> None:
+    """Raise HostError unless this process may open so many more files; event loops do not fail cleanly without theirs."""
+    opened: list[int] = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401 # closed below, even if one fails
+    except OSError as error:
+        raise (host_error(error) or error) from None
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)

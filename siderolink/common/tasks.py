@@ -11,7 +11,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from siderolink.common.backoff import Backoff
-from siderolink.common.errors import SideroLinkError
+from siderolink.common.errors import SideroLinkError, host_error
 
 log = logging.getLogger("siderolink")
 
@@ -50,12 +50,13 @@ async def keep_running(what: str, work: Callable[[], Awaitable[object]]) -> None
         try:
             await work()
             return
-        except SideroLinkError as error:
+        except Exception as error:
             delay = backoff.next()
-            log.error("%s failed; restarting it in %.0f s: %s", what, delay, error)
-        except Exception:
-            delay = backoff.next()
-            log.exception("%s failed; restarting it in %.0f s", what, delay)
+            failure = error if isinstance(error, SideroLinkError) else host_error(error)
+            if failure is None:
+                log.exception("%s failed; restarting it in %.0f s", what, delay)
+            else:
+                log.error("%s failed; restarting it in %.0f s: %s", what, delay, failure)
         await anyio.sleep(delay)
 
 

@@ -11,7 +11,7 @@ import anyio.lowlevel
 from siderolink.client.config.files import Reading
 from siderolink.client.config.kernel_args import INLINE_ARGUMENT, inline_configuration, parse_kernel_arguments, read_kernel_line
 from siderolink.client.config.settings import MachineSettings, merge
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.errors import ConfigurationError, host_error
 from siderolink.common.tasks import background_tasks
 
 HOST_DOCUMENTS = (Path("/etc/siderolink.yaml"), Path("/etc/siderolink"))
@@ -109,8 +109,10 @@ class Sources:
                 await anyio.lowlevel.checkpoint()
                 on_change()
                 await anyio.sleep_forever()
-        except OSError as error:
-            raise ConfigurationError(f"{folders[0]} cannot be watched for changes: {error.strerror or error}") from None
+        except Exception as error:
+            if (failure := host_error(error)) is None:
+                raise
+            raise ConfigurationError(f"{folders[0]} cannot be watched for changes: {failure}") from None
 
 
 def _read_inline(line: str, source: str) -> MachineSettings:

@@ -31,7 +31,7 @@ from siderolink.client.link.signals import InterfaceGone, Pause, Replaced, Signa
 from siderolink.client.link.state import Progress
 from siderolink.client.link.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
 from siderolink.common.backoff import Backoff, RetryTrigger
-from siderolink.common.errors import JoinError, SideroLinkError
+from siderolink.common.errors import JoinError, SideroLinkError, host_error
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import background_tasks, keep_running
@@ -270,8 +270,10 @@ class LinkRunner:
                     raise
                 reason, is_unusable = str(error), True
             except Exception as error:
-                log.exception("the link failed; restarting it")
-                reason = f"internal error: {type(error).__name__}"
+                failure = host_error(error)
+                if failure is None:
+                    log.exception("the link failed; restarting it")
+                reason = f"internal error: {type(error).__name__}" if failure is None else str(failure)
                 backoff.next()
             self.progress.lost(str(self.route), reason)
             await anyio.sleep(backoff.next())

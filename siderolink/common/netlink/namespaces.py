@@ -9,11 +9,14 @@ from typing import Any, TypeVar
 
 from pyroute2 import netns
 
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.errors import ConfigurationError, require_descriptors
 
 __all__ = ["call_in", "namespace_path", "run_netlink"]
 
 T = TypeVar("T")
+
+_OF_A_LOOP = 3
+"""File descriptors of asyncio's event loop."""
 
 
 def namespace_path(name: str) -> str:
@@ -67,6 +70,7 @@ async def run_netlink(
         try:
             if namespace is not None:
                 _enter(namespace)
+            require_descriptors(_OF_A_LOOP)
             with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
                 done.set_result(runner.run(work()))
         except BaseException as error:

@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from siderolink.common.errors import AddressInUseError, ConfigurationError, DeviceError, DeviceUnavailableError, SideroLinkError
+from siderolink.common.errors import (
+    AddressInUseError,
+    ConfigurationError,
+    DeviceError,
+    DeviceUnavailableError,
+    SideroLinkError,
+    host_error,
+)
 from siderolink.common.netlink.messages import (
     ACK,
     DONE,
@@ -216,12 +223,15 @@ def open_events(groups: int, protocol: int = ROUTE) -> socket.socket:
 
 
 def _open(protocol: int, groups: int) -> socket.socket:
-    opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+    try:
+        opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+    except OSError as error:
+        raise (host_error(error) or error) from error
     try:
         opened.bind((0, groups))
-    except OSError:
+    except OSError as error:
         opened.close()
-        raise
+        raise (host_error(error) or error) from error
     return opened
 
 

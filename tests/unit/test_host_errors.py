@@ -1,0 +1,116 @@
+"""What the operating system lacks or refuses is one line, wherever it shows: no traceback, and what to do."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+
+from siderolink.common.errors import HostError, SideroLinkError, host_error, require_descriptors
+from siderolink.common.netlink import run_netlink
+from siderolink.common.tasks import keep_running
+
+LIMITED = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+limit = int(sys.argv.pop(0))
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+runpy.run_module("siderolink", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("limit", [9, 14, 18])
+@pytest.mark.parametrize("command", ["serve", "join", "status"])
+def test_a_command_with_too_few_descriptors_says_so(tmp_path: Path, limit: int, command: str) -> None:
+    arguments = {
+        "serve": ["--api-listen", "127.0.0.1:0", "--tunnel-only", "--stored-tokens-only", "--no-state"],
+        "join": ["grpc://127.0.0.1:1?jointoken=x", "--identity", str(tmp_path)],
+        "status": [],
+    }[command]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), command, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"SIDEROLINK_RUNTIME_DIR": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "siderolink: this process has too many files open; raise its limit: `ulimit -n`, or LimitNOFILE= of its systemd unit\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENFILE, "?"), "this host has too many files open; raise its limit: sysctl fs.file-max"),
+        (OSError(errno.EMFILE, "?", "/a/module.py"), "this process has too many files open"),
+        (OSError(errno.ENOSPC, "?", "/a/file"), "/a/file: the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/file"), "/a/file: Permission denied"),
+        (MemoryError(), "there is not enough memory"),
+        (RuntimeError("can't start new thread"), "this process may start no more threads"),
+        (ExceptionGroup("two", [OSError(errno.ENOMEM, "?"), OSError(errno.EIO, "?")]), "there is not enough memory"),
+    ],
+)
+def test_each_shortage_has_its_line(error: Exception, told: str) -> None:
+    failure = host_error(error)
+    assert failure is not None
+    assert str(failure).startswith(told)
+    assert isinstance(failure, SideroLinkError)
+    assert isinstance(failure, OSError)
+    if isinstance(error, OSError):
+        assert failure.errno == error.errno
+
+
+def test_an_error_of_the_program_is_none_of_the_host() -> None:
+    assert host_error(RuntimeError("other")) is None
+    assert host_error(ExceptionGroup("two", [OSError(errno.EIO, "?"), ValueError()])) is None
+
+
+@pytest.mark.anyio
+async def test_netlink_without_descriptors_leaves_no_loop_half_made(capfd: pytest.CaptureFixture[str]) -> None:
+    async def work() -> None:
+        raise AssertionError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+    held: list[int] = []
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(held.pop())
+        with pytest.raises(HostError, match="too many files open"):
+            await run_netlink(work, in_thread=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in held:
+            os.close(descriptor)
+    assert capfd.readouterr().err == ""
+    require_descriptors(3)
+
+
+@pytest.mark.anyio
+async def test_a_part_that_the_host_fails_is_restarted_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with anyio.CancelScope() as scope:
+
+        async def cancel_when_told() -> None:
+            while not caplog.records:
+                await anyio.sleep(0.01)
+            scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cancel_when_told)
+            tasks.start_soon(keep_running, "the part", fail)
+    assert caplog.records[0].exc_info is None
+    assert "the part failed" in caplog.records[0].getMessage()
+    assert "LimitNOFILE" in caplog.records[0].getMessage()
