@@ -295,6 +295,29 @@ def test_packets_for_many_peers_are_sealed_together_like_one_by_one(
     assert not any(hub.end.blocked for hub in hubs)
 
 
+def test_packets_of_one_peer_stay_one_batch_however_few_are_read_at_a_time(
+    always_busy: None, interfaces: Callable[[], Descriptor]
+) -> None:
+    """Neither packets that come one by one, nor some of many peers before them, make the packets of one flow go alone."""
+    compiled_functions()
+    hub = Hub(4, interfaces())
+    interface = hub.end.interface
+    assert isinstance(interface, Descriptor)
+    alone: list[int] = []
+
+    def count_each(data: memoryview, datagrams: Sequence[tuple[Path, int, int]]) -> Path | None:
+        alone.append(len(datagrams))
+        return send_each(data, datagrams)
+
+    hub.end.plane.send_many = count_each
+    for numbers in ([2], [2], [2] * 9, [2, 3, 4, 5], [2], [2] * 9, [2], [2] * 9):
+        interface.frames.extend([frame(20, number) for number in numbers])
+        interface.refill()
+        hub.end.plane.read_interface()
+    assert alone == [1, 9]  # after those of many peers, until there are several of one again
+    assert hub.others[0].counts() == 32
+
+
 def test_a_full_path_among_many_peers_holds_reading_back(always_busy: None, interfaces: Callable[[], Descriptor]) -> None:
     compiled_functions()
     hub = Hub(4, interfaces())

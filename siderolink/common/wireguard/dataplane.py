@@ -91,7 +91,7 @@ class DataPlane:
         self._quiet_flows = QuietFlows()
         self._read_at = self._delivered_at = 0.0
         self._changes = 0
-        """How often consecutive packets of this iteration were for different peers."""
+        """How often consecutive packets of this iteration were for different peers; the first one counts, too."""
         self._refusals = TokenBucket(REFUSALS_PER_SECOND, REFUSALS_PER_SECOND)
 
     def _set_mtu(self, mtu: int) -> None:
@@ -140,7 +140,7 @@ class DataPlane:
             frame, added = self._read_on(MAX_READS - count)
             size, count = size + added * self._row_bytes, count + added
         self._leave_peer(now)
-        self._is_mixed = self._changes > MIXED_CHANGES * count
+        self._is_mixed = _are_mixed(self._changes, count, self._is_mixed)
         self.drain(now)
         return False
 
@@ -200,7 +200,7 @@ class DataPlane:
             self._send_lone(mixed, send_many, lone, now)
         if frames:
             self._read_at = now
-            self._is_mixed = most > 1 and changes > MIXED_CHANGES * len(frames)
+            self._is_mixed = _are_mixed(changes, len(frames), self._is_mixed)
         if has_failed:
             self._interface.read()  # raises the reason
         self.drain(now)
@@ -439,6 +439,14 @@ class DataPlane:
 def _device_path(path: EnginePath | None) -> Path:
     """The engine's path type is narrower, but all its paths came from this device."""
     return path  # type: ignore[return-value] # `cast` would be a call for each packet
+
+
+def _are_mixed(changes: int, packets: int, before: bool) -> bool:
+    """Whether the peer changed so often that packets go together though not alike. A single packet says nothing about it.
+
+    The first packet counts as a change.
+    """
+    return changes - 1 > MIXED_CHANGES * packets if packets > 1 else before
 
 
 def _is_routing_loop(frame: memoryview, pair: bytes, peer: Peer) -> bool:
