@@ -10,6 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from sys import intern
 from typing import NamedTuple
 
 import anyio
@@ -435,7 +436,7 @@ class History:
 
     def _token_name(self, digits: str) -> str:
         token_id = self._token_ids.get(digits, GIVEN_TOKEN)
-        return f"{self._token_names.get(token_id, token_id)} ({digits})"
+        return intern(f"{self._token_names.get(token_id, token_id)} ({digits})")  # most machines have the same
 
     async def _prune_often(self) -> None:
         while True:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from ipaddress import IPv6Network
+from sys import intern
 from typing import ClassVar
 
 import anyio
@@ -241,7 +242,7 @@ class ProvisionService:
             public_key=self._parse_key(_text(request.node_public_key)),
             join_token=_text(request.join_token) or None,
             unique_token=unique_token or None,
-            talos_version=version,
+            talos_version=intern(version),  # most machines have the same
             wants_tunnel=request.wireguard_over_grpc is True,
             source=source,
             credentials=credentials,

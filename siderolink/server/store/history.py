@@ -1,7 +1,6 @@
 """The history of machines: its entries, queries of it, and retention bounds."""
 
 import sys
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -14,6 +13,8 @@ from siderolink.common.tasks import in_parts
 NO_MACHINE = ""
 """The machine id of entries without a row, such as a refused join."""
 _PART = 1000
+_REMOVALS = 50
+"""Entries removed in one go: each costs as much as its machine, or all refusals together, have entries."""
 
 
 class HistoryKind(StrEnum):
@@ -134,8 +135,8 @@ class MemoryHistory:
     def __init__(self) -> None:
         self._entries: dict[int, HistoryEntry] = {}
         """Entries by number. The number is put into an entry only when it is read."""
-        self._of_machine: dict[str, array[int]] = {}
-        self._of_uuid: dict[str, array[int]] = {}
+        self._of_machine: dict[str, tuple[int, ...]] = {}  # tuples, because most machines have few entries
+        self._of_uuid: dict[str, tuple[int, ...]] = {}
         self._last = 0
 
     def add(self, entries: Sequence[HistoryEntry]) -> None:
@@ -143,11 +144,7 @@ class MemoryHistory:
             self._last += 1
             self._entries[self._last] = entry
             for index, key in ((self._of_machine, entry.machine_id), (self._of_uuid, entry.node_uuid)):
-                known = index.get(key)
-                if known is None:
-                    index[key] = array("Q", (self._last,))
-                else:
-                    known.append(self._last)
+                index[key] = (*index.get(key, ()), self._last)
 
     async def find(self, query: HistoryQuery) -> list[HistoryEntry]:
         """See `Store`. Yields to other tasks."""
@@ -187,7 +184,7 @@ class MemoryHistory:
 
     async def _remove(self, seqs: Sequence[int]) -> int:
         count = 0
-        for part in in_parts(seqs, _PART):
+        for part in in_parts(seqs, _REMOVALS):
             count += sum(map(self._drop, part))
             await checkpoint()
         return count
@@ -198,7 +195,8 @@ class MemoryHistory:
         if entry is None:
             return False
         for index, key in ((self._of_machine, entry.machine_id), (self._of_uuid, entry.node_uuid)):
-            index[key].remove(seq)
-            if not index[key]:
-                del index[key]
+            known = index.pop(key)
+            at = known.index(seq)
+            if rest := known[:at] + known[at + 1 :]:
+                index[key] = rest
         return True
