@@ -144,11 +144,6 @@ class GrpcChannel(private.ConnectingChannel):
         """Open the connection now instead of with the first call."""
         await self._connection()
 
-    @property
-    def is_connected(self) -> bool:
-        """Whether there is a connection."""
-        return bool(self._connections)
-
     async def wait_lost(self) -> None:
         """Wait until the current connection closes. Returns immediately without one."""
         for protocol in tuple(self._connections):
