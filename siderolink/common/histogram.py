@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Histogram:
-    """How many values are at most each bound, and above the one before."""
+    """The number of values per bound: at most this bound, and above the previous one."""
 
     bounds: tuple[float, ...]
     """Ascending upper bounds."""

@@ -1,4 +1,4 @@
-"""A dictionary that is walked in parts while it changes."""
+"""A dictionary that can change while it is iterated over in parts."""
 
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ AT_ONCE: Final = 256
 
 @dataclass(slots=True, eq=False)
 class _Walk(Generic[V]):
-    """A walk that is under way."""
+    """A running iteration."""
 
     visited: set[int] = field(default_factory=set)
     """Blocks, by their ids."""
@@ -48,7 +48,7 @@ class PartedDict(MutableMapping[K, V]):
     def get(self, key: K, /, default: V | T) -> V | T: ...
 
     def get(self, key: K, /, default: object = None) -> object:
-        """One call where the inherited method makes two and raises for a missing key."""
+        """Faster than the inherited method, which makes two calls and raises for a missing key."""
         block = self._block_of.get(key)
         return default if block is None else block[key]
 

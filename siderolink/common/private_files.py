@@ -14,7 +14,7 @@ from siderolink.common.errors import ConfigurationError
 __all__ = ["create_private", "draft_of", "read_private", "remove_drafts", "replace_private"]
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-"""How a file system without hard links refuses one."""
+"""The errors of file systems without hard links."""
 _ABANDONED = 3600.0
 """Age in seconds of a draft that no process is still writing."""
 
@@ -74,7 +74,7 @@ def remove_drafts(path: Path, age: float = 0.0) -> None:
 
 
 def _link_nameless(directory: int, name: str, data: bytes) -> None:
-    """A crash leaves nothing: the file has no name before it is complete (open(2), O_TMPFILE)."""
+    """Write it without a name until it is complete, so that a crash leaves nothing (open(2), O_TMPFILE)."""
     descriptor = os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
         _write(descriptor, data)
@@ -85,7 +85,7 @@ def _link_nameless(directory: int, name: str, data: bytes) -> None:
 
 @contextmanager
 def _draft(path: Path, data: bytes) -> Iterator[Path]:
-    """A complete file under another name, which is gone afterwards."""
+    """A complete file under a temporary name, which is removed at the end of the context."""
     draft = draft_of(path)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -110,7 +110,7 @@ def _give_name(draft: Path, path: Path) -> None:
 
 
 def _write(descriptor: int, data: bytes) -> None:
-    os.fchmod(descriptor, 0o600)  # whatever the umask takes
+    os.fchmod(descriptor, 0o600)  # regardless of the umask
     written = 0
     while written < len(data):
         written += os.write(descriptor, data[written:])

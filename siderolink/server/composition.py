@@ -209,7 +209,7 @@ class Composition:
         return peers
 
     def _watch_failures(self, membership: Membership) -> None:
-        """Let machines hear which servers fail."""
+        """Make health calls report failed servers to machines."""
         membership.on_failure = self._health.notify_watchers
         self._health.own_endpoints = lambda: membership.living()[0].endpoints
         self._health.failed_endpoints = lambda: membership.failures.endpoints(membership.living())

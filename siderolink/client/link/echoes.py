@@ -1,4 +1,4 @@
-"""Echo requests that show whether a link still works, where handshakes would find it dead much later."""
+"""Echo requests that check a link on suspicion, because handshakes detect a dead link much later."""
 
 import time
 from collections.abc import Callable, Collection
@@ -32,7 +32,7 @@ _SILENT = "nothing was heard for a while, and echoes go unanswered"
 
 
 class SendsEchoes(Protocol):
-    """The part of a `Host` that is needed here."""
+    """The part of a `Host` used here."""
 
     async def is_answered(self, interface: str, server: IPv6Address, wait: float = ...) -> bool: ...
 
@@ -69,11 +69,11 @@ class EchoCheck:
         self._pauses = Backoff(first=20.0, cap=600.0, floor=15.0)
 
     def check_now(self) -> None:
-        """Another server died: check now."""
+        """Check now, because another server died."""
         self._requested.set()
 
     async def uses(self, servers: Collection[HostPort], endpoint: HostPort | None) -> bool:
-        """Whether the link uses one of these servers: they include its route's endpoint, or one that dialled this machine."""
+        """Whether the link is at one of these servers: they include its route's endpoint, or the endpoint that dialled it."""
         if endpoint in servers:
             return True
         status = await self._device.peer(self._server_key)

@@ -47,7 +47,7 @@ _QUERY_OTHERS_AFTER = 1
 """The same if the connection to the API broke and the answer's several endpoints suggest other servers. Repeated once after
 `_CHECK_AFTER`."""
 _QUERY_NEXT_AFTER = 2
-"""The same on the way to another server, which may have failed, too."""
+"""The same while moving to another server, which may have failed, too."""
 _SIZE_PROBE_AFTER = 1.0
 _SIZE_PROBE_AGAIN = 60.0
 _RETRY = (2.0, 4.0)
@@ -99,7 +99,7 @@ class RouteMonitor:
         self._check_at = _CHECK_AFTER + 1
         self._check_reason = ""
         self._has_failed = False
-        """Whether the server that has the link is said to have failed, and was not heard since."""
+        """Whether the link's server was reported to have failed and has not been heard since."""
         self._probes_size = False
         self._cuts = RegularCuts()
         self._cut_at = time.monotonic()
@@ -230,7 +230,7 @@ class RouteMonitor:
             case signals.ServerDied(servers=servers) | signals.ApiLost(servers=servers) if servers and not (
                 await self._echoes.uses(servers, self._route.endpoint)
             ):
-                pass  # the link's server is another one
+                pass  # the link is at another server
             case signals.RouteInterrupted(reason=reason):
                 self._note_cut(reason, watch)
             case signals.Answered(answer=answer, has_link=has_link) if _is_another(

@@ -283,7 +283,7 @@ async def _until_api_ends(
 
 
 def _read_endpoints(message: bytes) -> tuple[frozenset[HostPort], frozenset[HostPort]]:
-    """The endpoints of the server that sent a health message, and of servers that failed; none where it names none."""
+    """The endpoints of the server that sent a health message, and of failed servers; empty if the message contains none."""
     try:
         response = HealthCheckResponse.parse(message)
         own, failed = response.server_endpoints[:MAX_ENDPOINTS], response.failed_endpoints[:MAX_ENDPOINTS]

@@ -306,7 +306,7 @@ def read_addresses(requests: RequestSocket, index: int) -> list[Address]:
 
 
 async def read_network(namespace: str | None = None, *, routes: bool = True) -> HostNetwork:
-    """Read everything, letting other tasks run in between. Raises NetlinkRefusal, or ConfigurationError for the namespace."""
+    """Read everything. Yields to other tasks. Raises NetlinkRefusal, or ConfigurationError for the namespace."""
     with closing(call_in(namespace, RequestSocket)) as requests:
         reader = _Reader(requests)
         links = await reader.dump(GETLINK, link_request(0, attribute(29, _long(_NO_STATISTICS))), parse_link)

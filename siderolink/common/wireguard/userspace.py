@@ -92,7 +92,7 @@ class UserspaceDevice:
             plane.send_many = self._udp.send_many
         self._configurator = Configurator(self.engine, config.private_key, self._udp)
         self.report: Callable[[], DeviceReport] = self._configurator.report
-        """The device as `wg` shows it, its keys included."""
+        """The device as `wg` shows it, including its keys."""
 
         def timer_fired() -> None:
             self._timer_at = float("inf")
@@ -162,7 +162,7 @@ class UserspaceDevice:
 
     async def counters(self) -> DeviceCounters:
         now, count, ages = boot_time(), len(self._peers), Histogram(SESSION_AGE_BOUNDS)
-        # peers that are removed meanwhile are visited, too
+        # peers that are removed during the iteration are visited, too
         received, sent = self.engine.removed_received_bytes, self.engine.removed_sent_bytes
         for part in self._peers.parts():
             received += sum(peer.received_bytes for peer in part)

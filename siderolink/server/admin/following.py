@@ -36,7 +36,7 @@ class FollowedPart:
 
 
 class _Sent(NamedTuple):
-    """The state of one machine that was sent."""
+    """The state of one machine as last sent."""
 
     machine_id: str
     poll: int

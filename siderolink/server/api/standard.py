@@ -69,9 +69,9 @@ class HealthService(HealthBase):
         self._watchers: set[anyio.Event] = set()
         self._has_news = anyio.Event()
         self.own_endpoints: Callable[[], Collection[str]] = tuple
-        """The endpoints of this server, where others share its store."""
+        """The endpoints of this server if others share its store."""
         self.failed_endpoints: Callable[[], Collection[str]] = tuple
-        """Those of servers that failed."""
+        """The endpoints of failed servers."""
 
     async def check(self, message: HealthCheckRequest) -> HealthCheckResponse:
         if message.service not in self._services:

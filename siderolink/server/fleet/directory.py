@@ -108,7 +108,7 @@ class MachineLink:
 
 
 def _change(counts: Counter[T], key: T, by: int) -> None:
-    """Change a count; one of zero is left out."""
+    """Change a count; counts of zero are removed."""
     counts[key] += by
     if not counts[key]:
         del counts[key]
@@ -206,11 +206,11 @@ class Directory:
         return len(self._by_id)
 
     def __iter__(self) -> Iterator[MachineLink]:
-        """All machines, in no particular order; they may change meanwhile."""
+        """All machines, unordered; they may change during the iteration."""
         return chain.from_iterable(self.parts())
 
     def parts(self) -> Iterator[list[MachineLink]]:
-        """The same some at a time, for work that yields to other tasks in between."""
+        """The same in parts, for work that yields to other tasks in between."""
         return self._by_id.parts()
 
     def get(self, machine_id: str) -> MachineLink | None:
@@ -308,7 +308,7 @@ class Directory:
 
     def set_state(self, link: MachineLink, state: LinkState) -> None:
         self.pending += (state is LinkState.PENDING) - (link.state is LinkState.PENDING)
-        is_counted = self._by_id.get(link.machine.id) is link  # and no claim, nor just removed
+        is_counted = self._by_id.get(link.machine.id) is link  # false for a claim, or if it was just removed
         if is_counted:
             _change(self.groups, link.group, -1)
         link.state = state

@@ -152,7 +152,7 @@ class Draining:
         return sum(one.id != membership.id and not one.is_draining for one in membership.living())
 
     async def _left(self) -> list[MachineLink]:
-        """The machines whose links are up here. Yields to other tasks meanwhile."""
+        """The machines whose links are up here. Yields to other tasks."""
         owners, found = self._owners, list[MachineLink]()
         for part in self._directory.parts():
             up = (link for link in part if link.state is LinkState.UP)

@@ -221,7 +221,7 @@ class Liveness:
         return stored and silence is None
 
     def _said_goodbye_elsewhere(self, machine: Machine, unheard: float) -> bool:
-        """Whether a machine of another server said goodbye and was not heard there since. Its row may be older than that."""
+        """Whether a machine of another server said goodbye and has not been heard there since. Its row may be older."""
         if machine.goodbye_at is None or machine.goodbye_at < (machine.seen_at or 0.0):
             return False
         return unheard >= self._clock.time() - machine.goodbye_at - _LAST_PACKETS

@@ -35,7 +35,7 @@ the database, the last heartbeats of the others are not older than `DEAD_AFTER` 
 MAX_CLOCK_OFFSET = 0.5
 """Maximum difference between a host's clock and the store's, in seconds."""
 MAX_FAILED = 32
-"""The endpoints of failed servers that machines are told of."""
+"""Maximum endpoints of failed servers reported to machines."""
 _CLOSE_SECONDS = 1.0
 _LATER_SECONDS = 0.05
 """Delay between the time when a server may be dead and the check of its heartbeat."""
@@ -46,12 +46,12 @@ async def _nothing() -> None:
 
 
 def _weight(server_id: str, machine_id: str) -> bytes:
-    """Of several servers, the one with the highest weight is to have the machine (rendezvous hashing)."""
+    """The weight of a server for a machine; the server with the highest one gets the machine (rendezvous hashing)."""
     return blake2b(f"{server_id} {machine_id}".encode(), digest_size=8).digest()
 
 
 class Failures:
-    """Where machines reached servers that died, were removed or may have failed, and that had no heartbeat since."""
+    """The endpoints of servers that died, were removed or may have failed, and have had no heartbeat since."""
 
     def __init__(self) -> None:
         self._heard_at: dict[str, float] = {}
@@ -65,7 +65,7 @@ class Failures:
             del self._heard_at[next(iter(self._heard_at))]
 
     def endpoints(self, living: Iterable[FleetServer]) -> list[str]:
-        """Those of the servers that are not among the living again."""
+        """The endpoints of the servers that are not alive again."""
         for one in living:
             for endpoint in one.endpoints:
                 if one.heartbeat_at > self._heard_at.get(endpoint, math.inf):

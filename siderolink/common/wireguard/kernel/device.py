@@ -168,7 +168,7 @@ class KernelDevice:
 
     async def counters(self) -> DeviceCounters:
         table, now, count = self._peers.table, time.time(), len(self._peers.table.entries)
-        # peers that are removed meanwhile are visited, too
+        # peers that are removed during the iteration are visited, too
         received, sent, ages = table.removed_received_bytes, table.removed_sent_bytes, Histogram(SESSION_AGE_BOUNDS)
         for part in table.entries.parts():
             received += sum(entry.view.facts.received for entry in part)

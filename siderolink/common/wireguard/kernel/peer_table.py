@@ -106,7 +106,7 @@ class PeerTable:
         return self._status(entry) if entry is not None else None
 
     async def statuses(self, keys: Iterable[PublicKey] | None = None) -> AsyncIterator[list[PeerStatus]]:
-        """All of them in parts, or those of `keys` that there are, letting other tasks run in between."""
+        """All peers, or the existing ones of `keys`, in parts. Yields to other tasks."""
         for part in self.entries.parts(_AT_ONCE) if keys is None else self._entries_of(keys):
             yield [self._status(entry) for entry in part]
             await checkpoint()

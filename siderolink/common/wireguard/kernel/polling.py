@@ -112,7 +112,7 @@ class PeerPoller:
         self._schedule.polled(cost, time.monotonic())
 
     async def _forget_missing(self, seen: set[bytes], began_at: float) -> None:
-        """Forget the peers that a poll did not find, letting other tasks run in between."""
+        """Forget the peers that a poll did not find. Yields to other tasks."""
         for part in self._table.entries.parts():
             for entry in part:
                 key = entry.view.facts.key

@@ -60,7 +60,7 @@ _PAGE_BYTES = 4096
 _FULL = "database or disk is full"
 _VERSIONS = "alembic_version"
 _DAMAGE = ("malformed", "not a database", "no such table", "no such column", "already exists", "duplicate column")
-"""Parts of SQLite's messages about a file that this program did not write, or not like this."""
+"""Parts of SQLite's messages about a file that is damaged or was not written by this program."""
 CLOSE_SECONDS = 5.0
 """Time limit of closing; SQLite recovers the rest at its next start."""
 BUSY_SECONDS = 2.0
