@@ -22,7 +22,7 @@ from siderolink.common.tasks import background_tasks
 T = TypeVar("T")
 log = logging.getLogger("siderolink")
 
-_ANSWER_SECONDS = 1.0
+_ANSWER_SECONDS = 2.0
 """Time reserved for a result to reach its caller before the caller's deadline."""
 HOST = Path("host")
 """Selects this host's kernel command line instead of a file."""

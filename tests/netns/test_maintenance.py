@@ -229,7 +229,7 @@ def test_a_forged_overlay_source_on_the_lan_reaches_nothing() -> None:
             neighbour.run(["ping", "-c1", "-W20", "2001:db8:1::1"])
             # positive control: by this way, a socket that is not bound to the interface is reached, under the forged address
             with control_socket(machine, str(place.address)) as reached:
-                assert syn_is_answered(neighbour, str(place.server), str(place.address), 50001)
+                assert syn_is_answered(neighbour, str(place.server), str(place.address), 50001, 30)
                 assert reached() == str(place.server)
                 assert not syn_is_answered(neighbour, str(place.server), str(place.address), PORT)
         assert found.client(str(place.address), version_tag)
@@ -262,13 +262,13 @@ def control_socket(namespace: Namespace, address: str) -> "Iterator[Callable[[],
         namespace.run(["ip", "-6", "route", "del", *route])
 
 
-def syn_is_answered(namespace: Namespace, source: str, target: str, port: int) -> bool:
+def syn_is_answered(namespace: Namespace, source: str, target: str, port: int, patience: float = 3) -> bool:
     """Whether a connection from `source` comes about."""
 
     def connect() -> bool:
         with socket.socket(socket.AF_INET6) as sock:
             sock.bind((source, 0))
-            sock.settimeout(3)
+            sock.settimeout(patience)
             try:
                 sock.connect((target, port))
             except OSError:

@@ -73,7 +73,7 @@ class Terminal:
 
     def shows(self, text: str) -> str:
         """The last screen, once it holds the text."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while text not in self.screen():
             assert time.monotonic() < end, self.screen()
             if select.select([self._ours], [], [], 0.2)[0]:

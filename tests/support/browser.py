@@ -1,5 +1,6 @@
 """A real browser, run inside a network namespace, and the page that it visits."""
 
+import logging
 import os
 import shlex
 import shutil
@@ -25,7 +26,10 @@ def browser_in(namespace: Namespace, folder: Path, *flags: str) -> Iterator[Brow
     found = shutil.which("chromium")
     assert found is not None, "the tests of the page need Debian's chromium: make needs"
     program = folder / "chromium"
-    command = ["ip", "netns", "exec", namespace.name, sys.executable, without_netlink.__file__, found]
+    without = [sys.executable, without_netlink.__file__]
+    if said := namespace.run([*without, "true"]):
+        logging.getLogger(__name__).warning("pages may fail with ERR_NETWORK_CHANGED: %s", said)
+    command = ["ip", "netns", "exec", namespace.name, *without, found]
     program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     program.chmod(0o755)
     expect.set_options(timeout=PATIENCE)

@@ -2,6 +2,7 @@
 
 Chromium listens for changes of addresses by netlink, and aborts what it loads when there is one (ERR_NETWORK_CHANGED).
 This could fail any page in a namespace where addresses and devices come and go. Without netlink, its network is steady.
+Where no seccomp filter can be set, it says so on stderr and runs the program all the same.
 """
 
 import ctypes
@@ -22,6 +23,8 @@ _SOCKET_CALL = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
 
 def refuse_netlink() -> None:
     """socket(AF_NETLINK, ...) fails with EAFNOSUPPORT from now on, in this process and in those that it starts."""
+    if platform.machine() not in _SOCKET_CALL:
+        raise OSError(errno.ENOSYS, f"not written for {platform.machine()}")
     architecture, number = _SOCKET_CALL[platform.machine()]
     steps = [
         (_LOAD_WORD, 0, 0, _ARCHITECTURE_AT),
@@ -34,13 +37,21 @@ def refuse_netlink() -> None:
         (_RETURN, 0, 0, _ALLOW),
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
-    program = struct.pack("@HP", len(steps), ctypes.addressof(code))
+    program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(code)))
     libc = ctypes.CDLL(None, use_errno=True)
-    for call in ((_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0)):
+    libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    for call in (
+        (_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
+        (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0),
+    ):
         if libc.prctl(*call):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 if __name__ == "__main__":
-    refuse_netlink()
+    try:
+        refuse_netlink()
+    except OSError as error:
+        sys.stderr.write(f"without_netlink: no seccomp filter can be set here ({error}): netlink stays open\n")
+        sys.stderr.flush()
     os.execvp(sys.argv[1], sys.argv[1:])
