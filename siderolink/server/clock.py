@@ -31,15 +31,16 @@ class Deadlines(Generic[K]):
     """
 
     def __init__(self) -> None:
-        self._at: dict[K, tuple[float, int]] = {}
+        self._entries: dict[K, tuple[float, int, K]] = {}
         self._heap: list[tuple[float, int, K]] = []
+        """The entries, and some that were replaced or discarded."""
         self._numbers = count()
 
     def __len__(self) -> int:
-        return len(self._at)
+        return len(self._entries)
 
     def __contains__(self, key: K) -> bool:
-        return key in self._at
+        return key in self._entries
 
     @property
     def next_at(self) -> float | None:
@@ -49,15 +50,14 @@ class Deadlines(Generic[K]):
 
     def set(self, key: K, at: float) -> None:
         """Set or move the key's deadline."""
-        entry = (at, next(self._numbers))
-        self._at[key] = entry
-        heapq.heappush(self._heap, (*entry, key))
-        if len(self._heap) > 2 * len(self._at) + 64:
-            self._heap = [(*entry, key) for key, entry in self._at.items()]
+        entry = self._entries[key] = (at, next(self._numbers), key)
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._entries) + 64:
+            self._heap = list(self._entries.values())
             heapq.heapify(self._heap)
 
     def discard(self, key: K) -> None:
-        self._at.pop(key, None)
+        self._entries.pop(key, None)
 
     def pop_due(self, now: float) -> K | None:
         """Remove and return one key whose deadline has passed; None if there is none."""
@@ -65,7 +65,7 @@ class Deadlines(Generic[K]):
         if not self._heap or self._heap[0][0] > now:
             return None
         key = heapq.heappop(self._heap)[2]
-        del self._at[key]
+        del self._entries[key]
         return key
 
     def take_due(self, now: float, most: int) -> list[K]:
@@ -76,5 +76,5 @@ class Deadlines(Generic[K]):
         return due
 
     def _drop_stale(self) -> None:
-        while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][:2]:
+        while self._heap and self._entries.get(self._heap[0][2]) is not self._heap[0]:
             heapq.heappop(self._heap)
