@@ -93,7 +93,7 @@ class Swarm:
                         machine.ping()
                 # On a busy host the packets are not much rarer, and none are made up for.
                 step, due = (step + 1) % 50, max(due + self._pause, time.monotonic())
-                await anyio.sleep(due - time.monotonic())
+                await anyio.sleep(max(0.0, due - time.monotonic()))
 
     def back(self) -> int:
         return sum(machine.answers.first_at is not None for machine in self.machines)
