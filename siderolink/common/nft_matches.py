@@ -64,16 +64,6 @@ def to_network(network: IPv4Network | IPv6Network) -> Match:
     return _address(network, offset=16 if network.version == 4 else 24)
 
 
-def not_from_network(network: IPv6Network) -> Match:
-    """IPv6 packets with a source outside of a network."""
-    return _address(network, offset=8, operation=Cmp.NFT_CMP_NEQ)
-
-
-def not_to_network(network: IPv6Network) -> Match:
-    """IPv6 packets with a destination outside of a network."""
-    return _address(network, offset=24, operation=Cmp.NFT_CMP_NEQ)
-
-
 def ipv6_address(side: Literal["source", "destination"]) -> Match:
     """IPv6 packets; loads that address into the register."""
     is_ipv6 = [_meta(Meta.NFT_META_NFPROTO), _compare(Cmp.NFT_CMP_EQ, struct.pack("B", NFPROTO_IPV6))]
@@ -119,7 +109,7 @@ def _interface(name: str) -> bytes:
     return name.encode().ljust(_IFNAMSIZ, b"\0")
 
 
-def _address(network: IPv4Network | IPv6Network, offset: int, operation: Cmp = Cmp.NFT_CMP_EQ) -> Match:
+def _address(network: IPv4Network | IPv6Network, offset: int) -> Match:
     family = NFPROTO_IPV4 if network.version == 4 else NFPROTO_IPV6
     matches = [_meta(Meta.NFT_META_NFPROTO), _compare(Cmp.NFT_CMP_EQ, struct.pack("B", family))]
     if network.prefixlen == 0:
@@ -127,7 +117,7 @@ def _address(network: IPv4Network | IPv6Network, offset: int, operation: Cmp = C
     matches.append(_payload(_NETWORK_HEADER, offset, network.max_prefixlen // 8))
     if network.prefixlen < network.max_prefixlen:
         matches.append(_mask(network.netmask.packed))
-    return [*matches, _compare(operation, network.network_address.packed)]
+    return [*matches, _compare(Cmp.NFT_CMP_EQ, network.network_address.packed)]
 
 
 def _meta(key: Meta) -> Any:

@@ -181,11 +181,6 @@ class Broadcast(Generic[T]):
             if subscription is not None:
                 subscription.add(item, size)
 
-    @property
-    def has_readers(self) -> bool:
-        """Whether any subscription is referenced."""
-        return bool(self._subscriptions)
-
     def end(self) -> None:
         """End every subscription once its reader has taken the waiting items."""
         self._ended = True

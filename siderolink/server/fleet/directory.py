@@ -322,8 +322,6 @@ class Directory:
         link.source = source
 
     def own_key(self, link: MachineLink, key: PublicKey) -> None:
-        if key not in self._by_key:
-            self.known.add_key(bytes(key))
         self._by_key[key] = link
 
     def release_key(self, link: MachineLink, key: PublicKey) -> bool:
@@ -331,12 +329,9 @@ class Directory:
         if self._by_key.get(key) is not link:
             return False
         del self._by_key[key]
-        self.known.remove_key(bytes(key))
         return True
 
     def own_virtual_address(self, link: MachineLink, address: IPv6Address) -> None:
-        if address not in self._by_virtual:
-            self.known.add_virtual_address(address.packed)
         self._by_virtual[address] = link
         if address in self._awaited:
             self._awaited[address].set()
@@ -344,7 +339,6 @@ class Directory:
     def release_virtual_address(self, link: MachineLink, address: IPv6Address) -> None:
         if self._by_virtual.get(address) is link:
             del self._by_virtual[address]
-            self.known.remove_virtual_address(address.packed)
 
     def own_overlay_address(self, link: MachineLink, address: IPv6Address) -> None:
         self._by_overlay[address] = link

@@ -1,8 +1,7 @@
-"""Short keyed hashes of all known values, so that a call without any known value is refused without a query.
+"""Short keyed hashes of all known tokens, so that a call without any of them is refused without a query.
 
-The values are the stored join tokens that are not revoked, the keys and virtual addresses of rows and claims, and the bound or
-assigned unique tokens. Each hash takes eight bytes in a table that is at most three quarters full. The hash key is random per
-process, so nobody can search for collisions.
+The tokens are the stored join tokens that are not revoked, and the bound or assigned unique tokens. Each hash takes eight bytes
+in a table that is at most three quarters full. The hash key is random per process, so nobody can search for collisions.
 """
 
 import os
@@ -23,7 +22,7 @@ _LEAST_SLOTS: Final = 4
 _REFUSED_PER_SECOND, _REFUSED_AT_ONCE = 200.0, 1000.0
 _REFUSED_PER_SOURCE, _REFUSED_PER_SOURCE_AT_ONCE = 5.0, 100.0
 _MOST_SOURCES: Final = 4096
-_KEY, _ADDRESS, _UNIQUE, _JOIN, _SIGNER = b"k", b"a", b"u", b"j", b"s"
+_UNIQUE, _JOIN, _SIGNER = b"u", b"j", b"s"
 
 
 class HashTable:
@@ -140,12 +139,6 @@ class Known:
     def has_unique_token(self, digest: bytes) -> bool:
         return self._hash(_UNIQUE, digest) in self._table
 
-    def has_key(self, key: bytes) -> bool:
-        return self._hash(_KEY, key) in self._table
-
-    def has_virtual_address(self, address: bytes) -> bool:
-        return self._hash(_ADDRESS, address) in self._table
-
     def _is_active(self, number: int) -> bool:
         if number not in self._table:
             return False
@@ -163,18 +156,6 @@ class Known:
         for digest in (machine.bound_digest, assigned_digest(machine)):
             if digest is not None:
                 self._table.discard(self._hash(_UNIQUE, digest))
-
-    def add_key(self, key: bytes) -> None:
-        self._table.add(self._hash(_KEY, key))
-
-    def remove_key(self, key: bytes) -> None:
-        self._table.discard(self._hash(_KEY, key))
-
-    def add_virtual_address(self, address: bytes) -> None:
-        self._table.add(self._hash(_ADDRESS, address))
-
-    def remove_virtual_address(self, address: bytes) -> None:
-        self._table.discard(self._hash(_ADDRESS, address))
 
     def set_token(self, token: JoinToken, is_gone: bool = False) -> None:
         """Apply an added, changed or removed token; idempotent."""
