@@ -1,4 +1,4 @@
-"""A path that is full holds packets back in the interface; among several peers, not for long."""
+"""A full path stops the reading of the interface; among several peers, only briefly."""
 
 import socket
 from collections.abc import Callable

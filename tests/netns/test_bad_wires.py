@@ -1,4 +1,4 @@
-"""Links over wires that lose, delay, reorder and alter; names whose addresses change; what a killed server costs, quickly."""
+"""Links over networks that lose, delay, reorder and corrupt; names with changing addresses; recovery from a killed server."""
 
 import os
 import subprocess

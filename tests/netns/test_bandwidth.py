@@ -1,4 +1,4 @@
-"""A machine's bandwidth, limited by its server: counted where it bites, and lifted at once."""
+"""A machine's bandwidth limit at its server: drops are counted, and the limit is lifted at once."""
 
 import json
 import socket

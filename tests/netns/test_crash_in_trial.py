@@ -1,4 +1,4 @@
-"""A machine killed while new settings are tried comes back with those that worked, and tries the new ones beside them."""
+"""A machine killed during a trial of settings starts with the working ones, and tests the new ones alongside again."""
 
 import queue
 import subprocess

@@ -1,4 +1,4 @@
-"""Kernels and hosts that lack what makes the data plane fast: the same results, and one line about it."""
+"""Kernels and hosts without the features that speed up the data plane: the same results, and one line in the log."""
 
 import errno
 import fcntl

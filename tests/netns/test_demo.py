@@ -1,4 +1,4 @@
-"""`siderolink demo`: it holds, it fails loudly, and it leaves nothing."""
+"""`siderolink demo`: it succeeds, reports failures, and leaves nothing behind."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`siderolink doctor`: what it finds where all is well, and where one thing is wrong."""
+"""`siderolink doctor`: its findings on a good host, and with one fault each."""
 
 import json
 import ssl

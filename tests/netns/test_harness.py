@@ -1,4 +1,4 @@
-"""The nets themselves: what the other tests stand on."""
+"""The network topologies that the other tests use."""
 
 import socket
 import subprocess

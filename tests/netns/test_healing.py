@@ -1,4 +1,4 @@
-"""A link that heals: dead endpoints, cut streams, blackholes, a changed interface, a network that goes and comes back."""
+"""Recovery of links: dead endpoints, cut streams, blackholes, a changed interface, an interrupted network."""
 
 import socket
 import time

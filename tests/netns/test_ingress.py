@@ -1,4 +1,4 @@
-"""The ingress firewall in a machine's namespace: what gets in, what does not, and that the host is as before."""
+"""The ingress firewall in a machine's namespace: what it admits and blocks, and that it is removed completely."""
 
 import signal
 import socket

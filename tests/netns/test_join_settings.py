@@ -1,4 +1,4 @@
-"""`siderolink join` by documents and kernel arguments, in namespaces: what it finds, and what it does when that changes."""
+"""`siderolink join` with documents and kernel arguments, in namespaces: reading them, and reacting to changes."""
 
 import json
 import os

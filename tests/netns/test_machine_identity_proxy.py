@@ -1,4 +1,4 @@
-"""Machines without a unique token behind one proxy, which tells the server nothing of their addresses."""
+"""Machines without a unique token behind one proxy that does not report their addresses."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""The machine's API in namespaces: where it listens, who is admin, and what nobody can pretend."""
+"""The machine's API in namespaces: where it listens, the admin role, and attempts to obtain it."""
 
 import socket
 from collections.abc import Callable, Iterator

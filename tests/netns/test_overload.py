@@ -1,4 +1,4 @@
-"""One peer at full speed, and peers that take nothing: what becomes of the others, the API and the server's memory."""
+"""One peer at full speed, and stalled peers: the effect on the others, the API and the server's memory."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""What a machine said and what happened to it, shown by commands: after a restart of the server, after a kill, and followed."""
+"""A machine's logs, events and history, shown by commands: after a restart, after a kill, and followed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`serve` as its host sees it: started, told to reload and to stop, watched by systemd, with a certificate that changes."""
+"""`serve` and its host: start, reload, stop, systemd's watchdog, and changing certificates."""
 
 import os
 import signal

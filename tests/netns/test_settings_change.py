@@ -1,4 +1,4 @@
-"""A running link whose settings change: the new ones are tried beside it, and only what works takes over."""
+"""Changing the settings of a running link: new ones are tested alongside, and adopted only if they work."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""The data plane between an interface and a path that are lists: what is read is sent, whatever ends the reading."""
+"""The data plane between an interface and a path that are lists: everything read is sent, however reading ends."""
 
 import struct
 import time

@@ -1,4 +1,4 @@
-"""The goodbye's bytes, and the UUIDs that are nobody's."""
+"""The bytes of a goodbye, and placeholder UUIDs."""
 
 import socket
 import uuid

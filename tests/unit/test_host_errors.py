@@ -1,4 +1,4 @@
-"""What the operating system lacks or refuses is one line, wherever it shows: no traceback, and what to do."""
+"""Missing features and refusals of the operating system become one line with a remedy, without a traceback."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The house rules, read off the source: who imports whom, what a package offers, how long things get."""
+"""The house rules, checked in the source: imports, exports, sizes."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""The units in packaging/: what systemd would run, run. `make verify-dist` tries them under systemd itself."""
+"""The units in packaging/, executed like systemd would. `make verify-dist` tests them under systemd itself."""
 
 import os
 import re

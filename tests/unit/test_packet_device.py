@@ -1,4 +1,4 @@
-"""Two whole devices in one process, over loopback: what someone embeds who wants only WireGuard."""
+"""Two complete devices in one process, over the loopback, as embedded by users of WireGuard alone."""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A path that is full: what is read ahead of it waits in order, and small packets of quiet flows pass."""
+"""Reading ahead of a full path: frames wait in order, and small packets of quiet flows overtake them."""
 
 import pytest
 

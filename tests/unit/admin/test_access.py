@@ -1,4 +1,4 @@
-"""Who is let in: keys, TLS, delays of refusals; and that no secret is told anywhere."""
+"""Authentication: keys, TLS, delayed refusals; and that no secret is revealed."""
 
 import io
 import json

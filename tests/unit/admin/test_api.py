@@ -1,4 +1,4 @@
-"""The admin API as its callers see it: roles, keys, statuses; what is changed is audited."""
+"""The admin API from the callers' side: roles, keys, statuses; changes are audited."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A machine's port through the admin API: who may, what carries, what a stalled connection holds, and what is recorded."""
+"""A machine's port through the admin API: permissions, transport of data, buffers of a stalled connection, and the audit."""
 
 import asyncio
 import socket

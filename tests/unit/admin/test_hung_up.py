@@ -1,4 +1,4 @@
-"""Callers that hang up amid any call of the admin API: the server goes on, and what they began is done whole or not at all."""
+"""Callers that disconnect during any call of the admin API: the server continues, and each operation completes or is undone."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What a machine's own API says of it: one that knows everything, one that knows little, and a hostile one."""
+"""Queries of a machine's own API: a complete machine, a minimal one, and a hostile one."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""The commands as far as they go without an interface: options, secrets, the control socket, what is printed."""
+"""The commands without an interface: options, secrets, the control socket, output."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The journal's native protocol on real sockets: what is sent is what journald documents, and nobody waits for it."""
+"""The journal's native protocol on real sockets: records have the documented form, and nothing blocks."""
 
 import array
 import contextlib

@@ -1,4 +1,4 @@
-"""The log's parts: sampling in virtual time, a writer on real pipes, and what becomes of anything that is logged."""
+"""The parts of the log: sampling in virtual time, a writer on real pipes, and the rendering of all kinds of records."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Metrics without a server: the pages' bounds, the shape of the text, and totals that survive what they count."""
+"""Metrics without a server: the limits of the pages, the text format, and totals that outlive their objects."""
 
 import asyncio
 import contextlib

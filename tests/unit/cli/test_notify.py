@@ -1,4 +1,4 @@
-"""What the service manager is told, and in which order."""
+"""Notifications to the service manager, and their order."""
 
 import signal
 import socket

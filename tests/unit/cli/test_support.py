@@ -1,4 +1,4 @@
-"""`siderolink support-bundle` holds no secret, and `siderolink top` shows what its sockets say."""
+"""`siderolink support-bundle` contains no secret, and `siderolink top` shows the state of its sockets."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""The note of a trial: what it holds, who may read it, and that bad ones do no harm."""
+"""The stored settings of a trial: their content, their permissions, and that damaged ones do no harm."""
 
 import stat
 from pathlib import Path

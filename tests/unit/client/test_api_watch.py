@@ -1,4 +1,4 @@
-"""What the connection that is kept to the API tells, on loopback against a server that comes, goes and is restless."""
+"""The connection kept to the API: its reports, on loopback against a server that starts, stops and changes."""
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager

@@ -1,4 +1,4 @@
-"""Documents: the exact forms, what is refused and how it is said, and what is merged with what."""
+"""Documents: exact forms, refusals and their texts, and merging."""
 
 import os
 import re

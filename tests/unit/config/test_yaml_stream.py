@@ -1,4 +1,4 @@
-"""YAML within bounds: what is read, and that everything else is refused in a line that names the line."""
+"""Bounded YAML: valid documents, and refusals that name the line."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""What a hostile peer can do to HTTP/2: each is refused by name while another client's stream goes on."""
+"""Attacks by HTTP/2: each is refused by name while another client's stream continues."""
 
 import contextlib
 from collections.abc import AsyncIterator, Callable

@@ -1,4 +1,4 @@
-"""A connection that is given up in the moment in which it stands."""
+"""A connection that is abandoned at the moment in which it is established."""
 
 import asyncio
 from typing import cast

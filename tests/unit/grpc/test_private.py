@@ -1,4 +1,4 @@
-"""The short ways past h2: taken only where they lead to what its public API does."""
+"""The shortcuts past h2 are used only if they give the result of its public API."""
 
 import inspect
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Calls and byte streams through real proxies of each kind, and what becomes of those that are none."""
+"""Calls and byte streams through real proxies of each kind, and through servers that are not proxies."""
 
 import asyncio
 import ssl

@@ -1,4 +1,4 @@
-"""A certificate that is read again tells whether it is another; what cannot be used leaves the old one in use."""
+"""Reloading a certificate: changes are detected, and an unusable file leaves the old one in use."""
 
 import ssl
 import time

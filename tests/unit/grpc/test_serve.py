@@ -1,4 +1,4 @@
-"""Where the API listens, with and without TLS, and what a person is told when it cannot."""
+"""Listening addresses of the API, with and without TLS, and the error texts if one is not available."""
 
 import asyncio
 import contextlib

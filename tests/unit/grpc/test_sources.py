@@ -1,4 +1,4 @@
-"""Where a connection or a call comes from, as trusted proxies say it: the parsers, and a server behind such proxies."""
+"""The origin of connections and calls as reported by trusted proxies: the parsers, and a server behind such proxies."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Turns of the loop: whoever asks for much waits, and what strangers leave behind is nothing."""
+"""Turns of the loop: heavy users wait, and unknown sources leave nothing behind."""
 
 import asyncio
 import gc

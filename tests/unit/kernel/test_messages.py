@@ -1,4 +1,4 @@
-"""The kernel's messages: what is written can be read, and what cannot be read does no harm."""
+"""The kernel's messages: written ones can be read, and malformed ones do no harm."""
 
 import socket
 import struct

@@ -1,4 +1,4 @@
-"""Configurations that come by the API: what each mode does, what comes back, and what never changes anything."""
+"""Configurations applied through the API: the effect of each mode, reversals, and what never changes anything."""
 
 import os
 import stat

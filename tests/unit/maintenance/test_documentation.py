@@ -1,4 +1,4 @@
-"""docs/machine.md has what the API serves: the tables are made from the same data."""
+"""docs/machine.md describes the API: its tables are generated from the same data."""
 
 from pathlib import Path
 

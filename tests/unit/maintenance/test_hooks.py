@@ -1,4 +1,4 @@
-"""What an embedder's hooks are called with, and what becomes of what they answer."""
+"""An embedder's hooks: their arguments, and the effect of their results."""
 
 from collections.abc import AsyncIterator
 

@@ -1,4 +1,4 @@
-"""What is read of the host: the firmware's table, the kernel's files, and changes of both that are told and not looked for."""
+"""Information about the host: the firmware's table, the kernel's files, and notified changes of both."""
 
 import json
 import struct

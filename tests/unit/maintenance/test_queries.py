@@ -1,4 +1,4 @@
-"""What callers may ask by: patterns, against Python's own; terms on labels; and what a change is to whoever sees a part."""
+"""Query conditions of callers: patterns compared with Python's, terms on labels, and changes seen through a selection."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""Lists and watches of some resources, and watches that go on where others ended, by another implementation of gRPC."""
+"""Lists and watches of selected resources, and resumed watches, by another implementation of gRPC."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Netlink's wire format: what is written is read, and no bytes do harm."""
+"""Netlink's wire format: written messages can be read, and no bytes do harm."""
 
 import errno
 import socket

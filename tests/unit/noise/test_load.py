@@ -1,4 +1,4 @@
-"""Cookies, limits and storms: what a device does when it is attacked."""
+"""Cookies, limits and floods: the behaviour of a device under attack."""
 
 import random
 import sys

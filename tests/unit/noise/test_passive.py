@@ -1,4 +1,4 @@
-"""A passive peer: another device with the same key has it now. Nothing is sent to it; what it sends is still taken."""
+"""A passive peer, which another device with the same key serves: nothing is sent to it, but its packets are accepted."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The rules of section 6 in virtual time: the exact deadline after each step, and what happens when it comes."""
+"""The rules of section 6 in virtual time: the exact deadline after each step, and its effect."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The compiled core by itself: what it refuses, when it is used, and that it works in place."""
+"""The compiled core alone: refused input, when it is selected, and that it works in place."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Connections to ports of machines that another server has: what a stalled one holds at each server, and what others notice."""
+"""Connections to ports of machines at another server: buffers of a stalled one at each server, and the effect on others."""
 
 import asyncio
 import socket

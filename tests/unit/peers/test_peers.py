@@ -1,4 +1,4 @@
-"""Servers that share a store: who is admitted, what they ask each other, whose calls are passed on, what all show as one."""
+"""Servers that share a store: authentication, queries, relayed calls, and merged answers."""
 
 import asyncio
 from base64 import b64encode

@@ -1,4 +1,4 @@
-"""Delivery over real sockets on the loopback: to another implementation of gRPC, to receivers that break off, to nobody."""
+"""Delivery over real sockets on the loopback: to another implementation of gRPC, to disconnecting receivers, to no receiver."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""A machine in the overlay is a stranger, too: what it reports costs little, whatever is in it. Everything here is counted."""
+"""Hostile reports of a machine cost little, whatever they contain. All costs here are counted."""
 
 import socket
 import sys

@@ -1,4 +1,4 @@
-"""The parts of reporting that do no I/O: their bounds, and what they make of anything."""
+"""The parts of reporting without I/O: their limits, and arbitrary input."""
 
 import json
 from datetime import datetime, timedelta

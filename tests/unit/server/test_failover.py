@@ -1,4 +1,4 @@
-"""Servers of one store that fail, in virtual time: who dials, with which timestamps, and what goes on without the database."""
+"""Failing servers of one store, in virtual time: who dials, with which timestamps, and operation without the database."""
 
 from dataclasses import replace
 from ipaddress import IPv4Address

@@ -1,4 +1,4 @@
-"""The history notes what happens to machines beside the joins, and counts what repeats itself."""
+"""The history records events of machines besides joins, and counts repetitions."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""Provision: exact answers, exact refusals, and what the device and the store hold afterwards."""
+"""Provision: exact answers, exact refusals, and the resulting state of the device and the store."""
 
 import contextlib
 import gc

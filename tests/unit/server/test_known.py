@@ -1,4 +1,4 @@
-"""What a server knows as short hashes: the table against a counter, its size, and what it says of tokens."""
+"""Known tokens as short hashes: the table compared with a counter, its size, and its answers."""
 
 import os
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A known key that calls with another UUID, and what gives way when rows that never shook hands fill the table."""
+"""A known key that calls with another UUID, and evictions when rows without a handshake fill the table."""
 
 import uuid
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The store on Postgres: its feed, its schema, several servers on one database, an outage, and what stands between."""
+"""The store on Postgres: its feed, its schema, several servers on one database, an outage, and poolers."""
 
 import signal
 from collections.abc import AsyncIterator, Iterator

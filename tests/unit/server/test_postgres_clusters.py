@@ -1,4 +1,4 @@
-"""Postgres as it stands elsewhere: with TLS and a password, with a clock of its own, replaced by its replica."""
+"""Postgres in other setups: with TLS and a password, with a wrong clock, replaced by its replica."""
 
 import gc
 import logging

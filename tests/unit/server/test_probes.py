@@ -1,4 +1,4 @@
-"""Probes that decide about a machine without a unique token: what counts as an answer, and who shares a run of them."""
+"""Probes that decide about a machine without a unique token: what counts as an answer, and shared probes."""
 
 import anyio
 import pytest

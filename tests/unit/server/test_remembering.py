@@ -1,4 +1,4 @@
-"""What a server remembers of itself and of machines, and what it does with it after a start; in virtual time."""
+"""The stored state of a server and its machines, and its use after a start; in virtual time."""
 
 import math
 from collections.abc import Callable

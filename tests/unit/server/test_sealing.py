@@ -1,4 +1,4 @@
-"""Secrets at rest: sealed in every store, opened by the right key alone, and what commands make of the key's file."""
+"""Secrets at rest: sealed in every store, opened only by the right key, and commands on the key's file."""
 
 import os
 import shutil

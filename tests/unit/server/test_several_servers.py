@@ -1,4 +1,4 @@
-"""Several servers of one store, in virtual time: who is alive, who owns a link, and who may have a row."""
+"""Several servers of one store, in virtual time: membership, ownership of links, and decisions about rows."""
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Signed join tokens to the byte: what Go's encoding/json reads in a document, and what its signature is over."""
+"""Signed join tokens to the byte: the decoding by Go's encoding/json, and the bytes that are signed."""
 
 import base64
 import json

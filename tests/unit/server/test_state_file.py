@@ -1,4 +1,4 @@
-"""The state file: whose it is, what is refused and left alone, what survives, and what a full disk costs."""
+"""The state file: its owner, refused files that stay unchanged, crash safety, and a full disk."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Each store against a slow, obvious model, and what their contract promises to a server."""
+"""Each store compared with a slow, obvious model, and the guarantees of the store's contract."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine

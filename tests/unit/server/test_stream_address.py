@@ -1,4 +1,4 @@
-"""Which addresses of a stream are somebody else's, and which are none: existing machines tell the two apart."""
+"""Stream addresses that are not a machine's, and malformed ones: existing machines distinguish the two."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The administration of join tokens: lists, names, what is refused, what is audited, and secrets kept out of sight."""
+"""The administration of join tokens: lists, names, refusals, the audit, and hidden secrets."""
 
 import logging
 

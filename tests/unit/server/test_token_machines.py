@@ -1,4 +1,4 @@
-"""Join tokens with a limit of machines at a time: what counts, what makes room, and that nobody passes it."""
+"""Join tokens with a limit of machines at a time: what counts, what makes room, and that the limit holds."""
 
 import itertools
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""The one choice between UDP and the tunnel, and what each way does to the device."""
+"""The choice between UDP and the tunnel, and the effect of each on the device."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager

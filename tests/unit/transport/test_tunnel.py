@@ -1,4 +1,4 @@
-"""The tunnel as a path: batches through a real stream, what waits, what is dropped, and how a stream ends."""
+"""The tunnel as a path: batches through a real stream, queueing, drops, and the end of a stream."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

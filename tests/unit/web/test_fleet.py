@@ -1,4 +1,4 @@
-"""The machines as the page keeps them: what the server tells, what a search finds, what a browser is told."""
+"""The web UI's copy of the machines: updates from the server, searches, and updates of browsers."""
 
 import re
 from collections import Counter

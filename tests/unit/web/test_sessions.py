@@ -1,4 +1,4 @@
-"""Sessions of the page: how long they last, and what ends them."""
+"""Sessions of the web UI: their lifetime, and what ends them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The page by plain HTTP: who gets in, what is refused, what every answer carries. Its server is real, its API is real."""
+"""The web UI by plain HTTP: sign-in, refusals, headers of every response; with a real server and API."""
 
 import http.client
 import ssl
