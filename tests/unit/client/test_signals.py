@@ -69,9 +69,17 @@ async def test_a_dead_server_costs_an_echo_where_the_link_carries_and_a_call_whe
         assert len(bench.service.requests) == calls + 1
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that stalls makes no calls that the test does not expect."""
+    for name in ("_QUERY_OTHERS_AFTER", "_QUERY_NEXT_AFTER"):
+        monkeypatch.setattr(f"siderolink.client.link.monitor.{name}", 1000)
+
+
+@pytest.mark.usefixtures("patient")
 async def test_a_failed_server_is_left_for_the_next_endpoint_without_a_call() -> None:
     server, (one, two) = new_key(), (HostPort.parse(text) for text in (ONE, TWO))
-    async with running(response(server, TWO, ONE)) as bench:
+    async with running(response(server, TWO, ONE), attempt_timeout=60.0) as bench:
         await connect(bench, server)
         calls = len(bench.service.requests)
         bench.put(signals.ServerDied(frozenset({two})))
@@ -89,7 +97,7 @@ async def test_a_failed_server_is_left_for_the_next_endpoint_without_a_call() ->
 async def test_the_api_is_asked_where_the_next_server_does_not_answer_either() -> None:
     server, one = new_key(), HostPort.parse(ONE)
     three = "192.0.2.3:51820"
-    async with running(response(server, TWO, ONE)) as bench:
+    async with running(response(server, TWO, ONE), attempt_timeout=60.0) as bench:
         await connect(bench, server)
         calls = len(bench.service.requests)
         bench.service.answer = response(server, three)
@@ -118,6 +126,7 @@ async def test_the_server_that_has_the_link_may_be_another_one_than_was_dialled(
         assert bench.state() is ConnectionState.CONNECTED
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("is_alive", [False, True])
 async def test_an_api_that_ends_with_the_links_own_server_is_left_unless_that_answers(is_alive: bool) -> None:
     server, one = new_key(), HostPort.parse(ONE)
