@@ -58,7 +58,9 @@ def test_machines_join_connect_answer_pings_and_come_back() -> None:
 
 def test_what_cannot_be_done_is_said_in_a_line() -> None:
     with direct() as net:
-        said = net.machine.run([*SIDEROLINK, "simulate", URL, "--machines", "2", "--hold", "0"], timeout=60)
+        none_joined = net.machine.popen([*SIDEROLINK, "simulate", URL, "--machines", "2"], stdout=subprocess.PIPE)
+        said = none_joined.communicate(timeout=60)[0]
+        assert none_joined.returncode == 1
         assert "2 failed" in said
         assert "cannot be reached" in said
         assert "open files" in net.machine.run(

@@ -14,7 +14,7 @@ from siderolink.cli.logs import STDERR, STDOUT, STOP_SECONDS
 from siderolink.cli.output import TextWriter
 from siderolink.cli.running import SPARE_DESCRIPTORS, allow_descriptors, calm_collector, run_until_stopped
 from siderolink.cli.simulate.swarm import Load, Phase, Swarm, open_swarm
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.errors import ConfigurationError, JoinError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
 
@@ -34,7 +34,7 @@ class SimulateOptions:
 
 
 def run_simulate(options: SimulateOptions) -> None:
-    """Simulate until done or stopped. Raises SideroLinkError."""
+    """Simulate until done or stopped. Raises SideroLinkError, also if no machine joined."""
     url = JoinURL.parse(options.url)
     _allow_descriptors(options.load)
     calm_collector()
@@ -44,7 +44,10 @@ def run_simulate(options: SimulateOptions) -> None:
         async with open_swarm(url, options.load) as swarm, background_tasks() as tasks:
             asked = await tasks.start(_watch_signal)
             tasks.start_soon(_show_progress, swarm, progress)
-            _report(await swarm.join(), options, output)
+            joined = await swarm.join()
+            _report(joined, options, output)
+            if joined.failed == joined.machines:
+                raise JoinError(f"none of the {joined.machines} machines joined: {joined.first_error}")
             _report(await swarm.connect(options.timeout), options, output)
             if options.churn:
                 tasks.start_soon(swarm.churn, options.churn)
