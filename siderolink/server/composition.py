@@ -149,7 +149,7 @@ class Composition:
                 self._draining = self._make_draining(device, fleet, goodbyes)
                 self._start_tasks(device, fleet, tasks, echoes, goodbyes)
                 if history is not None:
-                    await history.know(link.machine for link in fleet.directory)
+                    await history.know([link.machine for link in links] for links in fleet.directory.parts())
                     tasks.start_soon(keep_running, "noting the history", history.run)
                 async with (
                     self._receive_reports(device, fleet) as reports,

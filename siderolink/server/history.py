@@ -18,7 +18,7 @@ from anyio.lowlevel import checkpoint
 
 from siderolink.common.addressing import format_address
 from siderolink.common.errors import ConfigurationError, StoreError
-from siderolink.common.tasks import background_tasks, in_parts, uninterrupted
+from siderolink.common.tasks import background_tasks, uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server.events import (
     AdmissionChanged,
@@ -242,9 +242,9 @@ class History:
 
     # --- recording
 
-    async def know(self, machines: Iterable[Machine]) -> None:
-        """Take the rows at the start as the state with which later events are compared."""
-        for part in in_parts(machines, _AT_ONCE):
+    async def know(self, parts: Iterable[Iterable[Machine]]) -> None:
+        """Take the rows at the start, part by part, as the state with which later events are compared."""
+        for part in parts:
             for machine in part:
                 transport = "udp" if machine.last_endpoint else "tunnel" if machine.last_source else ""
                 known = _Known(machine.last_source or "", transport, machine.talos_version)

@@ -91,6 +91,7 @@ class Crowd:
         hub = EventHub()
         fleet = make_fleet(device, MemoryStore(), hub, prefix)
         self.machines, self.monitor, self.directory = fleet.machines, fleet.monitor, fleet.directory
+        self.sessions, self.reconciler = fleet.sessions, fleet.reconciler
         events.append(self.monitor.on_device_event)
         self._service = ProvisionService(
             self.machines,

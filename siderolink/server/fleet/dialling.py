@@ -5,12 +5,14 @@ If machines reconnect at the same moment, or the host is busy, answers queue up;
 would only lengthen that queue until both ends retransmit.
 """
 
+import heapq
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.wireguard.path import Endpoint
@@ -21,13 +23,16 @@ from siderolink.server.fleet.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
+_AT_ONCE = 64
+"""Machines looked at in one turn of the event loop; few of them may need a dial."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
     """The pace of dialling: `count` machines, then a pause of `pause` seconds."""
 
-    count: int = 20
-    pause: float = 0.02
+    count: int = 5
+    pause: float = 0.005
 
 
 class Window:
@@ -84,7 +89,7 @@ async def dial_remembered(
 
     `may_dial` returns whether a machine (by id) may be dialled: another server may have it.
     """
-    await dial_links(_newest_first(directory), directory, sessions, reconciler.dial, pace, clock, may_dial=may_dial)
+    await dial_links(await _newest_first(directory), directory, sessions, reconciler.dial, pace, clock, may_dial=may_dial)
 
 
 async def dial_links(
@@ -108,7 +113,9 @@ async def dial_links(
         wake.set()
 
     with sessions.watching(settled):
-        for link in links:
+        for number, link in enumerate(links, start=1):
+            if number % _AT_ONCE == 0:
+                await checkpoint()
             while (wait := window.opens_at(now := clock.monotonic()) - now) > 0:
                 wake = anyio.Event()
                 with anyio.move_on_after(wait):
@@ -136,6 +143,15 @@ async def redial(reconciler: Reconciler, link: MachineLink) -> None:
         await reconciler.dial(link, endpoint)
 
 
-def _newest_first(directory: Iterable[MachineLink]) -> list[MachineLink]:
-    remembered = [link for link in directory if link.machine.last_endpoint is not None and link.machine.public_key is not None]
-    return sorted(remembered, key=lambda link: link.machine.seen_at or 0.0, reverse=True)
+async def _newest_first(directory: Directory) -> Iterator[MachineLink]:
+    """The machines with a stored endpoint; parts are sorted at once, and merged as they are read."""
+    parts: list[list[MachineLink]] = []
+    for links in directory.parts():
+        remembered = (link for link in links if link.machine.last_endpoint is not None and link.machine.public_key is not None)
+        parts.append(sorted(remembered, key=_seen_at, reverse=True))
+        await checkpoint()
+    return heapq.merge(*parts, key=_seen_at, reverse=True)
+
+
+def _seen_at(link: MachineLink) -> float:
+    return link.machine.seen_at or 0.0

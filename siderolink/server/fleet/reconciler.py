@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ROWS_IN_ONE_GO = 64
+_ROWS_IN_ONE_GO = 32
 EVERYTHING = ""
 """Stands for all machines instead of one id."""
 

@@ -93,7 +93,7 @@ async def test_a_machine_that_comes_with_another_version_is_told_against_its_row
     await manager.join(machine)
     await manager.handshake(machine)
     history = made(manager)  # as after a restart
-    await history.know(link.machine for link in manager.links)
+    await history.know([[link.machine for link in manager.links]])
     await manager.pass_time(1000)
     await manager.join(machine, talos_version="v1.14.0")
     await manager.join(replace(machine, key=FakeMachine().key), talos_version="v1.14.0")

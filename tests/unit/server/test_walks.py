@@ -15,6 +15,7 @@ from siderolink.server.admin.hostnames import Hostnames
 from siderolink.server.admin.machines import SORTS, MachineAdministration, MachineQuery, all_statuses
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
+from siderolink.server.fleet.dialling import dial_links, dial_remembered
 from siderolink.server.fleet.limit_watch import LimitWatch
 from siderolink.server.peers.service import PeerService
 from siderolink.server.store import MemoryStore
@@ -69,6 +70,10 @@ async def list_accepted(crowd: Crowd) -> None:
     await to_the_end(all_statuses(crowd.device, crowd.directory, limits, lambda machine: machine.is_accepted))
 
 
+async def dial_all(crowd: Crowd) -> None:
+    await dial_remembered(crowd.directory, crowd.sessions, crowd.reconciler)
+
+
 def sorted_by(sort: str) -> Work:
     return lambda crowd: administration(crowd).page(MachineQuery(sort=sort, page_size=20))
 
@@ -82,6 +87,7 @@ WORKS: dict[str, Work] = {
     "accepted machines": list_accepted,
     "another server's question": tell_other_servers,
     "limits": watch_limits,
+    "machines to dial": dial_all,
     "machines to forget": lambda crowd: crowd.machines.forget_absent_now(1e9),
     **{f"a list by {sort}": sorted_by(sort) for sort in SORTS},
 }
@@ -122,3 +128,34 @@ async def test_no_turn_visits_all_machines(monkeypatch: pytest.MonkeyPatch) -> N
                 assert most <= AT_ONCE, name
         tasks.cancel_scope.cancel()
     LINKS.clear()
+
+
+async def test_no_turn_looks_at_all_machines_that_need_no_dial() -> None:
+    looked = most = 0
+
+    def endpoint_of(_: object) -> None:
+        nonlocal looked, most
+        looked += 1
+        most = max(most, looked)
+
+    async def turn() -> None:
+        nonlocal looked
+        while True:
+            looked = 0
+            await anyio.lowlevel.checkpoint()
+
+    async def dial(*_: object) -> None:
+        raise AssertionError("none has an endpoint")
+
+    async with open_crowd(MACHINES) as crowd, anyio.create_task_group() as tasks:
+        tasks.start_soon(turn)
+        await dial_links(
+            list(crowd.directory),
+            crowd.directory,
+            crowd.sessions,
+            dial,
+            may_dial=lambda _: True,
+            endpoint_of=endpoint_of,
+        )
+        tasks.cancel_scope.cancel()
+    assert 0 < most <= AT_ONCE

@@ -9,7 +9,6 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import Select
 
-from siderolink.common.tasks import in_parts
 from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.ownership import Ownership
@@ -20,7 +19,7 @@ from siderolink.server.store.tokens import JoinToken
 T = TypeVar("T")
 
 _PAGE = 1024
-_ROWS_IN_ONE_GO = 128
+_ROWS_IN_ONE_GO = 64
 """Rows that are parsed before other tasks run."""
 
 
@@ -35,7 +34,7 @@ class Reads(ABC):
         async def rows(connection: AsyncConnection) -> list[T]:
             result = await connection.execute(statement)
             names, found = tuple(result.keys()), list[T]()
-            for part in in_parts(result, _ROWS_IN_ONE_GO):
+            for part in result.partitions(_ROWS_IN_ONE_GO):
                 if found:
                     await checkpoint()
                 found += [read(dict(zip(names, row, strict=True))) for row in part]
