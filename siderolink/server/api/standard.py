@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
@@ -53,6 +53,19 @@ _TOLD_AT_ONCE, _TOLD_PAUSE = 64, 0.005
 """Watchers notified in one iteration of the event loop, and the pause in seconds after it."""
 
 
+_ENDPOINTS_BYTES = 1536
+"""Limit of each list of endpoints in a health message: clients accept messages of 4,096 bytes."""
+
+
+def _that_fit(endpoints: Iterable[str]) -> Iterator[str]:
+    size = 0
+    for endpoint in endpoints:
+        size += len(endpoint.encode()) + 4  # the field's tag and length
+        if size > _ENDPOINTS_BYTES:
+            return
+        yield endpoint
+
+
 class HealthService(HealthBase):
     """Reports each service as serving: the API only listens while the device and the store work."""
 
@@ -70,8 +83,8 @@ class HealthService(HealthBase):
         self._has_news = anyio.Event()
         self.own_endpoints: Callable[[], Collection[str]] = tuple
         """The endpoints of this server if others share its store."""
-        self.failed_endpoints: Callable[[], Collection[str]] = tuple
-        """The endpoints of failed servers."""
+        self.failed_endpoints: Callable[[], Sequence[str]] = tuple
+        """The endpoints of failed servers, the latest failure last."""
 
     async def check(self, message: HealthCheckRequest) -> HealthCheckResponse:
         if message.service not in self._services:
@@ -89,8 +102,8 @@ class HealthService(HealthBase):
     def _watched(self) -> HealthCheckResponse:
         return HealthCheckResponse(
             status=self._now.status,
-            server_endpoints=list(self.own_endpoints()),
-            failed_endpoints=list(self.failed_endpoints()),
+            server_endpoints=list(_that_fit(self.own_endpoints())),
+            failed_endpoints=list(_that_fit(reversed(self.failed_endpoints()))),
         )
 
     async def watch(self, message: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:

@@ -127,15 +127,18 @@ class Draining:
         membership, others = self._membership, self._others()
         if membership is None or not others:
             raise SideroLinkError("no other server remains: machines have nowhere to go")
-        if not self.has_begun:
-            self.has_begun = True
-            self._wake.set()
-            log.warning(
-                "this server is draining: %d machines are asked to move to %d other servers; connections to this host will end",
-                len(await self._left()),
-                others,
-            )
-            await self._describe(membership, is_draining=True)
+        left = len(await self._left())
+        if self.has_begun:
+            return
+        # no other task runs between this and the description: a drain that is cancelled or undone is never half begun
+        self.has_begun = True
+        self._wake.set()
+        log.warning(
+            "this server is draining: %d machines are asked to move to %d other servers; connections to this host will end",
+            left,
+            others,
+        )
+        await self._describe(membership, is_draining=True)
 
     async def _describe(self, membership: Membership, *, is_draining: bool) -> None:
         membership.describe(is_draining=is_draining)

@@ -7,7 +7,7 @@ heartbeats declares nobody dead, and after an outage of the database every serve
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from hashlib import blake2b
@@ -64,13 +64,14 @@ class Failures:
         while len(self._heard_at) > MAX_FAILED:
             del self._heard_at[next(iter(self._heard_at))]
 
-    def endpoints(self, living: Iterable[FleetServer]) -> list[str]:
-        """The endpoints of the servers that are not alive again."""
+    def endpoints(self, living: Sequence[FleetServer]) -> list[str]:
+        """Those of servers that are not alive again and were heard within `FORGOTTEN_AFTER`; the latest failure last."""
         for one in living:
             for endpoint in one.endpoints:
                 if one.heartbeat_at > self._heard_at.get(endpoint, math.inf):
                     del self._heard_at[endpoint]
-        return list(self._heard_at)
+        now = max((one.heartbeat_at for one in living), default=0.0)
+        return [endpoint for endpoint, heard_at in self._heard_at.items() if now - heard_at <= FORGOTTEN_AFTER]
 
 
 class Membership:

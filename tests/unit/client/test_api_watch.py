@@ -122,6 +122,17 @@ async def test_a_machine_hears_which_servers_failed_and_which_one_it_asks() -> N
         await bench.until(lambda: bench.told[-1] == gone)  # with the first message, too: it may have happened meanwhile
 
 
+async def test_a_machine_hears_of_failures_however_many_and_long_endpoints_there_are() -> None:
+    health = HealthService()
+    long = [f"{number:02}{'a' * 60}.{'b' * 63}.{'c' * 63}.{'d' * 60}:51820" for number in range(32)]
+    health.own_endpoints, health.failed_endpoints = (lambda: long), (lambda: long)
+    async with watched(health) as bench:
+        await bench.until(lambda: bool(bench.told))
+        (told,) = set(bench.told)
+        assert isinstance(told, signals.ServerDied)
+        assert HostPort.parse(long[-1]) in told.servers, "the latest failure"
+
+
 async def test_a_malformed_health_message_names_no_servers() -> None:
     health = HealthService()
     health.failed_endpoints = lambda: ["no endpoint"]

@@ -128,3 +128,5 @@ def test_cheap_looks_are_always_fresh() -> None:
     schedule.polled(0.001, 10.0)
     assert not schedule.is_fresh(9.99, 10.0)
     assert schedule.is_fresh(10.0, 9.99)  # begun after the question was asked
+    assert schedule.is_fresh(9.99, 10.0, is_part=True), "the parts of a long list share a poll"
+    assert not schedule.is_fresh(9.97, 10.0, is_part=True)

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv6Address
 
+import anyio
 import pytest
 
 from siderolink.common.errors import ForbiddenError, NotFoundError, SideroLinkError
@@ -75,6 +76,18 @@ async def test_a_machine_that_has_gone_to_another_server_is_answered_for_a_secon
         await fleet.is_owned_by(mine, "b")
         assert during[0] is False
         assert fleet.time.now - left_at >= KEEP_ANSWERING_SECONDS
+
+
+async def test_a_drain_that_is_cancelled_while_machines_are_counted_has_not_begun() -> None:
+    async with fleet_of("a", "b") as fleet, draining(fleet, "a", []) as drain:
+        await at(fleet, "a")
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await anext(drain.steps(30))
+        assert scope.cancelled_caught
+        assert [drain.has_begun, membership(fleet["a"]).is_draining] == [False, False]
+        await anext(drain.steps(30))
+        assert [drain.has_begun, membership(fleet["a"]).is_draining] == [True, True]
 
 
 async def test_a_server_alone_or_among_leaving_ones_does_not_wait() -> None:

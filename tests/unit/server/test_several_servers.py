@@ -8,7 +8,7 @@ from grpclib import Status
 
 from siderolink.common.addressing import swap_endpoints
 from siderolink.server import LinkState, MachineLeft, MemoryStore
-from siderolink.server.fleet.membership import DEAD_AFTER, HEARTBEAT_SECONDS, Membership
+from siderolink.server.fleet.membership import DEAD_AFTER, FORGOTTEN_AFTER, HEARTBEAT_SECONDS, Membership
 from siderolink.server.fleet.owners import IN_FLIGHT_SECONDS, Owners
 from siderolink.server.fleet.reconciler import EVERYTHING
 from siderolink.server.store import Machine, Ownership, Transaction
@@ -163,6 +163,8 @@ async def test_machines_are_told_which_servers_failed_until_these_are_heard_agai
         await membership(fleet["b"]).leave()
         await fleet.pass_time(1, "a", "c")
         assert [failed(fleet[name]) for name in "ac"] == [of_b, of_b], "it stopped"
+        await fleet.pass_time(FORGOTTEN_AFTER, "a", "c")
+        assert [failed(fleet[name]) for name in "ac"] == [[], []], "nobody uses it any more"
 
 
 # --- what two servers did to each other (each began as a fault)

@@ -156,8 +156,8 @@ class KernelDevice:
         return self._peers.table.status(bytes(public_key))
 
     async def peers(self, keys: Iterable[PublicKey] | None = None) -> list[PeerStatus]:
-        """As `peer`."""
-        await self._peers.looks.refresh()
+        """As `peer`. Queries for some keys that follow one another share a poll, because each poll reads all peers."""
+        await self._peers.looks.refresh(is_part=keys is not None)
         return [status async for part in self._peers.table.statuses(keys) for status in part]
 
     async def peers_in_parts(self) -> AsyncIterator[list[PeerStatus]]:

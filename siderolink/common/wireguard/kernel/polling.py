@@ -70,11 +70,11 @@ class PeerPoller:
             except DeviceError:
                 await anyio.sleep(_RETRY)
 
-    async def refresh(self) -> None:
-        """Poll, unless the last poll is recent enough. Raises DeviceError."""
+    async def refresh(self, *, is_part: bool = False) -> None:
+        """Poll, unless the last poll is recent enough; the parts of one query share a poll. Raises DeviceError."""
         asked_at = time.monotonic()
         async with self._lock:
-            if not self.is_stopped and not self._schedule.is_fresh(self._began_at, asked_at):
+            if not self.is_stopped and not self._schedule.is_fresh(self._began_at, asked_at, is_part=is_part):
                 await self._poll()
 
     async def adopt(self) -> None:

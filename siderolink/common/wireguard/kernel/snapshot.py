@@ -145,7 +145,7 @@ class PollSchedule:
         pause = min(max(self.FIRST, age / 4), self.LONGEST)
         return self.looked_at + max(pause, self.SHARE * self.cost)
 
-    def is_fresh(self, began_at: float, now: float) -> bool:
-        """Whether a poll that began then is recent enough to answer a query now."""
-        allowed = self.SHARE * self.cost if self.cost > self.FRESH_COST else 0.0
+    def is_fresh(self, began_at: float, now: float, *, is_part: bool = False) -> bool:
+        """Whether a poll that began then is recent enough to answer a query now; `is_part` if others like it follow at once."""
+        allowed = self.SHARE * self.cost if is_part or self.cost > self.FRESH_COST else 0.0
         return now - began_at <= allowed
