@@ -1,6 +1,7 @@
-"""Foreign text made safe for terminals and logs."""
+"""Foreign text: made safe for terminals and logs, and stored once where many objects have the same."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 LONGEST = 400
 
@@ -20,3 +21,9 @@ def printable(text: str) -> str:
     These are controls, escapes, and characters that change the writing direction.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+
+
+@lru_cache(maxsize=256)
+def shared(text: str) -> str:
+    """The same object for equal texts, while it is among the last 256. `sys.intern` keeps every text forever in Python 3.12."""
+    return text

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from sys import intern
 from typing import NamedTuple
 
 import anyio
@@ -19,7 +18,7 @@ from anyio.lowlevel import checkpoint
 from siderolink.common.addressing import format_address
 from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.common.tasks import background_tasks, uninterrupted
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, shared
 from siderolink.server.events import (
     AdmissionChanged,
     ClaimRefused,
@@ -436,7 +435,7 @@ class History:
 
     def _token_name(self, digits: str) -> str:
         token_id = self._token_ids.get(digits, GIVEN_TOKEN)
-        return intern(f"{self._token_names.get(token_id, token_id)} ({digits})")  # most machines have the same
+        return shared(f"{self._token_names.get(token_id, token_id)} ({digits})")  # most machines have the same
 
     async def _prune_often(self) -> None:
         while True:

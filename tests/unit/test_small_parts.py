@@ -18,7 +18,20 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.netlink import run_netlink
 from siderolink.common.queues import Broadcast
 from siderolink.common.tasks import background_tasks
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, shared
+
+
+def test_equal_texts_are_one_object_and_few_of_them_are_kept() -> None:
+    def version(number: int) -> str:
+        return f"v1.{number}.0"
+
+    kept = shared(version(0))
+    assert shared(version(0)) is kept
+    for number in range(1000):
+        shared(version(number))
+    assert shared.cache_info().currsize <= 256
+    assert shared(version(999)) == version(999)
+    assert shared(version(0)) is not kept
 
 
 def test_backoff_doubles_up_to_its_cap() -> None:

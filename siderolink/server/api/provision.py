@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from ipaddress import IPv6Network
-from sys import intern
 from typing import ClassVar
 
 import anyio
@@ -21,7 +20,7 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, shared
 from siderolink.server.admission.policy import JoinPolicy, Known, decide
 from siderolink.server.admission.request import Allow, Authorize, Credentials, Deny, JoinRequest, Rejection, allow_all
 from siderolink.server.admission.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, parse_unique_token
@@ -242,7 +241,7 @@ class ProvisionService:
             public_key=self._parse_key(_text(request.node_public_key)),
             join_token=_text(request.join_token) or None,
             unique_token=unique_token or None,
-            talos_version=intern(version),  # most machines have the same
+            talos_version=shared(version),  # most machines have the same
             wants_tunnel=request.wireguard_over_grpc is True,
             source=source,
             credentials=credentials,

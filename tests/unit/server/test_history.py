@@ -1,5 +1,6 @@
 """The history records events of machines besides joins, and counts repetitions."""
 
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -252,3 +253,15 @@ async def test_a_stored_token_is_told_by_its_name() -> None:
     assert spring.startswith("spring (")
     assert given.startswith("given (")
     assert "a-secret-of-spring" not in spring + given
+
+
+async def test_entries_share_a_token_s_name_and_python_does_not_keep_it_forever() -> None:
+    manager = Manager()
+    history = made(manager)
+    for _ in range(2):
+        await manager.join(FakeMachine())
+    first, second = [entry.join_token for entry in await noted(history)]
+    assert first.startswith("given (")
+    assert first is second
+    unseen = "".join([first[:1], first[1:]])
+    assert sys.intern(unseen) is unseen, "else it was interned: from Python 3.12 on, nothing frees it"

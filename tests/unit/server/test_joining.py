@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import sys
 import uuid
 from dataclasses import replace
 from ipaddress import IPv6Interface, IPv6Network
@@ -286,6 +287,19 @@ async def test_without_a_join_token_any_is_accepted_within_bounds() -> None:
     for token in (None, "", "whatever"):
         await manager.join(FakeMachine(), join_token=token)
     assert await manager.refuses(FakeMachine(), join_token="x" * 5000) == (Status.PERMISSION_DENIED, "invalid join token")
+
+
+async def test_machines_share_a_version_s_text_and_python_does_not_keep_it_forever() -> None:
+    def version() -> str:
+        return "-".join(["v1.13.0", "of-two-machines"])
+
+    manager, machines = Manager(), [FakeMachine(), FakeMachine()]
+    for machine in machines:
+        await manager.join(machine, talos_version=version())
+    first, second = [(await manager.row(machine)).talos_version for machine in machines]
+    assert first == version()
+    assert first is second
+    assert sys.intern(unseen := version()) is unseen, "else it was interned: from Python 3.12 on, nothing frees it"
 
 
 @pytest.mark.parametrize(
