@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from siderolink.common.errors import StoreError
+from siderolink.common.private_files import sync_directory_of
 from siderolink.server.store.sealing import SERVER_KEY, StateKey
 from siderolink.server.store.sql import SqlStore
 
@@ -55,11 +56,7 @@ def put(copy: Path, state: Path) -> None:
     if state.exists():
         os.link(state, old)
     os.replace(copy, state)
-    folder = os.open(state.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_directory_of(state)
 
 
 def _fold_log(state: Path, old: Path) -> None:

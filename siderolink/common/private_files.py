@@ -11,10 +11,12 @@ from pathlib import Path
 
 from siderolink.common.errors import ConfigurationError
 
-__all__ = ["create_private", "draft_of", "read_private", "remove_drafts", "replace_private"]
+__all__ = ["create_private", "draft_of", "read_private", "remove_drafts", "replace_private", "sync_directory_of"]
 
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-"""The errors of file systems without hard links."""
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
+"""The errors of file systems without hard links, and of AppArmor and SELinux where they do not permit them (EACCES)."""
+_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}
+"""The errors of file systems that do not write out a directory on request (vboxsf, 9p)."""
 _ABANDONED = 3600.0
 """Age in seconds of a draft that no process is still writing."""
 
@@ -29,7 +31,7 @@ def create_private(path: Path, data: bytes) -> None:
         except OSError:  # a file system without nameless files, or no /proc
             with _draft(path, data) as draft:
                 _give_name(draft, path)
-        os.fsync(directory)
+        _sync(directory)
 
 
 def replace_private(path: Path, data: bytes) -> None:
@@ -38,7 +40,7 @@ def replace_private(path: Path, data: bytes) -> None:
     with _directory(path) as directory:
         with _draft(path, data) as draft:
             os.replace(draft, path)
-        os.fsync(directory)
+        _sync(directory)
 
 
 def read_private(path: Path, limit: int) -> bytes | None:
@@ -58,6 +60,12 @@ def read_private(path: Path, limit: int) -> bytes | None:
 def draft_of(path: Path) -> Path:
     """A new name in the same directory, for a file that will replace this one."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def sync_directory_of(path: Path) -> None:
+    """Write out the directory of a file that was renamed, where the file system can do that. Raises OSError."""
+    with _directory(path) as directory:
+        _sync(directory)
 
 
 def remove_drafts(path: Path, age: float = 0.0) -> None:
@@ -115,6 +123,14 @@ def _write(descriptor: int, data: bytes) -> None:
     while written < len(data):
         written += os.write(descriptor, data[written:])
     os.fsync(descriptor)
+
+
+def _sync(directory: int) -> None:
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 @contextmanager

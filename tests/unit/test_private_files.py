@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_an_existing_file_is_not_replaced_by_a_new_one(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("refusal", [errno.EPERM, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES])
 def test_a_file_system_without_links_or_nameless_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(refusal, os.strerror(refusal))
@@ -111,6 +112,61 @@ def test_a_file_system_without_links_or_nameless_files(tmp_path: Path, monkeypat
         create_private(path, b"second")
     assert path.read_bytes() == b"first"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_profile_that_permits_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AppArmor and SELinux refuse both links; the file without a name was written before."""
+    refused = []
+
+    def refuse(source: Any, *_: Any, **__: Any) -> None:
+        refused.append(source)
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "file"
+    create_private(path, b"first")
+    assert len(refused) == 2
+    with pytest.raises(FileExistsError):
+        create_private(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+@pytest.mark.parametrize("write", [create_private, replace_private])
+def test_a_directory_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], None], refusal: int
+) -> None:
+    sync, refused = os.fsync, []
+
+    def refuse(descriptor: int) -> None:
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return sync(descriptor)
+        refused.append(descriptor)
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    path = tmp_path / "file"
+    if refusal == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            write(path, b"new")
+    else:
+        write(path, b"new")
+        assert path.read_bytes() == b"new"
+    assert len(refused) == 1
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_whose_contents_cannot_be_synced_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for write in (create_private, replace_private):
+        with pytest.raises(OSError, match="Invalid argument"):
+            write(tmp_path / "file", b"new")
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

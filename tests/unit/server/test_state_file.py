@@ -1,6 +1,7 @@
 """The state file: its owner, refused files that stay unchanged, crash safety, and a full disk."""
 
 import asyncio
+import errno
 import os
 import shutil
 import sqlite3
@@ -409,6 +410,23 @@ async def test_the_copies_of_killed_servers_are_removed(tmp_path: Path) -> None:
         file.touch()
     await fill(path, 0)
     assert sorted(modes(tmp_path)) == sorted(file.name for file in (path, *others))
+
+
+async def test_a_copy_is_restored_where_directories_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = []
+
+    def refuse(descriptor: int) -> None:
+        refused.append(descriptor)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    state, copy = tmp_path / "state", tmp_path / "copy"
+    await fill(state)
+    rows = await fill(copy, 1, first=50)
+    monkeypatch.setattr(os, "fsync", refuse)
+    put(copy, state)
+    assert len(refused) == 1
+    monkeypatch.undo()
+    assert await fill(state, 0) == rows
 
 
 async def test_a_restored_copy_loses_nothing_of_the_state_before_it(tmp_path: Path) -> None:
