@@ -18,7 +18,7 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EA
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}
 """The errors of file systems that do not write out a directory on request (vboxsf, 9p)."""
 _ABANDONED = 3600.0
-"""Age in seconds of a draft that no process is still writing."""
+"""Seconds since the last change of a draft that no process is still writing."""
 
 
 def create_private(path: Path, data: bytes) -> None:
@@ -36,7 +36,7 @@ def create_private(path: Path, data: bytes) -> None:
 
 def replace_private(path: Path, data: bytes) -> None:
     """Write or replace a file in an existing directory. Raises OSError; then an old file is intact."""
-    remove_drafts(path, _ABANDONED)
+    remove_drafts(path)
     with _directory(path) as directory:
         with _draft(path, data) as draft:
             os.replace(draft, path)
@@ -68,14 +68,14 @@ def sync_directory_of(path: Path) -> None:
         _sync(directory)
 
 
-def remove_drafts(path: Path, age: float = 0.0) -> None:
-    """Remove the drafts, at least `age` seconds old, that killed processes left. Ignores those that cannot be removed."""
+def remove_drafts(path: Path) -> None:
+    """Remove drafts that killed processes left an hour ago or earlier. Ignores those that cannot be removed."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}(-wal|-shm)?")
     try:
         with os.scandir(path.parent) as entries:
             found = [entry for entry in entries if pattern.fullmatch(entry.name)]
         for entry in found:
-            if entry.stat(follow_symlinks=False).st_mtime <= time.time() - age:
+            if entry.stat(follow_symlinks=False).st_mtime <= time.time() - _ABANDONED:
                 os.unlink(entry.path)
     except OSError:
         pass

@@ -8,6 +8,7 @@ import sqlite3
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -24,9 +25,10 @@ from sqlalchemy import create_engine, inspect
 
 from siderolink.cli.state_copy import put
 from siderolink.common.errors import StoreError, StoreFullError
-from siderolink.common.private_files import draft_of
+from siderolink.common.private_files import create_private, draft_of
 from siderolink.server.store import Ban, Machine, UniqueViolationError
 from siderolink.server.store.sql import SqlStore, tables
+from siderolink.server.store.sql import file as file_module
 from siderolink.server.store.sql.file import APPLICATION_ID, prepare
 from tests.unit.server.test_store import machine, work_of
 
@@ -196,6 +198,28 @@ async def test_one_server_at_a_time(tmp_path: Path) -> None:
             async with SqlStore.open(path):
                 pass
     await fill(path)
+
+
+async def test_of_two_first_starts_at_once_one_finds_the_state_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one creates and locks the file after this one has found none."""
+    path = tmp_path / "state"
+    other: list[sqlite3.Connection] = []
+
+    def create_as_second(path: Path, data: bytes) -> None:
+        create_private(path, data)
+        other.append(sqlite3.connect(path, isolation_level=None))
+        other[0].execute("BEGIN EXCLUSIVE")
+        create_private(path, data)
+
+    monkeypatch.setattr(file_module, "create_private", create_as_second)
+    monkeypatch.setattr(file_module, "BUSY_SECONDS", 0.1)
+    with pytest.raises(StoreError, match="is in use by another siderolink"):
+        async with SqlStore.open(path):
+            pass
+    assert path.exists(), "it is the other one's"
+    other.pop().close()
+    assert len(await fill(path)) == 1
+    assert not other
 
 
 @pytest.mark.parametrize("at", [1, 6, 15, 18, 26, 40])
@@ -408,8 +432,19 @@ async def test_the_copies_of_killed_servers_are_removed(tmp_path: Path) -> None:
     ]
     for file in (left, Path(f"{left}-wal"), *others):
         file.touch()
+        os.utime(file, (0, 0))
     await fill(path, 0)
     assert sorted(modes(tmp_path)) == sorted(file.name for file in (path, *others))
+
+
+async def test_a_start_leaves_the_copy_of_a_running_restore(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    copy = draft_of(path)
+    for last_written, is_left in ((time.time() - 60, True), (time.time() - 2 * 3600, False)):
+        copy.touch()
+        os.utime(copy, (last_written, last_written))
+        await fill(path, 0)
+        assert copy.exists() is is_left
 
 
 async def test_a_copy_is_restored_where_directories_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,11 +83,7 @@ def prepare(path: Path) -> bool:
     """Create the file, or check it without changing it. Returns whether it was created. Raises StoreError."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            create_private(path, _first_page())
-            return True
+        descriptor = _open_or_create(path)
     except OSError as error:
         if path.is_symlink():
             raise StoreError(
@@ -95,6 +91,8 @@ def prepare(path: Path) -> bool:
                 "give the path of the file itself"
             ) from None
         raise StoreError(f"the state file {path} cannot be opened: {error.strerror}") from None
+    if descriptor is None:
+        return True
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -110,6 +108,19 @@ def prepare(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def _open_or_create(path: Path) -> int | None:
+    """The descriptor of an existing file; None if the file was created. Raises OSError."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        try:
+            create_private(path, _first_page())
+        except FileExistsError:  # another start was faster
+            return os.open(path, flags)
+    return None
 
 
 @asynccontextmanager
@@ -145,7 +156,7 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
 async def _connect(stack: AsyncExitStack, engine: AsyncEngine, path: Path) -> AsyncConnection:
     connection = await stack.enter_async_context(engine.connect())
     await connection.run_sync(_check, path)
-    remove_drafts(path)  # of servers that were killed; this one alone has the state
+    remove_drafts(path)
     return connection
 
 
