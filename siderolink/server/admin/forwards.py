@@ -8,7 +8,7 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv6Address
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 MAX_FORWARDS: Final = 256
 """Maximum connections; each buffers 256 KiB at most."""
 MAX_FORWARDS_BY_GRANT: Final = 64
-"""Maximum connections of one API key without the role admin, so that it cannot use up all connections."""
+"""Maximum connections of one API key without the role admin, so that it cannot use up all connections; as many are relayed."""
 UNSENT_BYTES: Final = 64 * 1024
 """Unsent bytes kept by the kernel for a connection to a machine's port; data is credited when the kernel accepts it."""
 RECEIVE_BUFFER_BYTES: Final = 128 * 1024
@@ -182,7 +182,7 @@ class Forwards:
         if len(self._running) >= MAX_FORWARDS:
             self._refusals[ForwardRefusal.TOO_MANY] += 1
             raise SideroLinkError(f"{MAX_FORWARDS} forwarded connections are open already; close some")
-        if not _is_admin(actor) and sum(one.actor.name == actor.name for one in self._running) >= MAX_FORWARDS_BY_GRANT:
+        if is_at_grant_limit(actor, (one.actor for one in self._running)):
             self._refusals[ForwardRefusal.TOO_MANY] += 1
             raise SideroLinkError(f"{MAX_FORWARDS_BY_GRANT} forwarded connections of this API key are open already; close some")
         forward = _Forward(machine, port, actor, time.monotonic())
@@ -263,6 +263,11 @@ class Forwards:
         for forward in self._running:
             if forward.machine.id == machine_id:
                 forward.scope.cancel()
+
+
+def is_at_grant_limit(actor: Actor, running: Iterable[Actor]) -> bool:
+    """Whether the caller is no admin and has `MAX_FORWARDS_BY_GRANT` of the running connections, given by their callers."""
+    return not _is_admin(actor) and sum(one.name == actor.name for one in running) >= MAX_FORWARDS_BY_GRANT
 
 
 def _is_admin(actor: Actor) -> bool:

@@ -9,7 +9,7 @@ from siderolink.common.grpc import ByteStream, GRPCError, Refused, Status, open_
 from siderolink.common.grpc.messages import framed
 from siderolink.common.grpc.piped import CHUNK_BYTES, Inbox, JoinedStreams, PipeCutError, send_message
 from siderolink.common.tasks import background_tasks
-from siderolink.server.admin.forwards import MAX_FORWARDS
+from siderolink.server.admin.forwards import MAX_FORWARDS, MAX_FORWARDS_BY_GRANT, is_at_grant_limit
 from siderolink.server.admin.services import actor
 from siderolink.server.admin.services.forward import first_message, read_request
 from siderolink.server.peers.access import caller_metadata
@@ -60,14 +60,17 @@ async def connected_at_the_owner(method: Method, others: Others, stream: Any) ->
 
 @contextmanager
 def _counted(others: Others, joined: JoinedStreams) -> Iterator[JoinedStreams]:
-    """Raises GRPCError if as many connections are relayed as may be."""
+    """Raises GRPCError if as many connections are relayed as may be, in total or for one API key."""
     if len(others.forwards) >= MAX_FORWARDS:
         raise GRPCError(Status.FAILED_PRECONDITION, f"{MAX_FORWARDS} forwarded connections are relayed already; close some")
-    others.forwards.add(joined)
+    if is_at_grant_limit(actor(), others.forwards.values()):
+        detail = f"{MAX_FORWARDS_BY_GRANT} forwarded connections of this API key are relayed already; close some"
+        raise GRPCError(Status.FAILED_PRECONDITION, detail)
+    others.forwards[joined] = actor()
     try:
         yield joined
     finally:
-        others.forwards.discard(joined)
+        del others.forwards[joined]
 
 
 async def _relay(

@@ -22,7 +22,7 @@ from siderolink.server.peers.queries import PeerQueries
 from siderolink.server.peers.relay import Routing, at_the_named_server, at_the_owner, relayed_by
 from siderolink.server.peers.service import PeerService
 from siderolink.server.peers.watch import ConnectionWatch
-from siderolink.server.store import FleetServer, Store, Transaction
+from siderolink.server.store import Actor, FleetServer, Store, Transaction
 
 if TYPE_CHECKING:
     from siderolink.common.grpc.piped import JoinedStreams
@@ -92,8 +92,8 @@ class Peers:
         self._store = store
         self._clock = clock
         self.identity = PeerIdentity.make(shared_key, members.id)
-        self.forwards: set[JoinedStreams] = set()
-        """The connections to machines' ports that this server relays."""
+        self.forwards: dict[JoinedStreams, Actor] = {}
+        """The connections to machines' ports that this server relays, with their callers."""
         self.channels = PeerChannels(self.identity, self.others)
         self.queries = PeerQueries(self.channels, self.others, clock)
         self.on_stopped: Callable[[str], None] = lambda server_id: None

@@ -21,7 +21,7 @@ from siderolink.server.admin.servers import is_called
 from siderolink.server.admin.services import actor
 from siderolink.server.peers.access import caller_metadata
 from siderolink.server.peers.channels import PeerChannels
-from siderolink.server.store import FleetServer
+from siderolink.server.store import Actor, FleetServer
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class Others(Protocol):
     def channels(self) -> PeerChannels: ...
 
     @property
-    def forwards(self) -> set[JoinedStreams]:
-        """The connections to machines' ports that this server relays."""
+    def forwards(self) -> dict[JoinedStreams, Actor]:
+        """The connections to machines' ports that this server relays, with their callers."""
 
     def others(self) -> list[FleetServer]:
         """The other live servers that have an address to call."""

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 
 from siderolink.common.grpc import GrpcChannel, GRPCError, Limits, Status, open_channel
 from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES
+from siderolink.server.admin import forwards as forwards_module
 from siderolink.server.admin.forwards import ForwardCounters
 from siderolink.server.peers import forwards as relays
+from siderolink.server.store import Role
 from tests.support.manager import FakeMachine
 from tests.support.siblings import Registry, Sibling, open_sibling
 from tests.unit.admin.test_forward import HELD, Carried, Ports, forwarded, read_exactly
@@ -117,3 +120,39 @@ async def test_no_more_are_relayed_than_may_be(relay: Relay, monkeypatch: pytest
         while relay.b.peers.forwards:
             await anyio.sleep(0.01)
     await echo(relay, 22, 1 << 16)
+
+
+async def test_a_key_with_grants_at_several_owners_keeps_nobody_out(
+    relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (relays, forwards_module):
+        monkeypatch.setattr(module, "MAX_FORWARDS_BY_GRANT", 2)
+    async with AsyncExitStack() as stack:
+
+        async def open_one(channel: GrpcChannel, machine: str, metadata: dict[str, str] | None = None) -> None:
+            await stack.enter_async_context(forwarded(channel, machine, metadata=metadata))
+            stack.enter_context(await relay.ports.accept())
+
+        c = await stack.enter_async_context(open_sibling(tmp_path, "c", relay.a.registry, open_port=relay.ports.connect))
+        other = await c.join(FakeMachine())
+        await relay.b.knows(other)
+        keys, grants = relay.b.office.administration.api_keys, [relay.machine_id, other]
+        ci, cd = [
+            {"authorization": f"Bearer {(await keys.create(name, Role.VIEWER, forward=grants))[1]}"} for name in ("ci", "cd")
+        ]
+        channel = await stack.enter_async_context(relay.b.office.remote())
+        for machine in grants:
+            await open_one(channel, machine, ci)
+        # each owner has one, and would open a second
+        async with forwarded(channel, other, metadata=ci) as refused:
+            with pytest.raises(GRPCError, match="2 forwarded connections of this API key are relayed already") as caught:
+                await asyncio.wait_for(refused.done, 20)
+            assert caught.value.status is Status.FAILED_PRECONDITION
+        await open_one(channel, other, cd)
+        for _ in range(3):
+            await open_one(relay.channel, relay.machine_id)
+        assert [relay.counters(one).open for one in (relay.a, c)] == [4, 2]
+        assert relay.counters(relay.b).relayed == 6
+    with anyio.fail_after(20):
+        while relay.b.peers.forwards:
+            await anyio.sleep(0.01)
