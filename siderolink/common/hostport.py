@@ -43,6 +43,16 @@ class HostPort:
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @property
+    def address(self) -> tuple[IPv4Address | IPv6Address, int] | None:
+        """The IP address and port in a form that compares equal for each spelling, without a zone; None for a name."""
+        try:
+            address = ip_address(self.host.partition("%")[0])
+        except ValueError:
+            return None
+        mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+        return mapped or address, self.port
+
     async def resolve(self) -> list[tuple[IPv4Address | IPv6Address, int]]:
         """Its present addresses, in the resolver's order. Raises OSError if there are none."""
         try:

@@ -9,6 +9,7 @@ import anyio
 
 from siderolink.client.link.signals import EchoesUnanswered, Put
 from siderolink.common.backoff import Backoff
+from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.wireguard.device import CanShakeHands, Device
 
@@ -64,26 +65,56 @@ class EchoCheck:
         self._has_api = has_api
         self._requested = anyio.Event()
         self._failed_at = -float("inf")
+        self._has_failed = False
+        """Whether the link's server was reported to have failed and has not been heard since."""
         self._was_answered = False
+        """Whether an echo was answered in time, so that a missing answer is significant."""
         # For servers that answer no echoes and for lossy networks: each suspicion costs a handshake and a call.
         self._pauses = Backoff(first=20.0, cap=600.0, floor=15.0)
 
-    def check_now(self) -> None:
-        """Check now, because another server died."""
+    @property
+    def shows_failure(self) -> bool:
+        """Whether an unanswered echo shows that the server failed: that was reported, and it answered echoes in time before.
+
+        Otherwise a handshake decides; on a route with a long round trip, each echo is answered too late.
+        """
+        return self._has_failed and self._was_answered and self._may_move
+
+    def check_now(self, *, has_failed: bool = False) -> None:
+        """Check now, because a server died. `has_failed`: it is reported to be the link's."""
+        self._has_failed |= has_failed
         self._requested.set()
 
+    def note_handshake(self) -> None:
+        """The server was heard, so it has not failed."""
+        self._has_failed = False
+
+    def note_answer(self, seconds: float) -> None:
+        """An echo request of another check was answered within this time."""
+        self._has_failed = False
+        self._was_answered |= seconds <= ECHO_SECONDS
+
     async def uses(self, servers: Collection[HostPort], endpoint: HostPort | None) -> bool:
-        """Whether the link is at one of these servers: they include its route's endpoint, or the endpoint that dialled it."""
-        if endpoint in servers:
+        """Whether the link may be at one of these servers, by their endpoints. `endpoint` is its route's.
+
+        The route's endpoint counts only if the device has no path to the server, because another server may have dialled this
+        machine since. A server whose endpoint is a host name cannot be excluded.
+        """
+        addresses = {one.address for one in servers}
+        if None in addresses:
             return True
         status = await self._device.peer(self._server_key)
-        return status is not None and status.path in {str(one) for one in servers}
+        path = _parse_path(status.path) if status is not None and status.path is not None else None
+        current = path or endpoint
+        return current is not None and current.address in addresses
 
     async def still_carries(self) -> bool:
         """Whether an echo shows that the session works. Only for the kernel, where a new session loses packets in flight."""
         if isinstance(self._device, CanShakeHands) or anyio.current_time() - self._failed_at < MIN_POLL_SECONDS:
             return False
-        return await self._host.is_answered(self._device.name, self._server)
+        is_answered = await self._host.is_answered(self._device.name, self._server)
+        self._has_failed &= not is_answered
+        return is_answered
 
     async def run(self) -> None:
         """Check when requested, and when the server has been silent for too long, until cancelled."""
@@ -91,7 +122,7 @@ class EchoCheck:
         while True:
             reason = await self._next_reason(wait)
             if await self._host.is_answered(self._device.name, self._server, ECHO_SECONDS):
-                self._was_answered = True
+                self._has_failed, self._was_answered = False, True
                 self._pauses.reset()
                 wait = MIN_POLL_SECONDS
                 continue
@@ -134,3 +165,11 @@ class EchoCheck:
             return _SILENT, 0.0
         soonest = SILENT_AFTER - silent_for
         return None, min(soonest, UNANSWERED_AFTER - unanswered_for) if shows_answers else soonest
+
+
+def _parse_path(path: str) -> HostPort | None:
+    """A device's path as an endpoint; None for a stream."""
+    try:
+        return HostPort.parse(path)
+    except ConfigurationError:
+        return None

@@ -98,8 +98,6 @@ class RouteMonitor:
         self._is_moving = False
         self._check_at = _CHECK_AFTER + 1
         self._check_reason = ""
-        self._has_failed = False
-        """Whether the link's server was reported to have failed and has not been heard since."""
         self._probes_size = False
         self._cuts = RegularCuts()
         self._cut_at = time.monotonic()
@@ -223,8 +221,8 @@ class RouteMonitor:
                 return "handshakes go unanswered"
             case PeerSilent(public_key=key) if key == self._peer.public_key:
                 watch.suspect(now, "what was sent went unanswered")
-            case signals.RouteLost(reason=reason) | signals.EchoesUnanswered(reason=reason) if self._has_failed or isinstance(
-                signal, signals.RouteLost
+            case signals.RouteLost(reason=reason) | signals.EchoesUnanswered(reason=reason) if (
+                isinstance(signal, signals.RouteLost) or self._echoes.shows_failure
             ):
                 return reason  # the next endpoint is another server's
             case signals.ServerDied(servers=servers) | signals.ApiLost(servers=servers) if servers and not (
@@ -260,8 +258,7 @@ class RouteMonitor:
             case signals.ApiLost(servers=servers):
                 watch.suspect_twice(now, _API_LOST)
                 if servers and len(self._answer.endpoints) > 1:
-                    self._has_failed = True
-                    self._echoes.check_now()
+                    self._echoes.check_now(has_failed=True)
             case signals.ApiBack():
                 self._context.retry.fire()
                 watch.probe_now(now)
@@ -273,8 +270,7 @@ class RouteMonitor:
                 self._context.emit(events.ConnectionsCut(what=what, age=age))
                 watch.suspect(now, _API_LOST)
             case signals.ServerDied(servers=servers):
-                self._has_failed |= bool(servers)
-                self._echoes.check_now()
+                self._echoes.check_now(has_failed=bool(servers))
             case signals.EchoesUnanswered(reason=reason) if watch.suspect(now, reason):
                 self._check_server()  # an answer that lists another server arrives before a second handshake would complete
 
@@ -372,7 +368,8 @@ class RouteMonitor:
         return status.last_handshake if status is not None else None
 
     def _note_handshake(self, watch: HandshakeWatch, at: float) -> None:
-        self._server_checked = self._has_failed = False
+        self._server_checked = False
+        self._echoes.note_handshake()
         self._check_at = _CHECK_AFTER + 1
         came_up = watch.handshake_completed(at)
         self._progress.handshake(str(self._route))
@@ -390,7 +387,10 @@ class RouteMonitor:
         passes: bool | None = False
         await anyio.sleep(_SIZE_PROBE_AFTER)
         while passes is False:
+            began_at = time.monotonic()
             passes = await self._context.host.large_packets_pass(self._device.name, self._answer.server_address)
+            if passes:
+                self._echoes.note_answer(time.monotonic() - began_at)
             if passes is not None:
                 self._signals.put(signals.LargePackets(passes))
             if passes is False:

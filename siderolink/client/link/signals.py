@@ -43,7 +43,7 @@ class ApiLost:
     """The connection to the API was lost."""
 
     servers: frozenset[HostPort] = frozenset()
-    """The endpoints of the API's server; empty if it did not report them."""
+    """The endpoints of the API's server; empty if it did not report them. They may be host names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class ServerDied:
     """The API says that other servers of its store died, stopped, or seem to have ended. One of them may have the link."""
 
     servers: frozenset[HostPort] = frozenset()
-    """Their endpoints; empty if the API does not report them."""
+    """Their endpoints; empty if the API does not report them. They may be host names."""
 
 
 @dataclass(frozen=True, slots=True)

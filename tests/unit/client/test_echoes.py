@@ -122,3 +122,43 @@ async def test_silence_alone_is_no_reason_otherwise_and_the_kernel_is_not_looked
             assert (bench.device.looks, bench.checks) == (0, 0)
         check.check_now()
         await until(bench, 1)
+
+
+async def test_an_unanswered_echo_shows_a_reported_failure_only_where_echoes_were_answered_in_time(bench: Bench) -> None:
+    bench.answers = [False]
+    async with bench.running() as check:
+        check.check_now(has_failed=True)
+        await until(bench, 1)
+        assert not check.shows_failure
+        check.note_answer(echoes.ECHO_SECONDS * 2)
+        check.check_now(has_failed=True)
+        assert not check.shows_failure, "it came too late to say anything about the next one"
+        check.note_answer(echoes.ECHO_SECONDS / 2)
+        assert not check.shows_failure, "the server was heard"
+        check.check_now(has_failed=True)
+        assert check.shows_failure
+
+
+async def test_a_server_that_is_heard_again_has_not_failed(bench: Bench) -> None:
+    async with bench.running() as check:
+        check.check_now(has_failed=True)
+        await until(bench, 1)
+        await anyio.wait_all_tasks_blocked()
+        assert not check.shows_failure, "the echo was answered"
+
+        async def fail() -> None:
+            bench.answers = [False]
+            check.check_now(has_failed=True)
+            await until(bench, bench.checks + 1)
+            await anyio.wait_all_tasks_blocked()
+            assert check.shows_failure
+
+        await fail()
+        check.note_handshake()
+        assert not check.shows_failure
+        await fail()
+        bench.answers = [True]
+        with anyio.fail_after(10):
+            while isinstance(bench.device, Kernel) and not await check.still_carries():
+                await anyio.sleep(0.005)  # not directly after the unanswered one
+        assert check.shows_failure is isinstance(bench.device, Userspace)

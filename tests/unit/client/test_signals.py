@@ -76,7 +76,14 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"siderolink.client.link.monitor.{name}", 1000)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.fixture(params=[1000.0])
+def echo_seconds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large packets that are sent at once are answered: in time, also on a host that stalls, or (below 0) too late."""
+    monkeypatch.setattr("siderolink.client.link.monitor._SIZE_PROBE_AFTER", 0.0)
+    monkeypatch.setattr("siderolink.client.link.echoes.ECHO_SECONDS", request.param)
+
+
+@pytest.mark.usefixtures("patient", "echo_seconds")
 async def test_a_failed_server_is_left_for_the_next_endpoint_without_a_call() -> None:
     server, (one, two) = new_key(), (HostPort.parse(text) for text in (ONE, TWO))
     async with running(response(server, TWO, ONE), attempt_timeout=60.0) as bench:
@@ -94,11 +101,13 @@ async def test_a_failed_server_is_left_for_the_next_endpoint_without_a_call() ->
         assert (bench.echo_checks, len(bench.service.requests)) == (1, calls)
 
 
+@pytest.mark.usefixtures("echo_seconds")
 async def test_the_api_is_asked_where_the_next_server_does_not_answer_either() -> None:
     server, one = new_key(), HostPort.parse(ONE)
     three = "192.0.2.3:51820"
     async with running(response(server, TWO, ONE), attempt_timeout=60.0) as bench:
         await connect(bench, server)
+        await anyio.wait_all_tasks_blocked()
         calls = len(bench.service.requests)
         bench.service.answer = response(server, three)
         bench.put(signals.ServerDied(frozenset({one})))
@@ -108,30 +117,91 @@ async def test_the_api_is_asked_where_the_next_server_does_not_answer_either() -
         assert len(bench.service.requests) == calls + 1
 
 
-@pytest.mark.parametrize("dialled_by", [TWO, "192.0.2.3:51820"])
-async def test_the_server_that_has_the_link_may_be_another_one_than_was_dialled(dialled_by: str) -> None:
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("echo_seconds", [-1.0], indirect=True)
+@pytest.mark.parametrize("news", [signals.ServerDied, signals.ApiLost])
+async def test_a_link_whose_echoes_are_answered_too_late_is_left_only_if_handshakes_go_unanswered(
+    news: type[signals.ServerDied | signals.ApiLost], echo_seconds: None
+) -> None:
+    """As by satellite, where a balancer that is reloaded cuts the connection to the API."""
+    server, one = new_key(), HostPort.parse(ONE)
+    async with running(response(server, TWO, ONE)) as bench:
+        await connect(bench, server)
+        await anyio.wait_all_tasks_blocked()
+        before = handshakes_begun(bench)
+        bench.put(news(frozenset({one})))
+        await begun(bench, before)
+        assert bench.echo_checks == 1
+        bench.shake_hands(server)
+        await bench.saw(events.Handshake, 2)
+        await anyio.wait_all_tasks_blocked()
+        assert [event.route for event in bench.events if isinstance(event, events.Connecting)] == [f"udp {ONE}"]
+        assert bench.state() is ConnectionState.CONNECTED
+
+
+@pytest.mark.usefixtures("patient", "echo_seconds")
+async def test_a_server_that_answers_an_echo_has_not_failed() -> None:
+    """Later echoes that go unanswered have another reason, and a handshake decides."""
+    server, one = new_key(), HostPort.parse(ONE)
+    async with running(response(server, TWO, ONE)) as bench:
+        await connect(bench, server)
+        bench.is_server_answering = True
+        bench.put(signals.ServerDied(frozenset({one})))
+        await anyio.wait_all_tasks_blocked()
+        assert bench.echo_checks == 1
+        bench.is_server_answering = False
+        before = handshakes_begun(bench)
+        bench.put(signals.ServerDied())
+        await begun(bench, before)
+        bench.shake_hands(server)
+        await bench.saw(events.Handshake, 2)
+        await anyio.wait_all_tasks_blocked()
+        assert [event.route for event in bench.events if isinstance(event, events.Connecting)] == [f"udp {ONE}"]
+        assert bench.state() is ConnectionState.CONNECTED
+
+
+@pytest.mark.parametrize(
+    ("path", "failed", "is_checked"),
+    [
+        (TWO, TWO, True),
+        ("192.0.2.3:51820", TWO, False),
+        (TWO, ONE, False),  # the server that was dialled has lost the link already
+        (None, ONE, True),
+        (None, TWO, False),
+        (TWO, "192.0.2.2:51821", False),
+        (TWO, "two.example:51820", True),  # it may have any address
+        (TWO, "[::ffff:192.0.2.2]:51820", True),
+        ("[2001:db8::2]:51820", "[2001:DB8:0:0::2]:51820", True),
+        ("[fe80::2%3]:51820", "[fe80::2]:51820", True),
+        ("tunnel [fdae:41e4:649b:9304::5]:50888", TWO, False),
+    ],
+)
+async def test_the_server_that_has_the_link_may_be_another_one_than_was_dialled(
+    path: str | None, failed: str, is_checked: bool
+) -> None:
     class Dialled(FakeDevice):
         async def peer(self, public_key: PublicKey) -> PeerStatus | None:
             status = await super().peer(public_key)
-            return status and replace(status, path=dialled_by)
+            return status and replace(status, path=path)
 
     server = new_key()
     async with running(response(server, TWO, ONE)) as bench:
         bench.device_type = Dialled
         await connect(bench, server)
         bench.is_server_answering = True
-        bench.put(signals.ServerDied(frozenset({HostPort.parse(TWO)})))
+        bench.put(signals.ServerDied(frozenset({HostPort.parse(failed)})))
         await anyio.wait_all_tasks_blocked()
-        assert bench.echo_checks == (dialled_by == TWO)
+        assert bench.echo_checks == is_checked
         assert bench.state() is ConnectionState.CONNECTED
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("patient", "echo_seconds")
 @pytest.mark.parametrize("is_alive", [False, True])
 async def test_an_api_that_ends_with_the_links_own_server_is_left_unless_that_answers(is_alive: bool) -> None:
     server, one = new_key(), HostPort.parse(ONE)
     async with running(response(server, TWO, ONE)) as bench:
         await connect(bench, server)
+        await anyio.wait_all_tasks_blocked()
         bench.is_server_answering = is_alive
         before, calls = handshakes_begun(bench), len(bench.service.requests)
         bench.put(signals.ApiLost(frozenset({one})))
