@@ -74,15 +74,16 @@ class EchoCheck:
 
     @property
     def shows_failure(self) -> bool:
-        """Whether an unanswered echo shows that the server failed: that was reported, and it answered echoes in time before.
+        """Whether an unanswered echo shows that the link's server failed, because that was reported."""
+        return self._has_failed and self._may_move
 
-        Otherwise a handshake decides; on a route with a long round trip, each echo is answered too late.
+    def check_now(self, *, has_failed: bool = False, is_guess: bool = False) -> None:
+        """Check now, because a server died. `has_failed`: it is the link's.
+
+        `is_guess`: that is concluded from a lost connection to its API, which has other causes, too. It counts only if the
+        server answered an echo in time before; on a route with a long round trip, each echo is answered too late.
         """
-        return self._has_failed and self._was_answered and self._may_move
-
-    def check_now(self, *, has_failed: bool = False) -> None:
-        """Check now, because a server died. `has_failed`: it is reported to be the link's."""
-        self._has_failed |= has_failed
+        self._has_failed |= has_failed and (self._was_answered or not is_guess)
         self._requested.set()
 
     def note_handshake(self) -> None:

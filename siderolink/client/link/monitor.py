@@ -258,7 +258,7 @@ class RouteMonitor:
             case signals.ApiLost(servers=servers):
                 watch.suspect_twice(now, _API_LOST)
                 if servers and len(self._answer.endpoints) > 1:
-                    self._echoes.check_now(has_failed=True)
+                    self._echoes.check_now(has_failed=True, is_guess=True)
             case signals.ApiBack():
                 self._context.retry.fire()
                 watch.probe_now(now)
