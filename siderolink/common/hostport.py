@@ -46,12 +46,8 @@ class HostPort:
     @property
     def address(self) -> tuple[IPv4Address | IPv6Address, int] | None:
         """The IP address and port in a form that compares equal for each spelling, without a zone; None for a name."""
-        try:
-            address = ip_address(self.host.partition("%")[0])
-        except ValueError:
-            return None
-        mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-        return mapped or address, self.port
+        address = plain_address(self.host)
+        return None if address is None else (address, self.port)
 
     async def resolve(self) -> list[tuple[IPv4Address | IPv6Address, int]]:
         """Its present addresses, in the resolver's order. Raises OSError if there are none."""
@@ -62,6 +58,16 @@ class HostPort:
         found = await anyio.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM, flags=socket.AI_ADDRCONFIG)
         addresses = dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found)
         return [(ip_address(address), self.port) for address in addresses]
+
+
+def plain_address(text: str) -> IPv4Address | IPv6Address | None:
+    """An IP address without its zone, and as IPv4 if it is an IPv4-mapped one; None for other texts."""
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
 
 
 def _is_host(host: str, *, ipv6: bool) -> bool:

@@ -6,11 +6,12 @@ and networks, each with or without a port; a name includes its subdomains. Conne
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Literal, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.hostport import plain_address
 
 Scheme = Literal["http", "https", "socks5"]
 _DEFAULT_PORTS = {"http": 80, "https": 443, "socks5": 1080}
@@ -78,7 +79,7 @@ def _proxy(parts: SplitResult, scheme: Scheme) -> Proxy:
 
 def _is_direct(host: str, port: int, no_proxy: str) -> bool:
     host = host.rstrip(".").lower()
-    address = _address(host)
+    address = plain_address(host)
     if host == "localhost" or (address is not None and address.is_loopback):
         return True
     return any(_matches(entry.strip().lower(), host, address, port) for entry in no_proxy.split(",") if entry.strip())
@@ -110,12 +111,3 @@ def _split_port(entry: str) -> tuple[str, str | None]:
         name, _, port = entry.partition(":")
         return name, port
     return entry, None
-
-
-def _address(host: str) -> IPv4Address | IPv6Address | None:
-    try:
-        address = ip_address(host.partition("%")[0])
-    except ValueError:
-        return None
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return mapped or address

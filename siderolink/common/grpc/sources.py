@@ -14,6 +14,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.hostport import plain_address
 
 Network = IPv4Network | IPv6Network
 SocketAddress = tuple[str, int]
@@ -79,14 +80,14 @@ class TrustedProxies:
 
 def contains(networks: Iterable[Network], address: str) -> bool:
     """Whether a network contains the address; an IPv4-mapped one counts as IPv4."""
-    ip = _parsed(address)
+    ip = plain_address(address)
     return ip is not None and any(ip.version == network.version and ip in network for network in networks)
 
 
 @lru_cache(maxsize=4096)
 def plain(address: str) -> str:
     """The address without its zone, and as IPv4 if it is IPv4-mapped."""
-    return str(_parsed(address) or address)
+    return str(plain_address(address) or address)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def source_of(address: str, ipv6_bits: int) -> str:
 
 @lru_cache(maxsize=4096)
 def _source_of(address: str, ipv6_bits: int) -> str:
-    ip = _parsed(address)
+    ip = plain_address(address)
     if ip is None:
         return ""
     if isinstance(ip, IPv4Address):
@@ -128,15 +129,6 @@ def _source_of(address: str, ipv6_bits: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _parsed(address: str) -> IPv4Address | IPv6Address | None:
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return None
-    mapped = ip.ipv4_mapped if isinstance(ip, IPv6Address) else None
-    return mapped or ip
-
-
 def _forwarded_address(entry: str) -> str | None:
     """The address of one entry, without port and brackets; None if it is invalid."""
     text = entry.strip(" \t")
@@ -152,7 +144,7 @@ def _forwarded_address(entry: str) -> str | None:
             return None
     if "%" in text:
         return None
-    ip = _parsed(text)
+    ip = plain_address(text)
     return None if ip is None else str(ip)
 
 
