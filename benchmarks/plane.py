@@ -34,9 +34,7 @@ class Interface:
 
     tso = uso = True
     frame = memoryview(b"")
-
-    def fileno(self) -> int:
-        return -1
+    descriptor = -1
 
     def __init__(self) -> None:
         self.frames: list[memoryview] = []

@@ -58,10 +58,10 @@ def test_names_that_are_taken() -> None:
             for name in (NAME, "persistent0", "dummy0", "lo"):
                 with pytest.raises(InterfaceInUseError, match=name):
                     namespace.call(Tun.open, name, 1280)
-            assert tun.fileno() >= 0
+            assert tun.descriptor >= 0
         assert namespace.interfaces() == {"lo", "persistent0", "dummy0", "dummy1"}
         tun.close()
-        assert tun.fileno() == -1
+        assert tun.descriptor == -1
 
 
 def test_without_the_right_to_make_interfaces() -> None:
@@ -126,7 +126,7 @@ async def _read_until_error(tun: Tun) -> None:
         while True:
             while tun.read() is not None:
                 pass
-            await anyio.wait_readable(tun.fileno())
+            await anyio.wait_readable(tun.descriptor)
 
 
 def test_frames_the_interface_does_not_take_are_counted() -> None:
@@ -186,7 +186,7 @@ class Tunnel:
         splitter, gatherer, sealer, opener, counter = Splitter(1280), Gatherer(1280), Sealer(), Opener(), 0
         merger = Merger(tso=target.tso, uso=target.uso)
         while True:
-            await anyio.wait_readable(source.fileno())
+            await anyio.wait_readable(source.descriptor)
             while (frame := source.read()) is not None:
                 collector = splitter if frame[1] else gatherer
                 packets = collected(collector, frame)

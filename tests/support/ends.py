@@ -17,9 +17,7 @@ from tests.support.packets import UDP, Packet
 class Interface:
     tso = uso = False
     frame = memoryview(b"")
-
-    def fileno(self) -> int:
-        return -1
+    descriptor = -1
 
     def __init__(self) -> None:
         self.frames: deque[bytes] = deque()
@@ -44,10 +42,8 @@ class Descriptor(Interface):
         self._near.setblocking(False)
         self._far.setblocking(False)
         self.frame = memoryview(bytearray(70_000))
+        self.descriptor = self._near.fileno()
         self.single_writes = 0
-
-    def fileno(self) -> int:
-        return self._near.fileno()
 
     def refill(self) -> bool:
         """Fill the socket with frames; False if none is left to read."""

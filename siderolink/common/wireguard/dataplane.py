@@ -59,6 +59,8 @@ class DataPlane:
         `on_blocked` when a path is full: returning True stops reading the interface.
         """
         self._engine = engine
+        self._output = engine.output
+        self._tenure = engine.tenure
         self._interface = interface
         self._on_events = on_events
         self._on_drained = on_drained
@@ -66,7 +68,7 @@ class DataPlane:
         self._rows = rows
         self._set_mtu(engine.mtu)
         self.mixed = rows.mixed()
-        self._lone = self.mixed if interface.fileno() >= 0 else None
+        self._lone = self.mixed if interface.descriptor >= 0 else None
         """Reads and seals the first packets after a pause."""
         self.send_many: SendMany | None = None
         """Sends datagrams of many peers; without it they are sent one by one."""
@@ -308,7 +310,7 @@ class DataPlane:
             if self._engine.allowed_ips.may_leave(pair[:half]):
                 self._reply_unreachable(frame)
             return None
-        if self._engine.is_silent(peer, now):
+        if (peer.is_passive or now > self._tenure.until) and self._engine.is_silent(peer, now):
             self._reply_unreachable(frame)
             self._engine.drop(Drop.NO_PATH)
             return None
@@ -388,7 +390,8 @@ class DataPlane:
         is_alone, self._delivered_at = now - self._delivered_at > QUIET_INTERVAL, now
         packets = self._engine.receive_many(data, messages, self.mixed.open, now)
         self.mixed.write(self._interface, data, packets)
-        self.drain(now)
+        if self._output.is_waiting:
+            self._drain(now)
         if is_alone and self.after_lull is not None:
             self.after_lull()
 
@@ -408,11 +411,11 @@ class DataPlane:
 
     def drain(self, now: float) -> None:
         """Empty the engine's output: send its datagrams, send staged packets, emit its events; and arm the timer anew."""
-        if self._engine.output.is_waiting:
+        if self._output.is_waiting:
             self._drain(now)
 
     def _drain(self, now: float) -> None:
-        output = self._engine.output
+        output = self._output
         output.is_waiting = False
         ready = output.take_ready()
         while ready:

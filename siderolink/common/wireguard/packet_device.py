@@ -17,12 +17,10 @@ class CallableInterface:
     tso = False
     uso = False
     frame = memoryview(b"")
+    descriptor = -1
 
     def __init__(self, on_packet: OnPacket) -> None:
         self._on_packet = on_packet
-
-    def fileno(self) -> int:
-        return -1
 
     def read(self) -> None:
         """Nothing is ever waiting: packets are sent by `PacketDevice.send`."""

@@ -56,7 +56,8 @@ class Tun:
     """One TUN interface, which exists until close(). Frames begin with a virtio_net_hdr of 10 bytes."""
 
     def __init__(self, fd: int, name: str, *, tso: bool, uso: bool) -> None:
-        self._fd = fd
+        self.descriptor = fd
+        """For the event loop; -1 once closed."""
         self.name = name
         self.tso = tso
         """Whether the interface exchanges TCP super-packets, and packets without a checksum."""
@@ -104,17 +105,13 @@ class Tun:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def fileno(self) -> int:
-        """The descriptor, for the event loop; -1 once closed."""
-        return self._fd
-
     def read(self) -> memoryview | None:
         """The next frame, valid until the next read; None if none is waiting.
 
         Raises DeviceError once the interface was deleted by another program; the descriptor is readable then.
         """
         try:
-            size = os.readv(self._fd, self._buffers)
+            size = os.readv(self.descriptor, self._buffers)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -132,7 +129,7 @@ class Tun:
         if is_super_packet and self._retry_at and time.monotonic() < self._retry_at:
             return self._write_packets(buffers)
         try:
-            os.writev(self._fd, buffers)
+            os.writev(self.descriptor, buffers)
         except OSError as error:
             if is_super_packet and error.errno == errno.EINVAL:
                 return self._write_packets(buffers, was_refused=True)
@@ -162,7 +159,7 @@ class Tun:
         for index in range(packets.count):
             row = packets.data[index * packets.stride :]
             try:
-                os.writev(self._fd, (_PLAIN_HEADER, row[: _packet_length(row)]))
+                os.writev(self.descriptor, (_PLAIN_HEADER, row[: _packet_length(row)]))
             except OSError:
                 failed += 1
         self.write_errors += failed
@@ -187,9 +184,9 @@ class Tun:
 
     def close(self) -> None:
         """Remove the interface and all its addresses and routes. Does nothing the second time."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 def _packet_length(row: memoryview) -> int:

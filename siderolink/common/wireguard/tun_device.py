@@ -77,7 +77,7 @@ class TunDevice(UserspaceDevice):
             self.start()
         else:
             self.stop()
-        self._monitor = TunMonitor(self._tun.fileno(), self._link_changed, self._namespace)
+        self._monitor = TunMonitor(self._tun.descriptor, self._link_changed, self._namespace)
         self._read_on()
 
     def close(self) -> None:
@@ -139,14 +139,14 @@ class TunDevice(UserspaceDevice):
             return
         if not self._is_reading:
             self._is_reading = True
-            self._reader_loop.add_reader(self._tun.fileno(), self._readable)
+            self._reader_loop.add_reader(self._tun.descriptor, self._readable)
         if self.plane.backlog.frames and self._next_turn is None:
             self._next_turn = self._reader_loop.call_soon(self._send_backlog)
 
     def _stop_reading(self) -> None:
         if self._is_reading:
             self._is_reading = False
-            self._reader_loop.remove_reader(self._tun.fileno())
+            self._reader_loop.remove_reader(self._tun.descriptor)
 
     def _readable(self) -> None:
         if not self._is_reading:

@@ -62,6 +62,10 @@ class UdpSockets:
 
     def send_many(self, data: memoryview, datagrams: Sequence[tuple[Path, int, int]]) -> Path | None:
         """See `SendMany`. Paths of other kinds are used one by one."""
+        if len(datagrams) == 1:
+            ((lone, start, end),) = datagrams
+            if isinstance(lone, UdpPath):
+                return None if lone.udp.send_many(data, [(lone, start, end)]) else lone
         groups: dict[UdpSocket, list[tuple[UdpPath, int, int]]] = {}
         full: Path | None = None
         for path, start, end in datagrams:

@@ -69,7 +69,7 @@ class Routes:
 class LocalEnd:
     """The local end of a path: sends replies from the address and interface to which the peer's packets were sent."""
 
-    __slots__ = ("_checked", "_destination", "_interface", "_is_forced", "_kept", "_outgoing", "_source", "control")
+    __slots__ = ("_destination", "_interface", "_is_forced", "_kept", "_outgoing", "_source", "checked", "control")
 
     def __init__(self, destination: bytes, source: bytes, interface: int) -> None:
         """`source` is the local address, `interface` the one on which packets arrived."""
@@ -79,15 +79,16 @@ class LocalEnd:
         self._kept = _control(source, interface if _is_link_local(source) else 0)
         self._is_forced = False
         """Whether the routing table alone would choose another interface."""
-        self._checked = -1
+        self.checked = -1
+        """The generation of the routes at the last lookup."""
         self._outgoing: int | None = None
         self.control: Control | None = self._kept
         """For sendmsg; None leaves the choice to the routing table."""
 
     def check(self, routes: Routes, mark: int) -> Control | None:
         """The control message; repeats the lookup if routing has changed."""
-        if self._checked != routes.generation:
-            is_first, self._checked = self._checked < 0, routes.generation
+        if self.checked != routes.generation:
+            is_first, self.checked = self.checked < 0, routes.generation
             if not (_is_link_local(self._source) or _is_link_local(self._destination)):
                 self._query(routes, mark, is_first)
         return self.control

@@ -95,9 +95,13 @@ class UdpPath:
     def when_writable(self, callback: Callable[[], None]) -> None:
         self.udp.when_writable(callback)
 
-    def target(self) -> tuple[bytes, bytes]:
+    def target(self, routes: Routes | None, mark: int) -> tuple[bytes, bytes]:
         """The encoded address and control messages of a send."""
-        control = self.local_end.control if self.local_end is not None else None
+        local_end, control = self.local_end, None
+        if local_end is not None:
+            if routes is not None and local_end.checked != routes.generation:
+                local_end.check(routes, mark)
+            control = local_end.control
         if self._target is None or control is not self._control:
             around = b"" if control is None else encode_control(control)
             self._control, self._target = control, (encode_address(self.address, self.source), around)
@@ -349,9 +353,7 @@ class UdpSocket:
         if self._mixed is not None and not self._pending:
             targets = []
             for path, start, end in datagrams:
-                if path.local_end is not None and self._routes is not None:
-                    path.local_end.check(self._routes, self._mark)
-                targets.append((start, end, *path.target()))
+                targets.append((start, end, *path.target(self._routes, self._mark)))
             tried, failed = self._mixed[0].send(self._sock.fileno(), data, targets)
             for index in failed:
                 path, start, end = datagrams[index]

@@ -147,9 +147,7 @@ def test_a_frame_that_is_not_taken_keeps_no_other_back(functions: Functions) -> 
         class Interface:
             frame = memoryview(b"")
             tso = uso = False
-
-            def fileno(self) -> int:
-                return near.fileno()
+            descriptor = near.fileno()
 
             def read(self) -> memoryview | None:
                 raise NotImplementedError

@@ -130,11 +130,13 @@ class _Family(Generic[T]):
 class AllowedIPs(Generic[T]):
     """Prefixes of both families, each owned by one peer at a time; the longest prefix wins."""
 
-    __slots__ = ("_hosts", "_v4", "_v6")
+    __slots__ = ("_hosts", "_v4", "_v6", "host")
 
     def __init__(self) -> None:
         self._hosts: dict[bytes, T] = {}
         """Single addresses of both families, which most prefixes are."""
+        self.host: Callable[[bytes], T | None] = self._hosts.get
+        """The owner of a prefix that is this packed address alone."""
         self._v4: _Family[T] = _Family(32)
         self._v6: _Family[T] = _Family(128)
 
@@ -164,12 +166,14 @@ class AllowedIPs(Generic[T]):
 class CryptokeyRouting:
     """The allowed IPs of all peers; each peer also knows its own, in `Peer.allowed_ips`."""
 
-    __slots__ = ("_table", "lookup", "only_to")
+    __slots__ = ("_table", "host", "lookup", "only_to")
 
     def __init__(self) -> None:
         self._table: AllowedIPs[Peer] = AllowedIPs()
         self.lookup = self._table.lookup
         """The peer of a packed address (4 or 16 bytes), or None."""
+        self.host = self._table.host
+        """The same if the peer has a prefix for this address alone, as most have: faster."""
         self.only_to: frozenset[bytes] | None = None
         """With isolation: the packed addresses that inner packets may go to, and come from on the way out; None for any."""
 
@@ -185,7 +189,7 @@ class CryptokeyRouting:
 
     def inbound_refusal(self, peer: Peer, source: bytes, destination: bytes) -> Drop | None:
         """Why an inner packet from the peer may not be passed on, or None."""
-        if self.lookup(source) is not peer:
+        if (self.host(source) or self.lookup(source)) is not peer:
             return Drop.INNER_SOURCE
         if self.only_to is not None and destination not in self.only_to:
             return Drop.INNER_DESTINATION

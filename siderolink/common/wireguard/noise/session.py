@@ -12,6 +12,7 @@ from .messages import (
     REKEY_ON_RECEIVE_TIME,
 )
 from .rows import CipherFactory, RowCipher
+from .timers import NEVER
 
 if TYPE_CHECKING:
     from .peer import Peer
@@ -75,10 +76,13 @@ class Session:
         "_opener",
         "_sealer",
         "created_at",
+        "expires_at",
         "is_initiator",
         "keys",
         "local_index",
         "peer",
+        "rekey_at",
+        "rekey_on_receive_at",
         "remote_index",
         "replay",
         "send_counter",
@@ -102,6 +106,12 @@ class Session:
         self.remote_index = remote_index
         self.is_initiator = is_initiator
         self.created_at = now
+        self.expires_at = now + REJECT_AFTER_TIME
+        """When nothing may be sent or received under these keys any more; in the past once the counters are used up."""
+        self.rekey_at = now + REKEY_AFTER_TIME if is_initiator else NEVER
+        """When sending under these keys should start a handshake; only the initiator considers their age."""
+        self.rekey_on_receive_at = now + REKEY_ON_RECEIVE_TIME if is_initiator else NEVER
+        """The same for receiving, so that one-way traffic outlives the keys."""
         self.send_counter = 0
         self.replay = ReplayWindow()
         self._sealer: RowCipher | None = None
@@ -127,26 +137,21 @@ class Session:
 
     def is_expired(self, now: float) -> bool:
         """True once nothing may be sent or received under these keys."""
-        return now - self.created_at >= REJECT_AFTER_TIME or self.send_counter >= REJECT_AFTER_MESSAGES
-
-    def wants_rekey(self, now: float) -> bool:
-        """True when sending with these keys should start a handshake; only the initiator considers their age."""
-        aged = self.is_initiator and now - self.created_at >= REKEY_AFTER_TIME
-        return aged or self.send_counter > REKEY_AFTER_MESSAGES
-
-    def wants_rekey_on_receive(self, now: float) -> bool:
-        """True when receiving under these keys should start a handshake, so that one-way traffic outlives them."""
-        return self.is_initiator and now - self.created_at >= REKEY_ON_RECEIVE_TIME
+        return now >= self.expires_at
 
     def reserve(self, count: int, now: float) -> int | None:
         """Reserve `count` counters permanently; returns the first, or None when the keys are too old or exhausted."""
+        if now >= self.expires_at:
+            return None
         first = self.send_counter
-        if now - self.created_at >= REJECT_AFTER_TIME:
-            return None
-        if first + count > REJECT_AFTER_MESSAGES:
-            self.send_counter = REJECT_AFTER_MESSAGES
-            return None
-        self.send_counter = first + count
+        self.send_counter = after = first + count
+        if after > REKEY_AFTER_MESSAGES:
+            self.rekey_at = -NEVER
+            if after >= REJECT_AFTER_MESSAGES:
+                self.expires_at = -NEVER
+                self.send_counter = REJECT_AFTER_MESSAGES
+            if after > REJECT_AFTER_MESSAGES:
+                return None
         return first
 
     def __repr__(self) -> str:

@@ -44,8 +44,10 @@ class Traffic:
     def find_peer(self, source: bytes, destination: bytes) -> Peer | None:
         """The peer of a packet from the interface; None, with the drop counted, if there is none."""
         routing = self._routing
-        if routing.only_to is None and (peer := routing.lookup(destination)) is not None:
-            return peer
+        if routing.only_to is None or source in routing.only_to:
+            peer = routing.host(destination) or routing.lookup(destination)
+            if peer is not None:
+                return peer
         found = routing.outbound(source, destination)
         if isinstance(found, Drop):
             self._output.drop(found)
@@ -55,7 +57,7 @@ class Traffic:
     def can_send(self, peer: Peer, now: float) -> bool:
         """Whether `seal` has a session to use; otherwise packets must be staged."""
         session, path = peer.current, peer.path
-        return session is not None and path is not None and path.is_open and not session.is_expired(now)
+        return session is not None and path is not None and path.is_open and now < session.expires_at
 
     def is_silent(self, peer: Peer, now: float) -> bool:
         """Whether nothing may be sent to the peer, because another device has it or may have it."""
@@ -78,14 +80,14 @@ class Traffic:
         timers = peer.timers
         if timers.data_sent(now) and timers.new_handshake_at < peer.scheduled_at:
             self._deadlines.update(peer)
-        if session.wants_rekey(now):
+        if now >= session.rekey_at:
             self._initiate(peer, now)
         return path, session.sealer.seal(packets, session.remote_index, counter, path.headroom)
 
     def seal_many(
         self, data: memoryview, packets: Sequence[tuple[Peer, int, int]], seal_many: SealMany, now: float
     ) -> list[tuple[Path, int, int]]:
-        """Encrypt padded packets for many peers in place; each is given by peer, start and length.
+        """Encrypt padded packets for many peers that `can_send` in place; each is given by peer, start and length.
 
         Returns path, start and end of each message, which the caller sends before its next call.
         """
@@ -93,17 +95,14 @@ class Traffic:
         found: list[tuple[Path, int, int]] = []
         for peer, start, length in packets:
             session, path = peer.current, peer.path
-            counter = None
-            if session is not None and path is not None and path.is_open:
-                counter = session.reserve(1, now)
-            if session is None or path is None or counter is None:
+            if session is None or path is None or (counter := session.reserve(1, now)) is None:
                 self._output.drop(Drop.EXPIRED_SESSION)
                 continue
             peer.sent_bytes += length + TRANSPORT_OVERHEAD
             timers = peer.timers
             if timers.data_sent(now) and timers.new_handshake_at < peer.scheduled_at:
                 self._deadlines.update(peer)
-            if session.wants_rekey(now):
+            if now >= session.rekey_at:
                 self._initiate(peer, now)
             rows.append((session.keys.send, start, length, session.remote_index, counter))
             begin = start - TRANSPORT_HEADER_BYTES
@@ -155,7 +154,7 @@ class Traffic:
         peer.sent_bytes += TRANSPORT_OVERHEAD
         self._output.send(path, bytes(sealed.row(0)))
         peer.timers.authenticated_sent(now)
-        if session.wants_rekey(now):
+        if now >= session.rekey_at:
             self._initiate(peer, now)
         self._deadlines.update(peer)
 
@@ -196,10 +195,11 @@ class Traffic:
         find = self._indices.session
         for path, start, size, receiver in messages:
             session = find(receiver)
-            refusal = _session_refusal(session, path, now)
-            if refusal is not None or session is None:
-                self._output.drop(refusal or Drop.UNKNOWN_RECEIVER)
-                continue
+            if session is None or path.peer is not None or now >= session.expires_at:
+                refusal = _session_refusal(session, path, now)
+                if refusal is not None or session is None:
+                    self._output.drop(refusal or Drop.UNKNOWN_RECEIVER)
+                    continue
             rows.append((session.keys.receive, start, size))
             known.append((session, path))
         found = []
@@ -269,16 +269,22 @@ class Traffic:
             timers.authenticated_received(now)
         elif timers.data_received(now) and timers.keepalive_at < peer.scheduled_at:
             self._deadlines.update(peer)
-        # Late packets of the previous session do not move the path back.
-        self.heard(peer, path, size, now, may_roam=session not in peer.previous or peer.reachable_path is None)
-        if session is peer.current and session.wants_rekey_on_receive(now) and not timers.rekeyed_on_receive:
+        peer.received_bytes += size
+        peer.last_received_at = now
+        if path is not peer.path or peer.is_passive:
+            # Late packets of the previous session do not move the path back.
+            self._heard_by(peer, path, may_roam=session not in peer.previous or peer.reachable_path is None)
+        if session is peer.current and now >= session.rekey_on_receive_at and not timers.rekeyed_on_receive:
             timers.rekeyed_on_receive = True
             self._initiate(peer, now)
 
-    def heard(self, peer: Peer, path: Path, size: int, now: float, *, may_roam: bool = True) -> None:
-        """Note an authenticated message: replies are sent to its source."""
+    def heard(self, peer: Peer, path: Path, size: int, now: float) -> None:
+        """Note an authenticated handshake message: replies are sent to its source."""
         peer.received_bytes += size
         peer.last_received_at = now
+        self._heard_by(peer, path, may_roam=True)
+
+    def _heard_by(self, peer: Peer, path: Path, *, may_roam: bool) -> None:
         if peer.is_passive:
             self._output.announce(PeerRoamed(peer=peer, old=None, new=path))
         elif path is not peer.path and may_roam:

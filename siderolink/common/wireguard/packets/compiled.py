@@ -249,7 +249,7 @@ class CompiledGatherer:
 
     def read_on(self, interface: PacketInterface, most: int) -> tuple[memoryview | None, int]:
         """See `SmallPacketGatherer`."""
-        descriptor, count, length = interface.fileno(), self._count, self._length
+        descriptor, count, length = interface.descriptor, self._count, self._length
         room = min(self._room, count + most)
         if descriptor < 0 or count >= room or self._last < length:
             return interface.read(), 0
@@ -380,7 +380,7 @@ class CompiledMerger:
         batch = cast("OpenedInPlace", opened)
         data, frames = batch.data, self._find(batch)
         index, count = 0, len(frames)
-        descriptor = interface.fileno()
+        descriptor = interface.descriptor
         while index < count:
             start, end, rows = frames[index]
             written = 0
@@ -425,11 +425,11 @@ class CompiledMixedPackets:
 
     def read(self, interface: PacketInterface, buffer: memoryview, mtu: int, most: int) -> tuple[list[MixedFrame], bool]:
         """See `MixedPackets`."""
-        return self._read_many(interface.fileno(), buffer, mtu, TRANSPORT_HEADER_BYTES, _TAG_BYTES, most)
+        return self._read_many(interface.descriptor, buffer, mtu, TRANSPORT_HEADER_BYTES, _TAG_BYTES, most)
 
     def write(self, interface: PacketInterface, data: memoryview, packets: list[tuple[int, int]]) -> None:
         """See `MixedPackets`."""
-        descriptor = interface.fileno()
+        descriptor = interface.descriptor
         frames = [(start - VNET_SIZE, end) for start, end in packets]
         if descriptor >= 0:
             frames = frames[self._write_many(descriptor, data, frames) :]

@@ -22,7 +22,8 @@ class PacketInterface(Protocol):
     def uso(self) -> bool:
         """Whether it accepts super-packets of UDP."""
 
-    def fileno(self) -> int:
+    @property
+    def descriptor(self) -> int:
         """The descriptor, which does not block, of frames that may be read and written past `read` and `write`; else -1."""
 
     def read(self) -> memoryview | None:
