@@ -52,6 +52,26 @@ def test_a_quiet_flow_passes_what_waits_for_a_full_path_and_nothing_is_lost() ->
     assert not any(one.engine.drops.values())
 
 
+def test_small_packets_of_the_flow_that_filled_the_path_are_not_a_quiet_flow() -> None:
+    one, other = ends(1)
+    one.wire.is_writable = False
+    one.plane.send_packet(flow(1, 1200))
+    assert arrived(one, other) == [flow(1, 1200)]
+
+    one.wire.spare_bytes = 1 << 16
+    one.interface.frames.extend([flow(1, size) for size in (1200, 1100, 1000)])
+    assert one.plane.read_ahead()
+    assert arrived(one, other) == []
+
+    one.wire.is_writable = True
+    one.plane.read_interface()
+    one.wire.is_writable = False
+    one.interface.frames.extend([flow(1, 900), flow(1, 800), flow(2, 30)])
+    one.plane.read_interface()
+    assert not one.plane.backlog.frames, "nothing is read ahead while no quiet flow is known"
+    assert arrived(one, other)[:3] == [flow(1, 1200), flow(1, 1100), flow(1, 1000)]
+
+
 def test_a_path_that_is_full_again_keeps_the_rest_of_the_backlog_back() -> None:
     one, other = ends(1)
     one.wire.is_writable = False

@@ -39,8 +39,11 @@ class Backlog:
         return len(self.frames) >= MAX_FRAMES or self._size >= MAX_BYTES
 
     def may_pass(self, frame: Bytes) -> bool:
-        """Whether a frame may be sent before the waiting ones: it is a single packet of a flow without waiting frames."""
-        if self._passed + len(frame) > MAX_PASSED or frame[1:2] != bytes((Gso.NONE,)):
+        """Whether a frame may be sent before the waiting ones: it is a single packet of a flow without waiting frames.
+
+        The first frame always waits: it is most likely of the flow that filled the path.
+        """
+        if not self.frames or self._passed + len(frame) > MAX_PASSED or frame[1:2] != bytes((Gso.NONE,)):
             return False
         pair, flow = flow_of(frame)
         return flow != pair and flow not in self._waiting and pair not in self._waiting
