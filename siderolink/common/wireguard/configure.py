@@ -117,7 +117,7 @@ def peer_status(peer: Peer, now: float) -> PeerStatus:
     received_at, unanswered_since = peer.last_received_at, peer.timers.unanswered_since
     return PeerStatus(
         public_key=PublicKey(peer.public_key),
-        allowed_ips=tuple(peer.allowed_ips),
+        allowed_ips=peer.allowed_ips,
         path=str(peer.path) if peer.path is not None else None,
         last_handshake=peer.last_handshake_ns / 1e9 if peer.last_handshake_ns is not None else None,
         last_received=time.time() - (now - received_at) if received_at is not None else None,
@@ -138,7 +138,7 @@ def _report(peer: Peer) -> PeerReport:
         received_bytes=peer.received_bytes,
         sent_bytes=peer.sent_bytes,
         persistent_keepalive=peer.timers.persistent_interval,
-        allowed_ips=tuple(peer.allowed_ips),
+        allowed_ips=tuple(peer.prefixes),
     )
 
 

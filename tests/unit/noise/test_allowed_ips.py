@@ -4,7 +4,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.common.wireguard.noise.routing import AllowedIPs, Network
+from siderolink.common.wireguard.noise.routing import AllowedIPs, Network, Prefix
 
 v4 = st.builds(
     lambda address, length: IPv4Network((address, length), strict=False), st.integers(0, 2**32 - 1), st.integers(0, 32)
@@ -30,10 +30,10 @@ def test_against_a_naive_router(steps: list[tuple[str, Network, int]], probes: l
     naive: dict[Network, int] = {}
     for what, network, owner in steps:
         if what == "add":
-            assert table.insert(network, owner) == naive.get(network)
+            assert table.insert(Prefix.of(network), owner) == naive.get(network)
             naive[network] = owner
         else:
-            table.remove(network)
+            table.remove(Prefix.of(network))
             naive.pop(network, None)
     for address in [*probes, *(network.network_address for _, network, _ in steps)]:
         assert table.lookup(address.packed) == naive_lookup(naive, address)
@@ -43,8 +43,8 @@ def test_a_look_up_costs_the_same_among_ten_thousand_prefixes() -> None:
     def best(count: int) -> float:
         table: AllowedIPs[int] = AllowedIPs()
         for number in range(count):
-            table.insert(IPv6Network((number << 64, 64)), number)
-            table.insert(IPv6Network((number << 64 | 1, 128)), number)
+            table.insert(Prefix((number << 64).to_bytes(16), 64), number)
+            table.insert(Prefix((number << 64 | 1).to_bytes(16), 128), number)
         addresses = [((number % count) << 64 | 1 + (number & 1)).to_bytes(16, "big") for number in range(2_000)]
         return min(timeit.repeat(lambda: [table.lookup(address) for address in addresses], number=1, repeat=7))
 

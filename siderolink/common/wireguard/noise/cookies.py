@@ -37,7 +37,7 @@ class MacSigner:
 
     def __init__(self, remote_public: bytes) -> None:
         self._remote_public = remote_public
-        self._mac1_key: bytes | None = None  # computed with the first message: most peers are idle
+        self._mac1_key = hash2(LABEL_MAC1, remote_public)
         # one for each kind: when both ends initiate at once, a response must not invalidate the cookie for the initiation
         self._initiation_mac1: bytes | None = None
         self._response_mac1: bytes | None = None
@@ -46,8 +46,6 @@ class MacSigner:
 
     def sign(self, message: bytes, now: float) -> bytes:
         """The datagram: the message followed by both macs."""
-        if self._mac1_key is None:
-            self._mac1_key = hash2(LABEL_MAC1, self._remote_public)
         mac1 = mac(self._mac1_key, message)
         if message[0] == INITIATION:
             self._initiation_mac1 = mac1

@@ -10,7 +10,7 @@ from .timers import NEVER, Timers
 
 if TYPE_CHECKING:
     from .rates import Buckets, Rate
-    from .routing import Network
+    from .routing import Network, Prefix
 
 MAX_STAGED = 128
 MAX_STAGED_BYTES = 512 * 1024
@@ -40,7 +40,7 @@ class Peer:
     `previous` are older ones, newest first."""
 
     __slots__ = (
-        "allowed_ips",
+        "_signer",
         "current",
         "has_retried_with_cookie",
         "inbound_rates",
@@ -56,13 +56,13 @@ class Peer:
         "outbound_rates",
         "own_rates",
         "path",
+        "prefixes",
         "preshared_key",
         "previous",
         "public_key",
         "received_bytes",
         "scheduled_at",
         "sent_bytes",
-        "signer",
         "staged",
         "staged_bytes",
         "static_static",
@@ -74,11 +74,11 @@ class Peer:
         self.static_static: bytes | None = None
         """The shared secret of both static keys; computed with the first handshake, because most peers are idle."""
         self.preshared_key = NO_PRESHARED_KEY
-        self.allowed_ips: dict[Network, None] = {}
+        self.prefixes: dict[Prefix, None] = {}
         """An ordered set."""
         self.is_passive = False
         """Only answers to its handshakes are sent, because another device with the same key serves it."""
-        self.signer = MacSigner(public_key)
+        self._signer: MacSigner | None = None
         self.timers = Timers()
         self.scheduled_at = NEVER
         self.path: Path | None = None
@@ -101,6 +101,18 @@ class Peer:
         self.outbound_rates: Buckets | None = None
         self.staged: deque[bytes] | None = None
         self.staged_bytes = 0
+
+    @property
+    def allowed_ips(self) -> "tuple[Network, ...]":
+        """Its prefixes in their order."""
+        return tuple(prefix.network for prefix in self.prefixes)
+
+    @property
+    def signer(self) -> MacSigner:
+        """Made for the first handshake message, because most peers are idle."""
+        if self._signer is None:
+            self._signer = MacSigner(self.public_key)
+        return self._signer
 
     @property
     def reachable_path(self) -> Path | None:

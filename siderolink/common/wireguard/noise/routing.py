@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from ipaddress import IPv4Network, IPv6Network
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 from .messages import TRANSPORT_OVERHEAD
 from .output import Drop
@@ -85,6 +85,25 @@ class InnerFilter:
         return found
 
 
+class Prefix(NamedTuple):
+    """A network as kept for routing, in a quarter of the memory of ipaddress's objects."""
+
+    address: bytes
+    """4 or 16 bytes."""
+    length: int
+
+    @classmethod
+    def of(cls, network: Network) -> Self:
+        return cls(network.network_address.packed, network.prefixlen)
+
+    @property
+    def network(self) -> Network:
+        return (IPv4Network if len(self.address) == 4 else IPv6Network)(self)
+
+    def __str__(self) -> str:
+        return str(self.network)
+
+
 class _Family(Generic[T]):
     """One dictionary for each prefix length in use, longest first: a lookup costs the number of lengths, not of prefixes."""
 
@@ -95,22 +114,22 @@ class _Family(Generic[T]):
         self._tables: dict[int, dict[int, T]] = {}
         self._lengths: list[tuple[int, dict[int, T]]] = []
 
-    def insert(self, network: Network, owner: T) -> T | None:
-        shift = self._bits - network.prefixlen
+    def insert(self, prefix: Prefix, owner: T) -> T | None:
+        shift = self._bits - prefix.length
         table = self._tables.get(shift)
         if table is None:
             table = self._tables[shift] = {}
             self._sort()
-        key = int(network.network_address) >> shift
+        key = int.from_bytes(prefix.address) >> shift
         before = table.get(key)
         table[key] = owner
         return before
 
-    def remove(self, network: Network) -> None:
-        shift = self._bits - network.prefixlen
+    def remove(self, prefix: Prefix) -> None:
+        shift = self._bits - prefix.length
         table = self._tables.get(shift)
         if table is not None:
-            table.pop(int(network.network_address) >> shift, None)
+            table.pop(int.from_bytes(prefix.address) >> shift, None)
             if not table:
                 del self._tables[shift]
                 self._sort()
@@ -140,31 +159,30 @@ class AllowedIPs(Generic[T]):
         self._v4: _Family[T] = _Family(32)
         self._v6: _Family[T] = _Family(128)
 
-    def insert(self, network: Network, owner: T) -> T | None:
+    def insert(self, prefix: Prefix, owner: T) -> T | None:
         """Assign the prefix to `owner`; returns its previous owner."""
-        if network.prefixlen < network.max_prefixlen:
-            return self._family(network).insert(network, owner)
-        address = network.network_address.packed
-        before = self._hosts.get(address)
-        self._hosts[address] = owner
+        if prefix.length < 8 * len(prefix.address):
+            return self._family(prefix.address).insert(prefix, owner)
+        before = self._hosts.get(prefix.address)
+        self._hosts[prefix.address] = owner
         return before
 
-    def remove(self, network: Network) -> None:
-        if network.prefixlen < network.max_prefixlen:
-            self._family(network).remove(network)
+    def remove(self, prefix: Prefix) -> None:
+        if prefix.length < 8 * len(prefix.address):
+            self._family(prefix.address).remove(prefix)
         else:
-            self._hosts.pop(network.network_address.packed, None)
+            self._hosts.pop(prefix.address, None)
 
     def lookup(self, address: bytes) -> T | None:
         """The owner of a packed address (4 or 16 bytes)."""
-        return self._hosts.get(address) or (self._v6 if len(address) == 16 else self._v4).lookup(address)
+        return self._hosts.get(address) or self._family(address).lookup(address)
 
-    def _family(self, network: Network) -> _Family[T]:
-        return self._v4 if network.version == 4 else self._v6
+    def _family(self, address: bytes) -> _Family[T]:
+        return self._v6 if len(address) == 16 else self._v4
 
 
 class CryptokeyRouting:
-    """The allowed IPs of all peers; each peer also knows its own, in `Peer.allowed_ips`."""
+    """The allowed IPs of all peers; each peer also knows its own, in `Peer.prefixes`."""
 
     __slots__ = ("_table", "host", "lookup", "only_to")
 
@@ -197,20 +215,26 @@ class CryptokeyRouting:
 
     def set(self, peer: Peer, networks: Iterable[Network]) -> None:
         """Replace the peer's prefixes; one that another peer holds moves here."""
-        wanted = dict.fromkeys(networks)
-        for network in peer.allowed_ips.keys() - wanted:
-            self.remove(peer, network)
-        for network in wanted:
-            self.add(peer, network)
+        wanted = dict.fromkeys(map(Prefix.of, networks))
+        for prefix in peer.prefixes.keys() - wanted:
+            self._remove(peer, prefix)
+        for prefix in wanted:
+            self._add(peer, prefix)
 
     def add(self, peer: Peer, network: Network) -> None:
-        before = self._table.insert(network, peer)
-        if before is not None and before is not peer:
-            del before.allowed_ips[network]
-        peer.allowed_ips[network] = None
+        self._add(peer, Prefix.of(network))
 
     def remove(self, peer: Peer, network: Network) -> None:
         """Remove a prefix from the peer; does nothing if it is not the peer's."""
-        if network in peer.allowed_ips:
-            del peer.allowed_ips[network]
-            self._table.remove(network)
+        self._remove(peer, Prefix.of(network))
+
+    def _add(self, peer: Peer, prefix: Prefix) -> None:
+        before = self._table.insert(prefix, peer)
+        if before is not None and before is not peer:
+            del before.prefixes[prefix]
+        peer.prefixes[prefix] = None
+
+    def _remove(self, peer: Peer, prefix: Prefix) -> None:
+        if prefix in peer.prefixes:
+            del peer.prefixes[prefix]
+            self._table.remove(prefix)

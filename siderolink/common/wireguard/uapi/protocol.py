@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.device import DeviceChange, Network, PeerChange
+from siderolink.common.wireguard.noise.routing import Prefix
 from siderolink.common.wireguard.path import Endpoint
 
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
@@ -45,7 +46,7 @@ class PeerReport:
     received_bytes: int
     sent_bytes: int
     persistent_keepalive: int
-    allowed_ips: tuple[Network, ...]
+    allowed_ips: tuple[Network | Prefix, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
