@@ -9,6 +9,7 @@ import asyncio
 import socket
 import struct
 import sys
+from functools import lru_cache
 from typing import Final
 
 from siderolink.common.netlink import EventSocket, NetlinkRefusal, RouteLookup, open_events
@@ -108,7 +109,9 @@ class LocalEnd:
             self.control = _control(self._source, self._interface) if self._is_forced else self._kept
 
 
+@lru_cache(maxsize=64)
 def _control(source: bytes, interface: int) -> Control:
+    """Most paths share their local end."""
     index = interface.to_bytes(4, "little")
     if len(source) == 4:
         return socket.IPPROTO_IP, _IP_PKTINFO, index + source + bytes(4)
@@ -129,6 +132,7 @@ def encode_address(address: SocketAddress, source: bytes) -> bytes:
     return family + source[-2:] + flow.to_bytes(4, "big") + source[:-2] + zone.to_bytes(4, sys.byteorder)
 
 
+@lru_cache(maxsize=64)
 def encode_control(control: Control) -> bytes:
     """Encode cmsghdr and data (cmsg(3))."""
     level, kind, data = control

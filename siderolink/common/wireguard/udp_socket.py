@@ -150,9 +150,8 @@ class UdpSocket:
         self._pending: deque[tuple[Datagrams, UdpPath]] = deque()
         self._pending_bytes = 0
         self._waiting: list[Callable[[], None]] = []
-        self._paths: dict[tuple[SocketAddress, bytes], UdpPath] = {}
-        self._senders: dict[bytes, UdpPath] = {}
-        """The same paths by the kernel's encoded sender address and control data."""
+        self._paths: dict[bytes | tuple[SocketAddress, bytes], UdpPath] = {}
+        """By sender address and control data, as the reader reports them: encoded by the kernel, or decoded by recvmsg."""
         self._mixed: tuple[MixedPackets, ReceiveMany] | None = None
         self._data = memoryview(bytearray(MAX_BYTES + (1 << 16)))
         self._buffers = (self._data,)
@@ -261,7 +260,8 @@ class UdpSocket:
                     stride = min(size, _INT(value)[0])
                 else:
                     local_end = value
-            return size, stride, self._paths.get((address, local_end)) or self._make_path(address, local_end)
+            sender = address, local_end
+            return size, stride, self._paths.get(sender) or self._make_path(sender, address, local_end)
         return None
 
     def _deliver(self, size: int, stride: int, path: UdpPath, start: int = 0) -> None:
@@ -283,7 +283,7 @@ class UdpSocket:
                 size += found[index][2]
                 receiver = None
                 index += 1
-            path = self._senders.get(sender) or self._path_of(sender)
+            path = self._paths.get(sender) or self._decode_path(sender)
             if receiver is not None:
                 lone.append((path, start, size, receiver))
                 continue
@@ -294,7 +294,7 @@ class UdpSocket:
         if lone:
             receive_many(self._data, lone)
 
-    def _path_of(self, sender: bytes) -> UdpPath:
+    def _decode_path(self, sender: bytes) -> UdpPath:
         """The path of a sockaddr and an in_pktinfo or in6_pktinfo."""
         address: SocketAddress
         port = int.from_bytes(sender[2:4], "big")
@@ -303,15 +303,12 @@ class UdpSocket:
         else:
             flow, zone = int.from_bytes(sender[4:8], "big"), int.from_bytes(sender[24:28], sys.byteorder)
             address, info = (socket.inet_ntop(self.family, sender[8:24]), port, flow, zone), sender[28:]
-        path = self._paths.get((address, info)) or self._make_path(address, info)
-        self._senders[sender] = path
-        return path
+        return self._make_path(sender, address, info)
 
-    def _make_path(self, address: SocketAddress, info: bytes) -> UdpPath:
+    def _make_path(self, sender: bytes | tuple[SocketAddress, bytes], address: SocketAddress, info: bytes) -> UdpPath:
         if len(self._paths) >= _MAX_PATHS:
             self._paths.clear()
-            self._senders.clear()
-        path = self._paths[address, info] = UdpPath(self, address, None)
+        path = self._paths[sender] = UdpPath(self, address, None)
         remote = path.source[:-2]
         if self.family == socket.AF_INET and len(info) == 12:  # in_pktinfo
             path.local_end = LocalEnd(remote, info[4:8], int.from_bytes(info[:4], "little"))
