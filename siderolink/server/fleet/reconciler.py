@@ -38,6 +38,7 @@ from siderolink.server.store import (
     Store,
     TokenChanged,
 )
+from siderolink.server.store.rows import sharing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,6 +134,7 @@ class Reconciler:
             return link
         else:
             old = link.machine
+            machine = sharing(machine, old)
             self._directory.set_row(link, machine)
         link.is_applied = False
         if old is not None and old.overlay_address != machine.overlay_address:

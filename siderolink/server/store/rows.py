@@ -1,7 +1,7 @@
 """The rows of a store: machines, claims to them, bans, and the server's own record."""
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from ipaddress import IPv6Address
 from types import MappingProxyType
@@ -121,6 +121,19 @@ class Machine:
         A token that arrived with an unproved key is not binding.
         """
         return self.unique_token_digest if self.was_linked else None
+
+
+_MACHINE_FIELDS = tuple(column.name for column in fields(Machine))
+
+
+def sharing(machine: Machine, earlier: Machine) -> Machine:
+    """The row, with the objects of an earlier version for equal values: a database returns new ones with each row."""
+    same = {
+        name: old
+        for name in _MACHINE_FIELDS
+        if (old := getattr(earlier, name)) is not (new := getattr(machine, name)) and old == new
+    }
+    return replace(machine, **same) if same else machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
