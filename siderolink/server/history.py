@@ -9,6 +9,7 @@ are only counted. Occurrences are plain tuples because there is one per join; th
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -101,13 +102,21 @@ class HistoryCounters:
     """Entries deleted because they were too old or too many."""
 
 
-@dataclass(slots=True)
-class _Known:
+class _Known(NamedTuple):
     """The data of a machine's last handshake and last join; empty if unknown."""
 
     source: str = ""
     transport: str = ""
     version: str = ""
+
+
+_UNKNOWN = _Known()
+
+
+@lru_cache(maxsize=256)
+def _shared_known(source: str, transport: str, version: str) -> _Known:
+    """One object for all machines that joined and were not heard so far, as after a restart."""
+    return _Known(source, transport, version)
 
 
 class _Happening(NamedTuple):
@@ -246,7 +255,7 @@ class History:
         for part in parts:
             for machine in part:
                 transport = "udp" if machine.last_endpoint else "tunnel" if machine.last_source else ""
-                known = _Known(machine.last_source or "", transport, machine.talos_version)
+                known = _shared_known(machine.last_source or "", transport, machine.talos_version)
                 self._known.setdefault(machine.id, known)
             await checkpoint()
 
@@ -290,13 +299,11 @@ class History:
 
     def _note_link(self, event: MachineJoined | HandshakeCompleted) -> None:
         machine = event.machine
-        known = self._known.get(machine.id)
-        if known is None:
-            known = self._known[machine.id] = _Known()
+        known = self._known.get(machine.id, _UNKNOWN)
         if isinstance(event, MachineJoined):
             if known.version and machine.talos_version != known.version:
                 self._add(machine, HistoryKind.VERSION, f"{machine.talos_version or 'none'}, before {known.version}")
-            known.version = machine.talos_version
+            self._known[machine.id] = _shared_known(known.source, known.transport, machine.talos_version)
             detail = f"{'new' if event.is_new else 'known'} machine at {format_address(machine.overlay_address)}"
             self._add(machine, HistoryKind.JOINED, detail, transport="tunnel" if machine.tunnel else "udp")
             return
@@ -307,8 +314,8 @@ class History:
         if source and known.transport and transport != known.transport:
             detail = f"{transport}, before {known.transport}"
             self._add(machine, HistoryKind.TRANSPORT, detail, source=source, transport=transport)
-        if source:
-            known.source, known.transport = source, transport
+        if source and (source, transport) != known[:2]:
+            self._known[machine.id] = _shared_known(source, transport, known.version)
         if event.is_first:
             self._add(machine, HistoryKind.UP, str(machine.overlay_address), source=source, transport=transport)
 

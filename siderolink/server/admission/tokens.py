@@ -90,6 +90,8 @@ class JoinTokenCheck:
         """Accept only this token from now on."""
         self._secret = expected
         self._digest = None if expected is None else token_digest(expected)
+        # one for all calls, so that all rows share its digest
+        self._valid = JoinTokenResult(JoinTokenState.VALID, digest=self._digest if expected else None)
 
     @property
     def admits_any(self) -> bool:
@@ -115,7 +117,9 @@ class JoinTokenCheck:
         if len(text) > MAX_JOIN_TOKEN_BYTES:
             return JoinTokenResult(JoinTokenState.WRONG)
         digest = token_digest(text)
-        if self.admits_any or self._digest is not None and hmac.compare_digest(digest, self._digest):
+        if self._digest is not None and hmac.compare_digest(digest, self._digest):
+            return self._valid
+        if self.admits_any:
             return JoinTokenResult(JoinTokenState.VALID, digest=digest if text else None)
         if not is_signed(text):
             return JoinTokenResult(JoinTokenState.WRONG, digest=digest if text else None)

@@ -143,8 +143,9 @@ class MemoryHistory:
         for entry in entries:
             self._last += 1
             self._entries[self._last] = entry
+            alone = (self._last,)  # both indexes share it as long as a machine has one entry
             for index, key in ((self._of_machine, entry.machine_id), (self._of_uuid, entry.node_uuid)):
-                index[key] = (*index.get(key, ()), self._last)
+                index[key] = index[key] + alone if key in index else alone
 
     async def find(self, query: HistoryQuery) -> list[HistoryEntry]:
         """See `Store`. Yields to other tasks."""
