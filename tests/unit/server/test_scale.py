@@ -136,5 +136,5 @@ async def test_a_machine_takes_little_memory() -> None:
         finally:
             tracemalloc.stop()
     assert theirs > base
-    assert (joined - theirs) / MANY < 5_000
-    assert (connected - theirs) / MANY < 12_000
+    assert (joined - theirs) / MANY < 3_700
+    assert (connected - theirs) / MANY < 6_800
