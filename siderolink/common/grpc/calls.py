@@ -22,7 +22,7 @@ from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.budget import ConnectionBudget, Held
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailers
 from siderolink.common.grpc.connection import H2Stream, Headers
-from siderolink.common.grpc.header_fields import read_fields
+from siderolink.common.grpc.header_fields import ORDINARY_NAMES, read_fields
 from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.messages import ServerCodec, framed
 from siderolink.common.grpc.refusals import Refusal
@@ -272,7 +272,7 @@ class CallHandler(AbstractHandler):
         handler = method.handler
         try:
             deadline = Deadline.from_headers(headers)
-            metadata = decode_metadata(headers)
+            metadata = decode_metadata(() if ORDINARY_NAMES.issuperset(fields) else headers)
         except (ValueError, OverflowError):
             raise _Bad(Refusal.BAD_REQUEST, Status.INVALID_ARGUMENT, "the call's metadata is malformed") from None
         expiry = None if deadline is None else _Expiry(deadline, stream.connection.timers)
