@@ -1,5 +1,6 @@
 """`siderolink join`: one machine in the foreground."""
 
+import logging
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,7 +32,8 @@ from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions, ServerKeys
 from siderolink.client.link.supervisor import Verdict, try_first
 from siderolink.client.maintenance import LinkFollower
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.backoff import Backoff
+from siderolink.common.errors import ConfigurationError, HostError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
 from siderolink.common.pb.siderolink.control import Event, StatusResponse
@@ -107,6 +109,7 @@ class JoinedMachine:
         self._settings = settings
         self._node_uuid = machine_uuid(folder=options.identity)
         self._unique_tokens = UniqueTokens(options.identity)
+        self._host_failures = Backoff(first=1.0, cap=60.0, floor=0.5)
         self._trial = SettingsTrial(options.identity, f"{self._own_uuid} {options.interface}")
         self._keys: ServerKeys = {}
         self._roots: dict[str | None, ssl.SSLContext] = {}
@@ -198,7 +201,11 @@ class JoinedMachine:
                 log_event("settings refused", f"{error}; no link until they change")
                 await self._settings.changed()
                 continue
+            except HostError as error:
+                await self._retry_later(error)
+                continue
             has_joined = True
+            self._host_failures.reset()
             self._show_settings(options)
             async with open_link(options, self._on_event, keys=self._keys) as self._link:
                 try:
@@ -242,16 +249,30 @@ class JoinedMachine:
                     await link.apply(options, timeout=0.0, keep=True, prove_first=is_interrupted)
                 except ConfigurationError as error:
                     log_event("settings refused", f"{error}; the previous ones stay in force")
+                except HostError as error:
+                    await self._retry_later(error)
+                    continue
                 if self._settings.current == settings:
                     await self._settings.changed()
+
+    async def _retry_later(self, error: HostError) -> None:
+        """Wait before the settings are used again, which need a file that cannot be read at the moment."""
+        delay = self._host_failures.next()
+        log_event("settings", f"{error}; again in {delay:.0f} s", level=logging.WARNING)
+        with anyio.move_on_after(delay):
+            await self._settings.changed()
 
     async def try_settings(self, settings: MachineSettings, *, timeout: float, keep: bool) -> Verdict:
         """Test the settings and adopt them if they work; see `LinkSupervisor.apply`."""
         if _join_url(settings) is None:
             return Verdict(outcome="applied")
-        if self._link is not None and keep:
-            return await self._link.apply(await self._note_options(settings), timeout=timeout, keep=True)
-        options = self._link_options(await self._join_settings(settings))
+        is_noted = self._link is not None and keep
+        try:
+            options = await (self._note_options(settings) if is_noted else self._prepare(settings))
+        except HostError as error:
+            return Verdict(outcome="refused", reason=str(error))
+        if is_noted and self._link is not None:
+            return await self._link.apply(options, timeout=timeout, keep=True)
         if self._link is not None:
             verdict = await self._link.apply(options, timeout=timeout)
             self._proved = None if verdict.is_refused else options
@@ -260,13 +281,16 @@ class JoinedMachine:
             return Verdict(outcome="pending", reason="there is no link yet")
         return await try_first(options, self._keys, timeout=timeout)
 
+    async def _prepare(self, settings: MachineSettings) -> LinkOptions:
+        return self._link_options(await self._join_settings(settings))
+
     async def note_trial(self, settings: MachineSettings) -> None:
         """After a crash from now on, return to the present settings instead of these; see `SettingsTrial`."""
         if self._link is not None and _join_url(settings) is not None:
             await self._note_options(settings)
 
     async def _note_options(self, settings: MachineSettings) -> LinkOptions:
-        """The options of these settings, which are the wanted ones from now on. Raises ConfigurationError."""
+        """The options of these settings, which are the wanted ones from now on. Raises ConfigurationError or HostError."""
         join = await self._join_settings(settings)
         options = self._link_options(join)
         self._wanted, link = options, self._link
@@ -285,7 +309,10 @@ class JoinedMachine:
             await changed.wait()
 
     async def _join_settings(self, settings: MachineSettings) -> JoinSettings:
-        """The join settings, completed by the machine's own UUID and unique token."""
+        """The join settings, completed by the machine's own UUID and unique token.
+
+        Raises HostError if the token's file cannot be read at the moment, and ConfigurationError if it is unusable.
+        """
         url = _join_url(settings)
         assert url is not None
         own_uuid = self._own_uuid

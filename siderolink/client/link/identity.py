@@ -1,5 +1,6 @@
 """The machine's identity: its UUID, and its unique token for each server."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -12,7 +13,7 @@ import anyio
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.errors import ConfigurationError, HostError, host_error
 from siderolink.common.netlink import run_netlink
 from siderolink.common.node_uuid import is_placeholder, parse_uuid
 from siderolink.common.private_files import create_private
@@ -26,6 +27,11 @@ SMBIOS_UUID = Path("/sys/class/dmi/id/product_uuid")
 MACHINE_ID = Path("/etc/machine-id")
 _LARGEST_FILE = 4096
 _ETHER = 1
+_MISSING = (FileNotFoundError, NotADirectoryError)
+_LASTING = (FileNotFoundError, NotADirectoryError, PermissionError)
+"""Errors that the next start will meet, too. After others, such as too many open files, a file may well be there."""
+_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
+"""Errors of a folder that keeps nothing."""
 
 
 def machine_identity(text: str) -> str:
@@ -41,21 +47,18 @@ def machine_identity(text: str) -> str:
 def machine_uuid(smbios: Path = SMBIOS_UUID, machine_id: Path = MACHINE_ID, folder: Path | None = None) -> str:
     """The firmware's UUID, else a stable one made from the operating system's machine id, else a random one.
 
-    A random UUID is stored in `folder`, if there is one, and reused.
+    A random UUID is stored in `folder`, if there is one, and reused. Raises HostError if one of these cannot be read at the
+    moment, because the next one would make another machine of this one, and ConfigurationError if the stored one is damaged.
     """
-    try:
-        found = str(uuid.UUID(_first_line(smbios)))
+    with suppress(ValueError):
+        found = str(uuid.UUID(_source(smbios)))
         if not is_placeholder(found):
             return found
-    except (OSError, ValueError):
-        pass
-    try:
-        name = bytes.fromhex(_first_line(machine_id))
+    with suppress(ValueError):
+        name = bytes.fromhex(_source(machine_id))
         if len(name) == 16:
             # machine-id(5) asks to keep the id itself confidential: only its hash leaves the machine.
             return str(uuid.UUID(bytes=hashlib.sha256(b"siderolink machine uuid" + name).digest()[:16], version=4))
-    except (OSError, ValueError):
-        pass
     drawn = str(uuid.uuid4())
     if folder is None:
         return drawn
@@ -77,7 +80,11 @@ class UniqueTokens:
         self._tokens: dict[tuple[str, int, str], str] = {}
 
     async def token(self, server: tuple[str, int], node_uuid: str) -> str:
-        """The token for a server (API host and port) and this UUID."""
+        """The token for a server (API host and port) and this UUID.
+
+        A server that knows a token refuses another one. So raises HostError if the file cannot be read or written at the
+        moment, and ConfigurationError if it may not be read or is damaged.
+        """
         name = (*server, node_uuid)
         if name not in self._tokens:
             made = _encode(await _fingerprint())
@@ -120,25 +127,65 @@ async def _physical_addresses() -> list[bytes]:
     return found
 
 
-def _kept(file: Path, made: str) -> str:
-    """The file's text; a missing file is created with `made`. Two processes get the same text."""
+def _source(path: Path) -> str:
+    """A line of the host's own files; empty if the host has none for us. Raises HostError or ValueError."""
     try:
-        if (text := _first_line(file, _LARGEST_FILE)) != "":
-            return text
-        file.unlink()  # truncated by a crash
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be read; using newly generated values for this run: %s", file, error)
-        return made
+        return _first_line(path)
+    except _LASTING:
+        return ""
+    except OSError as error:
+        raise _passing(path, "read", error) from error
+
+
+def _kept(file: Path, made: str) -> str:
+    """The file's text; a missing file is created with `made`. Two processes get the same text.
+
+    Raises HostError or ConfigurationError.
+    """
+    try:
+        return _stored(file) or _store(file, made)
+    except FileExistsError:
+        return _stored(file) or made
+
+
+def _stored(file: Path) -> str:
+    """Empty if there is no file, or if a crash truncated it; then it is removed."""
+    try:
+        if (text := _first_line(file, _LARGEST_FILE)) == "":
+            file.unlink()
+        return text
+    except _MISSING:
+        return ""
+    except PermissionError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise _passing(file, "read", error) from error
+    except ValueError:
+        raise ConfigurationError(
+            f"{file}, by which servers recognise this machine, is damaged; restore it, or remove it: servers that know this "
+            "machine then refuse it until they forget it"
+        ) from None
+
+
+def _store(file: Path, made: str) -> str:
+    """Create the file. Raises FileExistsError or HostError; a folder that cannot keep it is only logged."""
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         create_private(file, made.encode() + b"\n")
     except FileExistsError:
-        return _first_line(file, _LARGEST_FILE) or made
+        raise
     except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise _passing(file, "written", error) from error
         log.warning("%s cannot be written; the identity will change at the next start: %s", file, error.strerror or error)
     return made
+
+
+def _passing(file: Path, what: str, error: OSError) -> HostError:
+    reason = host_error(error)
+    found = HostError(f"{file} cannot be {what}: {error.strerror if reason is None else reason.strerror}")
+    found.errno = error.errno
+    return found
 
 
 def _first_line(path: Path, limit: int = 128) -> str:

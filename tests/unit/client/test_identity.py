@@ -1,12 +1,19 @@
 import json
+import os
 import re
+import resource
 import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
 from siderolink.client.link.identity import UniqueTokens, machine_uuid
+from siderolink.common.errors import ConfigurationError, HostError
 from siderolink.common.node_uuid import PLACEHOLDERS
 
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
@@ -84,3 +91,72 @@ async def test_a_token_that_cannot_be_kept_lasts_for_the_run(tmp_path: Path, cap
 async def test_two_processes_share_a_token(tmp_path: Path) -> None:
     first, second = UniqueTokens(tmp_path), UniqueTokens(tmp_path)
     assert await first.token(("server", 443), "a-uuid") == await second.token(("server", 443), "a-uuid")
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process can open no file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.anyio
+async def test_a_token_that_cannot_be_read_at_the_moment_is_not_replaced(tmp_path: Path) -> None:
+    kept = await UniqueTokens(tmp_path).token(("server", 443), "a-uuid")
+    tokens = UniqueTokens(tmp_path)
+    with no_descriptors(), pytest.raises(HostError, match="cannot be read: this process has too many files open"):
+        await tokens.token(("server", 443), "a-uuid")
+    assert await tokens.token(("server", 443), "a-uuid") == kept
+    assert len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.anyio
+async def test_a_damaged_token_is_told_and_left(tmp_path: Path) -> None:
+    await UniqueTokens(tmp_path).token(("server", 443), "a-uuid")
+    file = tmp_path / os.listdir(tmp_path)[0]
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match="is damaged; restore it, or remove it"):
+        await UniqueTokens(tmp_path).token(("server", 443), "a-uuid")
+    assert file.read_bytes() == b"\xff\xfe"
+
+
+def test_a_uuid_that_cannot_be_read_at_the_moment_is_not_replaced_by_another(tmp_path: Path) -> None:
+    smbios, machine_id, nothing = tmp_path / "smbios", tmp_path / "machine-id", tmp_path / "nothing"
+    smbios.write_text("4c4c4544-004a-3510-8052-b4c04f4a3132\n")
+    machine_id.write_text(MACHINE_ID)
+    stored = machine_uuid(nothing, nothing, tmp_path / "state")
+    for sources in ((smbios, machine_id, None), (nothing, machine_id, None), (nothing, nothing, tmp_path / "state")):
+        with no_descriptors(), pytest.raises(HostError, match="too many files open"):
+            machine_uuid(*sources)
+    assert machine_uuid(nothing, nothing, tmp_path / "state") == stored
+
+
+def test_join_waits_for_its_token(tmp_path: Path) -> None:
+    """What stands in the file's place cannot be read; the server is never told another token."""
+    node_uuid = "4c4c4544-004a-3510-8052-b4c04f4a3132"
+    folder, code = tmp_path / "identity", "import anyio, sys; from siderolink.client.link.identity import UniqueTokens as U; "
+    code += "from pathlib import Path; anyio.run(U(Path(sys.argv[1])).token, ('127.0.0.1', 1), sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, str(folder), node_uuid], check=True, timeout=60)
+    (file,) = folder.iterdir()
+    token = file.read_text()
+    file.unlink()
+    file.mkdir()
+    command = ["join", "grpc://127.0.0.1:1?jointoken=x", "--uuid", node_uuid, "--identity", str(folder)]
+    environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(tmp_path / "run")}
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "siderolink", *command], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            told = next(line for line in process.stdout if "again in" in line)
+            assert f"{file} cannot be read: Is a directory" in told
+            file.rmdir()
+            file.write_text(token)
+            assert any("provision failed" in line for line in process.stdout)
+            assert file.read_text() == token
+        finally:
+            process.terminate()
