@@ -27,14 +27,16 @@ def protocol(number: int) -> Match:
     return [_meta(Meta.NFT_META_L4PROTO), _compare(Cmp.NFT_CMP_EQ, struct.pack("B", number))]
 
 
-def arriving_by(interface: str) -> Match:
-    """Packets received on an interface."""
-    return [_meta(Meta.NFT_META_IIFNAME), _compare(Cmp.NFT_CMP_EQ, _interface(interface))]
+def arriving_by(interface: str | int) -> Match:
+    """Packets received on an interface: one of a name, or the one of an index, which it keeps when it is renamed."""
+    key = Meta.NFT_META_IIFNAME if isinstance(interface, str) else Meta.NFT_META_IIF
+    return [_meta(key), _compare(Cmp.NFT_CMP_EQ, _interface(interface))]
 
 
-def leaving_by(interface: str) -> Match:
-    """Packets leaving by an interface."""
-    return [_meta(Meta.NFT_META_OIFNAME), _compare(Cmp.NFT_CMP_EQ, _interface(interface))]
+def leaving_by(interface: str | int) -> Match:
+    """Packets leaving by an interface; see `arriving_by`."""
+    key = Meta.NFT_META_OIFNAME if isinstance(interface, str) else Meta.NFT_META_OIF
+    return [_meta(key), _compare(Cmp.NFT_CMP_EQ, _interface(interface))]
 
 
 def port(first: int, last: int) -> Match:
@@ -105,8 +107,10 @@ def counted() -> Match:
     return [genex("counter", {})]
 
 
-def _interface(name: str) -> bytes:
-    return name.encode().ljust(_IFNAMSIZ, b"\0")
+def _interface(interface: str | int) -> bytes:
+    if isinstance(interface, int):
+        return interface.to_bytes(4, sys.byteorder)
+    return interface.encode().ljust(_IFNAMSIZ, b"\0")
 
 
 def _address(network: IPv4Network | IPv6Network, offset: int) -> Match:

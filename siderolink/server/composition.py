@@ -1,6 +1,7 @@
 """Assembles the parts of a running server."""
 
-from collections.abc import AsyncIterator, Sequence
+import socket
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -236,8 +237,11 @@ class Composition:
             tasks.start_soon(keep_running, "telling machines to check their links", self._health.run)
         if fleet.lease is not None:
             tasks.start_soon(fleet.lease.run)
-        listen = partial(goodbyes.run, self._address, device.name, options.namespace)
-        tasks.start_soon(keep_running, "listening for goodbyes", listen)
+        tasks.start_soon(
+            keep_running,
+            "listening for goodbyes",
+            lambda: goodbyes.run(self._address, device.name, options.namespace),
+        )
         if echoes is not None:
             tasks.start_soon(keep_running, "proving moves", partial(fleet.moves.run, echoes.ping))
         if options.policy.has_pending:
@@ -364,6 +368,12 @@ class Composition:
             digest = machine.join_token_digest
             return None if digest is None else self._join_token.admits(digest) or fleet.directory.known.has_join_token(digest)
 
+        def open_port(machine: Machine, port: int) -> Awaitable[socket.socket]:
+            # the interface's name at that time
+            return open_machine_port(
+                machine, port, source=self._address, interface=device.name, namespace=self._options.namespace
+            )
+
         clock = Clock(time=self._store.time)
         administration = Administration(
             self._store,
@@ -376,7 +386,7 @@ class Composition:
             admits,
             history,
             reports,
-            partial(open_machine_port, source=self._address, interface=device.name, namespace=self._options.namespace),
+            open_port,
             partial(self._options.join_url, port=api_port),
             limits=fleet.limits,
             owner_of=lambda machine_id: None if fleet.owners is None else fleet.owners.owner_of(machine_id),

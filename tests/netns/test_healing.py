@@ -114,17 +114,39 @@ def test_a_network_that_goes_and_comes_back_is_used_at_once() -> None:
         machine.ping()
 
 
-@pytest.mark.parametrize("what", ["down", "address", "route"])
+@pytest.mark.parametrize("what", ["down", "address", "route", "name", "mtu"])
 def test_what_somebody_else_takes_from_the_interface_is_put_back(what: str) -> None:
     with direct() as net, serving(net), joined(net) as machine:
         if what == "down":
             net.machine.set_link("siderolink", up=False)
         elif what == "address":
             net.machine.remove_address("siderolink", f"{machine.link.address}/64")
-        else:
+        elif what == "route":
             net.machine.run(["ip", "-6", "route", "flush", "dev", "siderolink", "proto", "kernel"])
+        elif what == "name":
+            net.machine.run(["ip", "link", "set", "siderolink", "name", "other"])
+        else:  # too small for IPv6, whose address the kernel takes away with it
+            net.machine.set_link("siderolink", mtu=1000)
         machine.wait(lambda: machine.saw(InterfaceRepaired))
         machine.wait(lambda: machine.link.state is ConnectionState.CONNECTED)
+        assert "mtu 1280 " in net.machine.run(["ip", "link", "show", "siderolink"])
+        machine.ping()
+
+
+def test_a_link_keeps_another_name_if_its_own_is_taken_and_shows_it() -> None:
+    with direct() as net, serving(net), joined(net) as machine:
+        net.machine.run(
+            ["ip", "-batch", "-"], input="link set siderolink name other\nlink add siderolink type veth peer name rest\n"
+        )
+        machine.wait(lambda: machine.link.interface == "other")
+        assert machine.portal.call(machine.link.status).interface == "other"
+        machine.ping()
+
+
+def test_a_server_shows_the_name_that_its_interface_was_given() -> None:
+    with direct() as net, serving(net) as server, joined(net) as machine:
+        net.server.run(["ip", "link", "set", "siderolink", "name", "other"])
+        machine.wait(lambda: server.device.name == "other")
         machine.ping()
 
 

@@ -47,7 +47,8 @@ def hosts() -> Iterator[tuple[Namespace, Namespace]]:
 def limiting(
     server: Namespace, *, rate_in: int | None = None, rate_out: int | None = None
 ) -> AbstractAsyncContextManager[InterfaceRates]:
-    return InterfaceRates.open("wire", server.name, rate_in=rate_in, rate_out=rate_out, is_needed=False)
+    index = server.call(socket.if_nametoindex, "wire")
+    return InterfaceRates.open("wire", index, server.name, rate_in=rate_in, rate_out=rate_out, is_needed=False)
 
 
 def peer(key: PublicKey, address: str, *, rate_in: int | None = None, rate_out: int | None = None) -> PeerConfig:
@@ -184,10 +185,11 @@ async def test_what_cannot_be_limited_is_said(hosts: tuple[Namespace, Namespace]
 
 
 _PROGRAM = """
-import anyio
+import anyio, socket
 from siderolink.common.wireguard.interface_rates import InterfaceRates
 async def main():
-    async with InterfaceRates.open("wire", None, rate_in=8000, rate_out=None, is_needed=False):
+    index = socket.if_nametoindex("wire")
+    async with InterfaceRates.open("wire", index, None, rate_in=8000, rate_out=None, is_needed=False):
         print("limited", flush=True)
         await anyio.sleep_forever()
 anyio.run(main)

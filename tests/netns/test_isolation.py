@@ -296,6 +296,15 @@ def test_without_any_port_machines_still_ping_and_answer() -> None:
         assert lets_in(host.net.server, partial(dial, machine.address, 81, None))
 
 
+def test_ports_stay_closed_when_the_interface_gets_another_name() -> None:
+    with serving_ports(80) as host, joined(host) as machine:
+        host.net.server.run(["ip", "link", "set", "siderolink", "name", "other"])
+        assert keeps_out(machine.namespace, partial(dial, OVERLAY, 81, None))
+        assert lets_in(machine.namespace, partial(dial, OVERLAY, 80, None))
+        host.portal.call(host.server.device.set_open_ports, frozenset({(socket.IPPROTO_TCP, 81)}))
+        assert lets_in(machine.namespace, partial(dial, OVERLAY, 81, None))
+
+
 def test_closing_a_port_ends_what_was_established_and_nothing_that_the_server_began() -> None:
     with serving_ports(80) as host, joined(host) as machine:
 

@@ -78,7 +78,7 @@ class ThisHost:
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
         gone = InterfaceLost(reason=f"the interface {device.name} was deleted or moved by someone else")
         try:
-            guard = InterfaceGuard(device.name, config.addresses, self._namespace)
+            guard = InterfaceGuard(config)
         except OSError:
             put(gone)
             return

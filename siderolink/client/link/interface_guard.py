@@ -1,4 +1,6 @@
-"""Keeps a link's interface as it was configured: restores its state, addresses and routes when another program removes them."""
+"""Keeps a link's interface as it was configured: restores its name, MTU, state, addresses and routes when another program
+changes or removes them.
+"""
 
 import errno
 import socket
@@ -13,7 +15,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import DeviceError
 from siderolink.common.netlink import NetworkChange, call_in, enable_ipv6, run_netlink
-from siderolink.common.wireguard.device import Interface, Network
+from siderolink.common.wireguard.device import DeviceConfig, Interface, Network
 
 _IFA_F_NODAD = 0x02
 _UP = 1
@@ -24,11 +26,11 @@ _CALM = 60.0
 class InterfaceGuard:
     """Checks one interface whenever the kernel reports a change to it, and restores what is missing."""
 
-    def __init__(self, name: str, addresses: tuple[Interface, ...], namespace: str | None) -> None:
+    def __init__(self, config: DeviceConfig) -> None:
         """Raises OSError if there is no such interface."""
-        self.index = call_in(namespace, partial(socket.if_nametoindex, name))
-        self._namespace = namespace
-        self._addresses = addresses
+        self.index = call_in(config.namespace, partial(socket.if_nametoindex, config.name))
+        self._namespace = config.namespace
+        self._config = config
         self._changed = anyio.Event()
         self._backoff = Backoff(first=0.2, cap=10.0, at_once=True)
         self._repaired_at = -_CALM
@@ -50,7 +52,7 @@ class InterfaceGuard:
                 await anyio.sleep(self._pause)
             else:
                 self._backoff.reset()
-            what = await run_netlink(partial(_repair, self.index, self._addresses), self._namespace)
+            what = await run_netlink(partial(_repair, self.index, self._config), self._namespace)
             if what is None:
                 return None
             if what:
@@ -74,12 +76,17 @@ async def _find_holder(overlay: Network, own_name: str) -> str | None:
     return None
 
 
-async def _repair(index: int, addresses: tuple[Interface, ...]) -> list[str] | None:
+async def _repair(index: int, config: DeviceConfig) -> list[str] | None:
     """Restore what is missing and describe it. None if the interface itself is gone."""
+    addresses = config.addresses
     try:
         async with AsyncIPRoute() as ipr:
             [link] = await ipr.link("get", index=index)
-            missing = []
+            missing = await _repair_name(ipr, index, link.get_attr("IFLA_IFNAME"), config.name)
+            mtu = link.get_attr("IFLA_MTU")
+            if mtu != config.mtu:
+                await ipr.link("set", index=index, mtu=config.mtu)
+                missing.append(f"its MTU was set to {mtu}")
             if not link["flags"] & _UP:
                 await ipr.link("set", index=index, state="up")
                 missing.append("it was set down")
@@ -89,6 +96,19 @@ async def _repair(index: int, addresses: tuple[Interface, ...]) -> list[str] | N
         if error.code in (errno.ENODEV, errno.ENXIO):
             return None
         return []  # it changed while it was read; the next event reports it
+
+
+async def _repair_name(ipr: AsyncIPRoute, index: int, name: str, wanted: str) -> list[str]:
+    """The firewalls of the host and of the machine know the interface by its name."""
+    if name == wanted:
+        return []
+    try:
+        await ipr.link("set", index=index, ifname=wanted)
+    except NetlinkError as error:
+        if error.code in (errno.EEXIST, errno.EBUSY):  # another interface has the name, or Linux before 6.2 and it is up
+            return []
+        raise
+    return [f"it was renamed to {name}"]
 
 
 async def _repair_addresses(ipr: AsyncIPRoute, index: int, addresses: tuple[Interface, ...]) -> list[str]:

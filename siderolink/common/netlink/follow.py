@@ -129,7 +129,8 @@ class NetworkWatch:
 
 
 class InterfaceMonitor:
-    """Calls `on_change` with one interface when it is set up or down or gets another MTU, and `on_gone` once when it is gone.
+    """Calls `on_change` with one interface when it is set up or down or gets another MTU or name, and `on_gone` once when it is
+    gone.
 
     Gone means deleted or moved to another network namespace. If the kernel dropped events, the state is read again.
     """
@@ -145,7 +146,7 @@ class InterfaceMonitor:
         self._index = index
         self._on_change = on_change
         self._on_gone = on_gone
-        self._last: tuple[bool, int] | None = None
+        self._last: tuple[bool, int, str] | None = None
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
         self._events = EventSocket(opened, self._on_messages, self.request_state)
@@ -194,10 +195,11 @@ class InterfaceMonitor:
             self._retry_later()
 
     def _compare(self, link: NetworkLink, *, is_here: bool) -> None:
+        state = link.is_up, link.mtu, link.name
         if not is_here:
             self._lose()
-        elif (link.is_up, link.mtu) != self._last:
-            self._last = (link.is_up, link.mtu)
+        elif state != self._last:
+            self._last = state
             self._on_change(link)
 
     def _lose(self) -> None:

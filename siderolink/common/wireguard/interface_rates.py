@@ -62,9 +62,9 @@ class _Limit:
 class InterfaceRates:
     """The limits of one interface. The kernel holds nothing before the first one is set."""
 
-    def __init__(self, interface: str, namespace: str | None, everyone: Mapping[Direction, int | None]) -> None:
+    def __init__(self, interface: str, index: int, namespace: str | None, everyone: Mapping[Direction, int | None]) -> None:
         """`everyone`: bytes per second for all peers together. Use `open`."""
-        self._interface = interface
+        self._index = index
         self._name = rates_table(interface)
         self._namespace = namespace
         self._everyone = {direction: rate for direction, rate in everyone.items() if rate}
@@ -82,13 +82,14 @@ class InterfaceRates:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, interface: str, namespace: str | None, *, rate_in: int | None, rate_out: int | None, is_needed: bool
+        cls, interface: str, index: int, namespace: str | None, *, rate_in: int | None, rate_out: int | None, is_needed: bool
     ) -> AsyncIterator["InterfaceRates"]:
-        """Limit an interface's peers while the body runs. `is_needed`: single peers will be limited, too.
+        """Limit an interface's peers while the body runs, whatever its name is by then. `is_needed`: single peers will be
+        limited, too.
 
         Raises DeviceUnavailableError if limits are needed and cannot be set.
         """
-        rates = cls(interface, namespace, {"in": rate_in, "out": rate_out})
+        rates = cls(interface, index, namespace, {"in": rate_in, "out": rate_out})
         await rates._remove_leftover()
         try:
             if rates._everyone or is_needed:
@@ -163,7 +164,7 @@ class InterfaceRates:
 
     def _chains(self) -> Iterator[Chain]:
         for direction, hook in _HOOKS.items():
-            here = arriving_by(self._interface) if direction == "in" else leaving_by(self._interface)
+            here = arriving_by(self._index) if direction == "in" else leaving_by(self._index)
             side: Literal["source", "destination"] = "source" if direction == "in" else "destination"
             over = nft_limits.over_mapped_limit(f"{direction}-limits", f"{direction}-drops", side)
             rules = [Rule([here, over, counted()], "drop")]

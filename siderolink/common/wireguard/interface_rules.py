@@ -80,6 +80,8 @@ class InterfaceRules:
         """The counts of rules that have been replaced."""
         self.isolate = False
         self.open_ports: OpenPorts = None
+        self.index = 0
+        """The interface's index, to be set once it exists: its name may change, and the rules must still hold."""
 
     async def set(self, *, isolate: bool, open_ports: OpenPorts) -> None:
         """Replace the rules atomically. Raises DeviceUnavailableError; the old rules then stay."""
@@ -128,12 +130,12 @@ class InterfaceRules:
         return self._table
 
     def _chains(self, isolate: bool, open_ports: OpenPorts) -> list[Chain]:
-        here = arriving_by(self._interface)
+        here = arriving_by(self.index)
         chains = []
         if isolate:
             chains = [
                 Chain("prerouting", self._only_own(here, to_network), priority=_BEFORE_TRACKING),
-                Chain("postrouting", self._only_own(leaving_by(self._interface), from_network), priority=_LAST),
+                Chain("postrouting", self._only_own(leaving_by(self.index), from_network), priority=_LAST),
             ]
         if open_ports is not None:
             chains.append(Chain("input", list(_only_ports(here, open_ports)), priority=_BEFORE_FILTERS))

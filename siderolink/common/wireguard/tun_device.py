@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -61,6 +62,7 @@ class TunDevice(UserspaceDevice):
             stack.push_async_callback(rules.close)  # runs after the interface was closed
             # created inside the interface's namespace; the sockets are opened in this one
             tun = stack.enter_context(call_in(config.namespace, partial(Tun.open, config.name, config.mtu)))
+            rules.index = call_in(config.namespace, partial(socket.if_nametoindex, config.name))
             device = cls(config, tun, rules, on_event)
             stack.callback(device.close)
             await rules.set(isolate=False, open_ports=config.open_ports)
@@ -176,6 +178,7 @@ class TunDevice(UserspaceDevice):
         self.on_event(InterfaceLost(reason=str(error)))
 
     def _link_changed(self, link: NetworkLink) -> None:
+        self.name = self._tun.name = link.name
         if link.mtu != self.engine.mtu:
             self.plane.change_mtu(link.mtu)
             if self._tun.tso and self._monitor is not None:

@@ -32,13 +32,16 @@ _MOVES: Final = 10
 
 
 class TunMonitor:
-    """Calls `on_change` when the interface is set up or down or gets another MTU. Reading the interface shows its deletion."""
+    """Calls `on_change` when the interface is set up or down or gets another MTU or name.
+
+    Reading the interface shows its deletion.
+    """
 
     def __init__(self, tun_fd: int, on_change: Callable[[NetworkLink], None], namespace: str | None = None) -> None:
         """`namespace` is the interface's, if not the calling thread's. Raises OSError or ConfigurationError."""
         self._tun_fd = tun_fd
         self._on_change = on_change
-        self._last: tuple[bool, int] | None = None
+        self._last: tuple[bool, int, str] | None = None
         self._start(call_in(namespace, partial(_open_for, tun_fd)))
 
     def _start(self, opened: "_Opened") -> None:
@@ -67,8 +70,9 @@ class TunMonitor:
         self._monitor.set(attribute(_GSO_MAX_SIZE, size.to_bytes(4, "little")))
 
     def _changed(self, link: NetworkLink) -> None:
-        if (link.is_up, link.mtu) != self._last:
-            self._last = (link.is_up, link.mtu)
+        state = link.is_up, link.mtu, link.name
+        if state != self._last:
+            self._last = state
             self._on_change(link)
 
     def _follow(self) -> None:

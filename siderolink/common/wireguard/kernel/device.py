@@ -77,6 +77,7 @@ class KernelDevice:
             stack.enter_context(hold_name(config.name, config.namespace))
             rules = InterfaceRules(config.name, config.namespace, config.addresses, outlives_process=True)
             interface = await stack.enter_async_context(open_interface(config, rules))
+            rules.index = interface.index
             wireguard = stack.enter_context(closing(WireGuard(interface)))
             wireguard.configure(config)
             await rules.set(isolate=config.isolate, open_ports=config.open_ports)
@@ -88,6 +89,7 @@ class KernelDevice:
             rates = await stack.enter_async_context(
                 InterfaceRates.open(
                     config.name,
+                    interface.index,
                     config.namespace,
                     rate_in=config.rate_in,
                     rate_out=config.rate_out,
@@ -104,13 +106,14 @@ class KernelDevice:
 
     def _follow_link(self, interface: KernelInterface, stack: AsyncExitStack, on_event: OnDeviceEvent) -> None:
         def change(link: NetworkLink) -> None:
+            self.name = link.name
             self._peers.streams.set_mtu(link.mtu)
             if link.is_up:
                 self._port_may_have_changed()
 
         def lost() -> None:
             self._peers.looks.stop()
-            on_event(InterfaceLost(reason=f"the interface {interface.name} was deleted or moved by someone else"))
+            on_event(InterfaceLost(reason=f"the interface {self.name} was deleted or moved by someone else"))
 
         events = call_in(interface.namespace, partial(open_events, LINKS))
         stack.enter_context(closing(InterfaceMonitor(events, interface.index, change, lost)))
