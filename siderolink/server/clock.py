@@ -1,6 +1,7 @@
 """The server's clocks, which tests can replace and step by hand, and deadlines measured by them."""
 
 import heapq
+import logging
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
@@ -9,7 +10,15 @@ from typing import Generic, TypeVar
 
 import anyio
 
+from siderolink.common.clock_watch import boot_time
+
+log = logging.getLogger(__name__)
+
 K = TypeVar("K", bound=Hashable)
+
+
+CLOCK_ERROR = 60.0
+"""A stored time that is later than the present one by more than these seconds is from a clock that was ahead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +31,57 @@ class Clock:
     time: Callable[[], float] = time.time
     """The store's Unix time; with several servers, their database's."""
     sleep: Callable[[float], Awaitable[None]] = anyio.sleep
+
+
+class RetentionTime:
+    """Unix time by which old records are deleted: a jump forward counts only once the clock has kept it for a day.
+
+    Otherwise a clock that is wrong for a moment would delete everything.
+    """
+
+    JUMP_SECONDS = 3600.0
+    KEPT_SECONDS = 86_400.0
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = boot_time) -> None:
+        """`what` is deleted, for the log."""
+        self._what = what
+        self._clock = clock
+        self._monotonic = monotonic
+        self._offset = clock() - monotonic()
+        self._jumped_at: float | None = None
+
+    def __call__(self) -> float:
+        now = self._monotonic()
+        offset = self._clock() - now
+        if offset <= self._offset + self.JUMP_SECONDS or self._is_kept(now):
+            self._offset, self._jumped_at = offset, None
+        elif self._jumped_at is None:
+            self._jumped_at = now
+            log.warning(
+                "the clock was set forward by %.0f s: old %s are deleted by it only if it stays so for a day",
+                offset - self._offset,
+                self._what,
+            )
+        return now + self._offset
+
+    def _is_kept(self, now: float) -> bool:
+        return self._jumped_at is not None and now - self._jumped_at >= self.KEPT_SECONDS
+
+
+class SteadyTime:
+    """A clock that goes on at its pace where the given one is set back."""
+
+    def __init__(self, clock: Callable[[], float], monotonic: Callable[[], float] = boot_time) -> None:
+        self._clock = clock
+        self._monotonic = monotonic
+        self._last, self._at = clock(), monotonic()
+
+    def __call__(self) -> float:
+        now, at = self._clock(), self._monotonic()
+        expected = self._last + at - self._at
+        # less is an error of measuring a clock elsewhere, which must not add up
+        self._last, self._at = expected if now < expected - CLOCK_ERROR else now, at
+        return self._last
 
 
 class Deadlines(Generic[K]):

@@ -20,6 +20,7 @@ from siderolink.common.addressing import format_address
 from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.common.tasks import background_tasks, uninterrupted
 from siderolink.common.text import one_line, shared
+from siderolink.server.clock import RetentionTime
 from siderolink.server.events import (
     AdmissionChanged,
     ClaimRefused,
@@ -184,6 +185,7 @@ class History:
         self._find = find
         self._options = options
         self._known: dict[str, _Known] = {}
+        self._retention_time = RetentionTime("history entries", lambda: store.time())
         self._waiting = _Waiting(options.max_waiting)
         self._refusals = _Waiting(options.max_refusals)
         self._refusals_not_noted = 0
@@ -459,7 +461,7 @@ class History:
     async def prune(self) -> None:
         """Delete entries that are too old or too many. Raises StoreError."""
         options = self._options
-        since = self._store.time() - options.max_age
+        since = self._retention_time() - options.max_age
         bounds = HistoryBounds(since=since, per_machine=options.per_machine, total=options.total)
         self._pruned += await self._store.prune_history(bounds)
 

@@ -10,7 +10,7 @@ from siderolink.common.tasks import uninterrupted
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.server.admin.lists import Page, page_size, seq_of
 from siderolink.server.admin.names import require
-from siderolink.server.clock import Clock
+from siderolink.server.clock import Clock, RetentionTime
 from siderolink.server.store import Actor, AuditAdded, AuditEntry, AuditQuery, ChangesLost, Role, Store
 from siderolink.server.store.audit import EMBEDDER
 
@@ -35,6 +35,7 @@ class AuditLog:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
+        self._retention_time = RetentionTime("audit entries", clock.time, clock.monotonic)
         self._failures: OrderedDict[str, _Failures] = OrderedDict()
         self._samples = TokenBucket(_SAMPLES_PER_MINUTE / 60, _SAMPLES_PER_MINUTE)
 
@@ -131,7 +132,7 @@ class AuditLog:
 
     async def prune(self, seconds: float) -> int:
         """Remove entries older than `seconds`, in parts; returns how many."""
-        total, before = 0, self._clock.time() - seconds
+        total, before = 0, self._retention_time() - seconds
         while (removed := await self._store.prune_audit(before, _AT_ONCE)) > 0:
             total += removed
         return total

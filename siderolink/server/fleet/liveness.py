@@ -12,7 +12,7 @@ from siderolink.common.errors import SideroLinkError, StoreUnavailableError
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import CanShakeHands, Device, PeerStatus
 from siderolink.server.admission.rules import LinkLiveness
-from siderolink.server.clock import Clock
+from siderolink.server.clock import CLOCK_ERROR, Clock
 from siderolink.server.fleet.directory import Directory, MachineLink
 from siderolink.server.fleet.owners import Owners
 from siderolink.server.store import Machine, Ownership, Transaction
@@ -174,7 +174,8 @@ class Liveness:
             server = membership.get(owner.server_id)
             last = 0.0 if server is None else server.heartbeat_at
             heard_at = max(owner.heard_at, machine.seen_at or 0.0, machine.linked_at or 0.0, last, membership.outage_ended_at)
-        return max(0.0, self._clock.time() - heard_at)
+        since = self._clock.time() - heard_at
+        return self._clock.monotonic() - self._began_at if since < -CLOCK_ERROR else max(0.0, since)
 
     async def of(self, machine: Machine, transaction: Transaction | None = None) -> LinkLiveness:
         """The state of the machine's link, for a decision about its row.
@@ -205,13 +206,17 @@ class Liveness:
     def _unheard(self, machine: Machine) -> float | None:
         """Seconds since another server may have heard a machine that this one did not; None if its link was never proved.
 
-        Counted from this server's start or the store's last-seen time, whichever is later.
+        Counted from this server's start or the store's last-seen time, whichever is later; from the start if the clock has been
+        set back since, so that a row with a time in the future is not kept for as long.
         """
         if machine.linked_at is None:
             return None
         stored = max(machine.linked_at, machine.seen_at or 0.0)
-        since_stored = self._clock.monotonic() - self._began_at - (stored - self._began_unix)
-        return max(0.0, min(self._clock.monotonic() - self._began_at, since_stored))
+        since_start = self._clock.monotonic() - self._began_at
+        since_stored = since_start - (stored - self._began_unix)
+        if since_stored < 0:  # the clock has been set since this server's start, or since the time was stored
+            since_stored = self._clock.time() - stored
+        return since_start if since_stored < -CLOCK_ERROR else max(0.0, min(since_start, since_stored))
 
     def _said_goodbye(self, machine: Machine, link: MachineLink | None, silence: float | None) -> bool:
         if link is not None and link.goodbye_at is not None:

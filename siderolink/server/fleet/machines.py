@@ -17,7 +17,7 @@ from siderolink.server.admission.audit import machine_entry
 from siderolink.server.admission.request import Grant, JoinRequest, Rejection
 from siderolink.server.admission.rows import refusal
 from siderolink.server.admission.rules import Basis
-from siderolink.server.clock import Clock
+from siderolink.server.clock import Clock, RetentionTime
 from siderolink.server.events import AdmissionChanged, EventHub, LeaveReason, MachineJoined, UniqueTokenBound
 from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
 from siderolink.server.fleet.liveness import Liveness
@@ -56,6 +56,7 @@ class Machines:
         self._moves = moves
         self._events = events
         self._clock = clock
+        self._retention_time = RetentionTime("machines", clock.time, clock.monotonic)
 
     async def join(self, request: JoinRequest) -> Grant:
         """Admit a machine: store its row or claim, set up its peer, and register its virtual address.
@@ -169,7 +170,7 @@ class Machines:
 
     def _is_absent(self, machine: Machine, forget_after: float) -> bool:
         last = max(machine.seen_at or 0.0, machine.linked_at or 0.0, machine.joined_at)
-        return self._clock.time() - last >= forget_after
+        return self._retention_time() - last >= forget_after
 
     async def change(self, work: Callable[[Transaction], Awaitable[Machine]]) -> Machine:
         """Change a row in a transaction, and apply the change to the link."""

@@ -13,7 +13,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import is_placeholder
 from siderolink.common.wireguard import device as device_events
 from siderolink.common.wireguard.path import Path
-from siderolink.server.admission.admit import Admission
+from siderolink.server.admission.admit import CLAIM_SECONDS, Admission
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.clock import Clock, Deadlines
 from siderolink.server.events import DownReason, EventHub, HandshakeCompleted, LeaveReason, LinkDown
@@ -216,7 +216,8 @@ class Monitor:
         entry = link.machine.id if link.claim is None else link.claim.id
         if link.state is LinkState.PENDING:
             if link.machine.public_key != key_before or entry not in self._deadlines:
-                claim_seconds = 0.0 if link.claim is None else link.claim.expires_at - self._clock.time()
+                left = 0.0 if link.claim is None else link.claim.expires_at - self._clock.time()
+                claim_seconds = min(left, CLAIM_SECONDS)  # a clock that was set back would keep it for longer
                 seconds = self._limits.peer_without_handshake_timeout if link.claim is None else claim_seconds
                 self._set_deadline(entry, seconds)
             source = link.claim.source if link.claim is not None else link.source

@@ -20,8 +20,8 @@ from siderolink.common.grpc import mutual_tls
 from siderolink.common.keys import PrivateKey
 
 _INFO = b"siderolink: the root of servers that share a store, v1"
-_VALID_BEFORE, _VALID_AFTER = datetime.timedelta(days=30), datetime.timedelta(days=3650)
-"""Relative to this host's time. Generous: a certificate lives as long as its server process, and clocks may differ."""
+_VALID_FROM, _VALID_UNTIL = datetime.datetime(2000, 1, 1), datetime.datetime(9999, 12, 31, 23, 59, 59)
+"""No clock matters: a certificate is valid as long as its fingerprint is in the row of a live server."""
 
 
 def fingerprint(certificate: bytes) -> str:
@@ -59,7 +59,6 @@ class PeerIdentity:
 
 
 def _certificate(name: str, key: Ed25519PrivateKey, root_key: Ed25519PrivateKey, *, is_root: bool) -> x509.Certificate:
-    now = datetime.datetime.now(datetime.UTC)
     signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key())
     return (
         x509.CertificateBuilder()
@@ -67,8 +66,8 @@ def _certificate(name: str, key: Ed25519PrivateKey, root_key: Ed25519PrivateKey,
         .issuer_name(_name("siderolink servers"))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _VALID_BEFORE)
-        .not_valid_after(now + _VALID_AFTER)
+        .not_valid_before(_VALID_FROM)
+        .not_valid_after(_VALID_UNTIL)
         .add_extension(x509.BasicConstraints(ca=is_root, path_length=0 if is_root else None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(signer, critical=False)

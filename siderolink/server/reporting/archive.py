@@ -29,6 +29,7 @@ from typing import Final
 
 from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.common.queues import LineQueue
+from siderolink.server.clock import RetentionTime
 from siderolink.server.reporting.model import KeepOptions, KernelLine, LogLine, MachineEvent, ReportedEvent
 from siderolink.server.store import Machine
 
@@ -153,12 +154,12 @@ class Archive:
         self._queue: LineQueue[_Item] = LineQueue(max_items=QUEUE_ITEMS, max_bytes=QUEUE_BYTES)
         self._machines: OrderedDict[str, _MachineFiles] = OrderedDict()
         """By folder, in the order of their last reports."""
+        self._retention_time = RetentionTime("reports")
         self._lock = threading.Lock()
         """Held while files or the index change."""
         self._wake, self._hurry = threading.Event(), threading.Event()
         self._folder = -1
-        self._failure = ""
-        self._unreported = 0
+        self._failure, self._unreported = "", 0
         self._thread = threading.Thread(target=self._run, name="siderolink kept reports", daemon=True)
         self.size = 0
         """Total bytes of all files."""
@@ -184,7 +185,7 @@ class Archive:
             self._release()
             raise ConfigurationError(f"cannot keep reports in {path}: {error.strerror}") from None
         self._load()
-        self._tidy(time.time())
+        self._tidy(self._retention_time())
         self._thread.start()
 
     def close(self) -> None:
@@ -235,7 +236,7 @@ class Archive:
                     is_open = self._drain()
                     if time.monotonic() - tidied_at >= TIDY_SECONDS:
                         tidied_at = time.monotonic()
-                        self._tidy(time.time())
+                        self._tidy(self._retention_time())
             except Exception:  # one faulty report must not stop the thread
                 log.exception("keeping reports failed; continuing with the next ones")
             if not is_open:

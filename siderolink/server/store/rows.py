@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
+from siderolink.server.clock import CLOCK_ERROR
 from siderolink.server.store.tokens import GIVEN_TOKEN, TunnelSetting
 
 
@@ -160,9 +161,12 @@ class LastSeen:
         )
 
     def of(self, machine: Machine) -> Machine:
-        """The machine's row with this note applied. A note older than the row changes nothing."""
-        if machine.seen_at is not None and machine.seen_at > self.seen_at:
+        """The machine's row with this note applied. A note older than the row changes nothing, unless a clock was set back."""
+        ahead = self.seen_at + CLOCK_ERROR
+        if machine.seen_at is not None and self.seen_at < machine.seen_at <= ahead:
             return machine
+        if machine.goodbye_at is not None and machine.goodbye_at > ahead:
+            machine = replace(machine, goodbye_at=None)
         return replace(
             machine,
             last_endpoint=self.endpoint,

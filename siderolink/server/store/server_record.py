@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey
+from siderolink.server.clock import SteadyTime
 from siderolink.server.store import ServerRecord, Store, Transaction
 from siderolink.server.store.sealing import SERVER_KEY, is_sealed
 
@@ -69,7 +70,8 @@ def common_timestamps(record: ServerRecord | Recalled, store: Store) -> "CommonT
     """Handshake timestamps of a key that servers share, by the store's clock. The stored mark may come from another clock."""
     from siderolink.common.wireguard.noise.tai64n import CommonTimestamps
 
-    return CommonTimestamps(lambda: int(store.time() * 1e9), record.timestamp_mark)
+    steady = SteadyTime(store.time)  # machines accept no timestamps from before a correction of the database's clock
+    return CommonTimestamps(lambda: int(steady() * 1e9), record.timestamp_mark)
 
 
 def resume_timestamps(record: ServerRecord | Recalled) -> "Timestamps":

@@ -381,6 +381,16 @@ async def test_a_late_note_overwrites_no_newer_one(store: Store) -> None:
     assert (row.last_endpoint, row.seen_at, row.last_source) == ("192.0.2.7:2", 6.0, "192.0.2.7")
 
 
+async def test_a_note_replaces_times_of_a_clock_that_was_ahead(store: Store) -> None:
+    await store.transact(work_of("insert", machine(1, 1)))
+    ahead = LastSeen(endpoint="192.0.2.7:2", seen_at=1e9, handshake_at=1e9, goodbye_at=1e9)
+    await store.transact(lambda transaction: transaction.note({"1": ahead}))
+    seen = LastSeen(endpoint="192.0.2.7:1", seen_at=5.0, handshake_at=4.0)
+    await store.transact(lambda transaction: transaction.note({"1": seen}))
+    [row] = [row async for row in store.machines()]
+    assert (row.last_endpoint, row.seen_at, row.last_handshake_at, row.goodbye_at) == ("192.0.2.7:1", 5.0, 4.0, None)
+
+
 def claim(number: int, machine_id: str = "1", *, created_at: float = 0.0) -> Claim:
     return Claim(
         id=f"claim-{number}",

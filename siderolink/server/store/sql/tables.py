@@ -22,6 +22,7 @@ from sqlalchemy import (
     Update,
     and_,
     bindparam,
+    case,
     delete,
     false,
     func,
@@ -32,6 +33,7 @@ from sqlalchemy import (
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PublicKey
+from siderolink.server.clock import CLOCK_ERROR
 from siderolink.server.store.audit import Principal
 from siderolink.server.store.ownership import FleetServer, Ownership
 from siderolink.server.store.rows import (
@@ -293,17 +295,20 @@ def cells(row: Machine | Claim | JoinToken | TokenUse | Principal | Ownership, t
 
 def note() -> Update:
     """Notes when one machine was last seen; takes the result of `note_values`."""
-    row = machines.c
+    row, ahead = machines.c, bindparam("ahead", type_=Float)
     return (
         update(machines)
         .values(
             last_endpoint=bindparam("endpoint", type_=Text),
             last_handshake_at=func.coalesce(bindparam("handshake", type_=Float), row.last_handshake_at),
             last_source=func.coalesce(bindparam("source", type_=Text), row.last_source),
-            goodbye_at=func.coalesce(bindparam("goodbye", type_=Float), row.goodbye_at),
+            goodbye_at=func.coalesce(bindparam("goodbye", type_=Float), case((row.goodbye_at <= ahead, row.goodbye_at))),
             seen_at=bindparam("at", type_=Float),
         )
-        .where(row.id == bindparam("machine"), or_(row.seen_at.is_(None), row.seen_at <= bindparam("seen_before")))
+        .where(
+            row.id == bindparam("machine"),
+            or_(row.seen_at.is_(None), row.seen_at <= bindparam("seen_before"), row.seen_at > ahead),
+        )
     )
 
 
@@ -317,6 +322,7 @@ def note_values(seen: Mapping[str, LastSeen]) -> list[dict[str, object]]:
             "goodbye": one.goodbye_at,
             "at": one.seen_at,
             "seen_before": one.seen_at,
+            "ahead": one.seen_at + CLOCK_ERROR,
         }
         for machine_id, one in sorted(seen.items())
     ]
