@@ -34,6 +34,7 @@ from siderolink.common.errors import (
     SideroLinkError,
     StoreError,
     StoreFullError,
+    StoreReadOnlyError,
     StoreUnavailableError,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "SideroLinkError",
     "StoreError",
     "StoreFullError",
+    "StoreReadOnlyError",
     "StoreUnavailableError",
     "connect",
 ]

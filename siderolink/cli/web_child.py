@@ -10,7 +10,7 @@ from subprocess import PIPE
 import anyio
 
 from siderolink.cli.serve_config import ServeConfig
-from siderolink.common.errors import ConfigurationError, SideroLinkError
+from siderolink.common.errors import ConfigurationError, HostError, SideroLinkError
 
 
 def check_page() -> None:
@@ -38,7 +38,13 @@ async def keep_page(options: ServeConfig, socket: Path) -> None:
     """Run `siderolink web` as a child until cancelled. Raises SideroLinkError if it exits by itself."""
     command = [sys.executable, "-m", "siderolink", "web", "--with-parent", *page_arguments(options, socket)]
     environment = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
-    async with await anyio.open_process(command, stdin=PIPE, stdout=None, stderr=None, env=environment) as process:
+    try:
+        child = await anyio.open_process(command, stdin=PIPE, stdout=None, stderr=None, env=environment)
+    except BlockingIOError:
+        raise HostError(
+            "this user may start no more processes; raise the limit: `ulimit -u`, or TasksMax= of the systemd unit"
+        ) from None
+    async with child as process:
         try:
             status = await process.wait()
         finally:

@@ -84,6 +84,10 @@ class StoreUnavailableError(StoreError):
     """Raised when the database does not answer. The operation may be repeated; it may also have succeeded."""
 
 
+class StoreReadOnlyError(StoreUnavailableError):
+    """Raised when the store can be read at most: a read-only database, a failing disk, a state file that was taken away."""
+
+
 class StoreFullError(StoreError):
     """Raised when the store cannot grow because the disk is full. Nothing was changed."""
 
@@ -120,6 +124,8 @@ def host_error(error: BaseException) -> HostError | None:
         return found[0] if all(found) else None
     if isinstance(error, MemoryError):
         return HostError(_SHORTAGES[errno.ENOMEM])
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):
+        return HostError(f"{_SHORTAGES[errno.ENOMEM]} to load {error.name or 'a library'}")
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return HostError(
             "this process may start no more threads; raise its limit: `ulimit -u`, or TasksMax= of its systemd unit"

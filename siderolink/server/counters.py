@@ -27,7 +27,7 @@ from siderolink.server.store.measured import MeasuredStore, StoreCounters
 STORE_TIMEOUT: Final = 2.0
 """Time limit in seconds for the store's answer to a health check."""
 FULL_FOR: Final = 60.0
-"""How long, in seconds, a store is reported as full after a write failed for lack of space."""
+"""How long, in seconds, a store is reported as full or read-only after a write failed for that reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,8 +202,8 @@ def _check_listener(parts: Parts) -> HealthCheck:
 
 
 async def _check_store(store: MeasuredStore) -> HealthCheck:
-    if store.full_at is not None and time.monotonic() - store.full_at < FULL_FOR:
-        return HealthCheck(name="store", is_good=False, text="the state's disk is full: no new machine can join")
+    if store.refused_at is not None and time.monotonic() - store.refused_at < FULL_FOR:
+        return HealthCheck(name="store", is_good=False, text=f"no new machine can join: {store.refusal}")
     try:
         with anyio.fail_after(STORE_TIMEOUT):
             await store.transact(lambda transaction: transaction.server())

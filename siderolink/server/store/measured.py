@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from siderolink.common.errors import StoreError, StoreFullError
+from siderolink.common.errors import StoreError, StoreFullError, StoreReadOnlyError
 from siderolink.common.histogram import Histogram
 from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Store, Work
@@ -46,8 +46,10 @@ class MeasuredStore:
         self._store = store
         self._latencies = Histogram(LATENCY_BOUNDS)
         self._failures = 0
-        self.full_at: float | None = None
-        """When the store last was full, on the monotonic clock."""
+        self.refused_at: float | None = None
+        """When the store last could not take changes because it was full or read-only, on the monotonic clock."""
+        self.refusal = ""
+        """Why."""
 
     @property
     def kind(self) -> str:
@@ -84,8 +86,8 @@ class MeasuredStore:
             return await transaction
         except StoreError as error:
             self._failures += 1
-            if isinstance(error, StoreFullError):
-                self.full_at = time.monotonic()
+            if isinstance(error, StoreFullError | StoreReadOnlyError):
+                self.refused_at, self.refusal = time.monotonic(), str(error)
             raise
         finally:
             self._latencies.add(time.perf_counter() - began_at)

@@ -254,7 +254,7 @@ async def test_a_store_is_measured() -> None:
         await store.transact(work)
     found = measured.counters()
     assert (found.count, found.failures) == (3, 2)
-    assert measured.full_at is not None
+    assert (measured.refused_at is not None, measured.refusal) == (True, "no room")
     assert found.seconds > 0
 
 

@@ -24,7 +24,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect
 
 from siderolink.cli.state_copy import put
-from siderolink.common.errors import StoreError, StoreFullError
+from siderolink.common.errors import StoreError, StoreFullError, StoreUnavailableError
 from siderolink.common.private_files import create_private, draft_of
 from siderolink.server.store import Ban, Machine, UniqueViolationError
 from siderolink.server.store.sql import SqlStore, tables
@@ -260,6 +260,24 @@ async def test_a_copy_is_whole_and_never_replaces_anything(tmp_path: Path) -> No
             await store.backup(copy)
         rows = [row async for row in store.machines()]
     assert await fill(copy, 0) == rows
+
+
+@pytest.mark.parametrize("by", ["deleting", "replacing"])
+async def test_a_file_that_another_program_took_away_is_told_and_can_be_saved(tmp_path: Path, by: str) -> None:
+    path, copy = tmp_path / "state", tmp_path / "copy"
+    async with SqlStore.open(path) as store:
+        await store.transact(work_of("insert", machine(1, 1)))
+        if by == "deleting":
+            path.unlink()
+        else:
+            shutil.copy(path, tmp_path / "other")
+            (tmp_path / "other").replace(path)
+        with pytest.raises(StoreUnavailableError, match="was deleted or replaced .* so nothing is stored; save its content"):
+            await store.transact(work_of("insert", machine(2, 2, overlay=2)))
+        assert await store.transact(lambda transaction: transaction.machine("1")) is not None
+        await store.backup(copy)
+    async with SqlStore.open(copy) as saved:
+        assert [row.id async for row in saved.machines()] == ["1"]
 
 
 async def test_many_rows_are_read_in_pages(tmp_path: Path) -> None:

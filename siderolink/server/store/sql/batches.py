@@ -101,8 +101,12 @@ class Batches:
     connection is shared.
     """
 
-    def __init__(self, driver: aiosqlite.Connection, on_changes: Callable[[Sequence[Change]], None]) -> None:
+    def __init__(
+        self, driver: aiosqlite.Connection, on_changes: Callable[[Sequence[Change]], None], may_write: Callable[[], None]
+    ) -> None:
+        """`may_write` raises StoreError if nothing can be stored at the moment."""
         self._driver = driver
+        self._may_write = may_write
         self._on_changes = on_changes
         self._waiting: deque[_Job] = deque()
         self._wake = asyncio.Event()
@@ -198,6 +202,7 @@ class Batches:
             taken, put_off = _settle(jobs)
             changed = [job.transaction for job in taken if job.error is None and job.transaction.has_written]
             if changed:
+                self._may_write()
                 await _write(self._driver, changed)
                 await self._driver.commit()
         except BaseException:

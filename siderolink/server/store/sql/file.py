@@ -36,7 +36,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.types import TypeEngine
 
-from siderolink.common.errors import StoreError, StoreFullError
+from siderolink.common.errors import StoreError, StoreFullError, StoreReadOnlyError
 from siderolink.common.private_files import create_private, remove_drafts
 from siderolink.common.tasks import to_its_end
 from siderolink.common.text import one_line
@@ -58,6 +58,8 @@ _STORAGE: list[tuple[type[TypeEngine[Any]], list[str]]] = [
 _HEADER_BYTES = 100
 _PAGE_BYTES = 4096
 _FULL = "database or disk is full"
+_FAILING = ("disk I/O error", "readonly database", "unable to open database file")
+"""Parts of SQLite's messages about a disk that fails, or that was mounted read-only."""
 _VERSIONS = "alembic_version"
 _DAMAGE = ("malformed", "not a database", "no such table", "no such column", "already exists", "duplicate column")
 """Parts of SQLite's messages about a file that is damaged or was not written by this program."""
@@ -121,6 +123,31 @@ def _open_or_create(path: Path) -> int | None:
         except FileExistsError:  # another start was faster
             return os.open(path, flags)
     return None
+
+
+class Place:
+    """Where an open state file is: another program may delete it, or put another one there."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises StoreError if there is no file."""
+        self._path = path
+        self._file = self._found()
+        self.check()
+
+    def check(self) -> None:
+        """Raises StoreReadOnlyError if what is written now would be lost at the end of this process."""
+        if self._file is None or self._found() != self._file:
+            raise StoreReadOnlyError(
+                f"the state file {self._path} was deleted or replaced by another program while it was open, so nothing is "
+                "stored; save its content with `siderolink state backup`, stop the server, and use `siderolink state restore`"
+            )
+
+    def _found(self) -> tuple[int, int] | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
 
 @asynccontextmanager
@@ -241,13 +268,15 @@ def _storage(column: Column[Any]) -> list[str]:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Translate database errors to StoreFullError or StoreError. No message contains a row's values."""
+    """Translate database errors to StoreFullError, StoreReadOnlyError or StoreError. No message contains a row's values."""
     try:
         yield
     except (DBAPIError, sqlite3.Error) as error:
         reason = one_line(str(error.orig if isinstance(error, DBAPIError) else error))
         if _FULL in reason:
             raise StoreFullError("the state cannot be written: the disk is full") from error
+        if any(sign in reason for sign in _FAILING):
+            raise StoreReadOnlyError(f"the state cannot be read or written: {reason}; check its disk") from error
         raise StoreError(f"the state cannot be read or written: {reason}") from error
     except (SQLAlchemyError, UnicodeError, OverflowError) as error:  # the last two: a value that no column can hold
         raise StoreError(f"the state cannot be read or written: {type(error).__name__}") from error

@@ -17,7 +17,7 @@ from siderolink.server.store.base import Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
 from siderolink.server.store.sealing import KeyFile, Sealer, StateKey, key_file_beside
 from siderolink.server.store.sql.batches import Batches
-from siderolink.server.store.sql.file import CLOSE_SECONDS, open_file
+from siderolink.server.store.sql.file import CLOSE_SECONDS, Place, open_file
 from siderolink.server.store.sql.reads import Reads
 
 T = TypeVar("T")
@@ -29,13 +29,15 @@ class SqlStore(Reads):
     kind = "sqlite"
     is_shared = False
 
-    def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection, feed_limit: int, key: StateKey) -> None:
+    def __init__(
+        self, connection: AsyncConnection, driver: aiosqlite.Connection, place: Place, feed_limit: int, key: StateKey
+    ) -> None:
         """Use `open`."""
         self.sealer = Sealer(key)
         self._connection = connection
         self._driver = driver
         self._feeds = Feeds(feed_limit)
-        self._batches = Batches(driver, self._feeds.publish)
+        self._batches = Batches(driver, self._feeds.publish, place.check)
         self._running = anyio.CancelScope(shield=True)
 
     @classmethod
@@ -52,7 +54,7 @@ class SqlStore(Reads):
         async with open_file(Path(path)) as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert isinstance(driver, aiosqlite.Connection)
-            store = cls(connection, driver, feed_limit, key or KeyFile(key_file_beside(Path(path))))
+            store = cls(connection, driver, Place(Path(path)), feed_limit, key or KeyFile(key_file_beside(Path(path))))
             async with background_tasks() as tasks:
                 tasks.start_soon(store._run, name="siderolink store")
                 try:

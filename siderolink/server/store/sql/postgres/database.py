@@ -24,10 +24,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from siderolink.common.errors import ConfigurationError, StoreError, StoreFullError, StoreUnavailableError
+from siderolink.common.errors import ConfigurationError, StoreError, StoreFullError, StoreReadOnlyError, StoreUnavailableError
 from siderolink.common.tasks import to_its_end
 from siderolink.common.text import one_line
 from siderolink.server.store.sql.schema import HEAD, USABLE_SINCE, upgrade
+from siderolink.server.store.sql.tables import metadata
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,10 @@ _RETRIED = {"40001", "40P01", _NOT_UNIQUE, "22012"}
 _PREPARE_AFTER = 2
 """Number of executions after which a connection prepares a statement."""
 _NO_SPACE = "53100"
-# connection errors: too many connections, not ready, cancelled, shutting down, a standby, and a pooler's own errors
-_AWAY = ("08", "53300", "55", "57", "25006")
+_READ_ONLY = "25006"  # a standby, or default_transaction_read_only
+# connection errors: too many connections, not ready, cancelled, shutting down, a pooler's own errors; too little memory or
+# another resource; a session that Postgres ended because it was idle in a transaction, or in one for too long
+_AWAY = ("08", "53", "55", "57", "25P03", "25P04")
 
 
 class ContendedError(Exception):
@@ -130,7 +133,7 @@ def describe(url: URL) -> str:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Translate database errors to ContendedError, StoreUnavailableError, StoreFullError or StoreError.
+    """Translate database errors to ContendedError, StoreUnavailableError, StoreReadOnlyError, StoreFullError or StoreError.
 
     No message contains a row's values.
     """
@@ -164,6 +167,8 @@ def _translate(error: Exception) -> Exception:
         return ContendedError(reason, is_unique=state == _NOT_UNIQUE)
     if state == _NO_SPACE:
         return StoreFullError("the state cannot grow: the database's disk is full")
+    if state == _READ_ONLY:
+        return StoreReadOnlyError(f"the database takes no changes: {reason}")
     is_refused_here = isinstance(cause, DataError) and not state  # a text that Postgres cannot hold
     if is_lost or not (state or is_refused_here) or state.startswith(_AWAY):
         return StoreUnavailableError(f"the database does not answer: {reason}")
@@ -311,15 +316,34 @@ class Database:
         names = inspect(connection).get_table_names()
         if names and "alembic_version" not in names:
             raise StoreError(f"{self.name} contains other data; it was not changed. Give siderolink a database of its own")
-        version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if names else None
+        version = self._version(connection) if names else None
         if names and version != HEAD and _is_usable(connection):
             log.warning("%s has the schema of a newer release, which this one can use", self.name)
         elif version != HEAD:
             upgrade(connection, version, self.name)
             connection.execute(text("UPDATE feed SET usable_since = :since"), {"since": USABLE_SINCE})
+        self._check(connection)
         # After restoring a dump from another cluster, transaction ids start lower: old changes would be read as new.
         connection.execute(text("DELETE FROM changes WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())"))
         connection.execute(text("UPDATE feed SET pruned = '0' WHERE pruned >= pg_snapshot_xmax(pg_current_snapshot())"))
+
+    def _version(self, connection: Connection) -> str:
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all()
+        if len(found) != 1:
+            raise self._damaged(f"the table alembic_version, which records its schema, has {len(found)} rows instead of one")
+        return str(found[0])
+
+    def _check(self, connection: Connection) -> None:
+        """Find tables and columns that were lost, such as by a dump that was restored in part. Raises StoreError."""
+        asked = "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = current_schema()"
+        found = {tuple(row) for row in connection.execute(text(asked))}
+        for table in metadata.sorted_tables:
+            missing = sorted(column.name for column in table.columns if (table.name, column.name) not in found)
+            if missing:
+                raise self._damaged(f"its table {table.name} lacks the column {missing[0]}, or is missing")
+
+    def _damaged(self, reason: str) -> StoreError:
+        return StoreError(f"{self.name} is damaged; it was not changed: {reason}; restore a dump, or give an empty database")
 
 
 async def connect(*address: str, **arguments: Any) -> Driver:
