@@ -1,5 +1,6 @@
 """Moves the state between a file and a database while no server uses either."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import anyio
 from siderolink.cli.output import show
 from siderolink.cli.serving import StoreAddress, key_of_database, open_state, state_key, store_address
 from siderolink.common.errors import ConfigurationError, StoreError
+from siderolink.common.private_files import draft_of, give_name, sync_directory_of
 from siderolink.server.store import (
     AuditEntry,
     AuditQuery,
@@ -20,7 +22,7 @@ from siderolink.server.store import (
     Transaction,
 )
 from siderolink.server.store.rekeying import reseal_machine, reseal_record, reseal_token
-from siderolink.server.store.sealing import StateKey, key_file_beside
+from siderolink.server.store.sealing import KeyFile, StateKey, key_file_beside
 
 _AT_ONCE = 256
 
@@ -54,24 +56,48 @@ def _key_of(place: Path | StoreAddress, key: StateKey | None) -> StateKey | None
     return None if has_own else key
 
 
-def _remove_file(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm", ".key"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
-
-
 async def _migrate(source: Path | StoreAddress, target: Path | StoreAddress, key: StateKey | None) -> int:
     """A given key applies to the database, and to the file unless the file has its own key beside it."""
     async with open_state(source, _key_of(source, key)) as old:
         record = await old.transact(lambda transaction: transaction.server())
         if record is None:
             raise StoreError(f"{source} contains no server")
-        try:
-            async with open_state(target, _key_of(target, key)) as new:
-                return await _copy(old, new, record, str(target))
-        except BaseException:
-            if isinstance(target, Path):
-                _remove_file(target)
-            raise
+        if isinstance(target, Path):
+            return await _copy_to_file(old, record, target, _key_of(target, key))
+        async with open_state(target, key) as new:
+            return await _copy(old, new, record, str(target))
+
+
+async def _copy_to_file(old: Store, record: ServerRecord, target: Path, key: StateKey | None) -> int:
+    """The file appears once it is complete. What a killed copy leaves is removed by the next writer (`remove_drafts`)."""
+    own = key_file_beside(target)
+    makes_key, draft = key is None and not own.exists(), draft_of(target)
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        async with open_state(draft, key or KeyFile(own)) as new:
+            count = await _copy(old, new, record, str(target))
+        _put(draft, target)
+        return count
+    except BaseException as error:
+        if makes_key:
+            own.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ConfigurationError(f"{target} cannot be created: {error.strerror}") from None
+        raise
+    finally:
+        _remove(draft)
+
+
+def _put(draft: Path, target: Path) -> None:
+    if Path(f"{draft}-wal").exists():
+        raise StoreError(f"{target} was not created: writing it took too long; try again")
+    give_name(draft, target)
+    sync_directory_of(target)
+
+
+def _remove(draft: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{draft}{suffix}").unlink(missing_ok=True)
 
 
 async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> int:
@@ -81,7 +107,7 @@ async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> in
     left = [machine.id async for machine in new.machines()]
     for first in range(0, len(left), _AT_ONCE):
         ids = left[first : first + _AT_ONCE]
-        await new.transact(lambda transaction, ids=ids: _remove(transaction, ids))  # type: ignore[misc]
+        await new.transact(lambda transaction, ids=ids: _remove_machines(transaction, ids))  # type: ignore[misc]
     count = 0
     page: list[Machine] = []
     async for machine in old.machines():
@@ -142,6 +168,8 @@ async def _copy_history(old: Store, new: Store) -> None:
 
 async def _copy_audit(old: Store, new: Store) -> None:
     """The entries get new numbers, in the same order."""
+    while await new.prune_audit(math.inf, _AT_ONCE):  # of a copy that was killed
+        pass
     last = 0
     while page := await old.audit_entries(AuditQuery(after_seq=last, newest_first=False, limit=_AT_ONCE)):
         await new.transact(lambda transaction, page=page: _add_audit(transaction, page))  # type: ignore[misc]
@@ -163,6 +191,6 @@ async def _add(transaction: Transaction, machines: Sequence[Machine]) -> int:
     return len(machines)
 
 
-async def _remove(transaction: Transaction, ids: Sequence[str]) -> None:
+async def _remove_machines(transaction: Transaction, ids: Sequence[str]) -> None:
     for machine_id in ids:
         await transaction.delete(machine_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from siderolink.common.errors import ConfigurationError
 
-__all__ = ["create_private", "draft_of", "read_private", "remove_drafts", "replace_private", "sync_directory_of"]
+__all__ = ["create_private", "draft_of", "give_name", "read_private", "remove_drafts", "replace_private", "sync_directory_of"]
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 """The errors of file systems without hard links, and of AppArmor and SELinux where they do not permit them (EACCES)."""
@@ -30,7 +30,7 @@ def create_private(path: Path, data: bytes) -> None:
             raise
         except OSError:  # a file system without nameless files, or no /proc
             with _draft(path, data) as draft:
-                _give_name(draft, path)
+                give_name(draft, path)
         _sync(directory)
 
 
@@ -106,7 +106,8 @@ def _draft(path: Path, data: bytes) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def _give_name(draft: Path, path: Path) -> None:
+def give_name(draft: Path, path: Path) -> None:
+    """Give a complete draft its name. Raises OSError; FileExistsError if there is such a file, which is left unchanged."""
     try:
         os.link(draft, path)
     except OSError as error:
