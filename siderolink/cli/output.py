@@ -7,10 +7,12 @@ import errno
 import json
 import os
 import select
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 from siderolink.common.errors import SideroLinkError
@@ -25,7 +27,8 @@ MAX_BYTES = 8 * 1024 * 1024
 _AT_ONCE = 256
 _TICK_SECONDS = 1.0
 _GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ECONNRESET)
-"""Permanent write errors; others, such as a full disk, may be temporary."""
+"""Permanent write errors, EIO that of a terminal; others, such as a full disk or a file's EIO, may be temporary."""
+_NEWLINE = 10
 
 
 class LineWriter(Generic[T]):
@@ -56,6 +59,10 @@ class LineWriter(Generic[T]):
         self._told_lost = 0
         self._failure: OSError | None = None
         self._is_gone = False
+        self._is_torn = False
+        """Whether a failure left the last line incomplete."""
+        self._written = 0
+        """Number of complete lines of the present batch that were written before it failed."""
         self._last: Sequence[T] = ()
 
     @property
@@ -98,15 +105,16 @@ class LineWriter(Generic[T]):
         if self._is_gone:
             self._unwritten += len(items)
             return
-        told_lost = self._told_lost
+        told_lost, self._written = self._told_lost, 0
         lines = [*self._notices(), *map(self._rendered, items)]
         if not lines:
             return
         try:
             self._send(lines)
         except OSError as error:
-            self._unwritten += len(items)
-            self._told_lost = told_lost
+            self._unwritten += min(len(items), len(lines) - self._written)
+            if not self._written:
+                self._told_lost = told_lost
             self._fail(error)
         else:
             self._failure = None
@@ -126,16 +134,26 @@ class LineWriter(Generic[T]):
         return [self._rendered(self._notice(f"{lost} log records were lost: standard output did not accept them"))]
 
     def _write(self, lines: Sequence[bytes]) -> None:
-        rest = memoryview(b"".join(lines))
-        while rest:
-            try:
-                rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # another process made the shared descriptor non-blocking
-                select.select([], [self._descriptor], [])
+        end = b"\n" if self._is_torn else b""
+        rest = memoryview(end + b"".join(lines))
+        try:
+            while rest:
+                try:
+                    count = os.write(self._descriptor, rest)
+                except BlockingIOError:  # another process made the shared descriptor non-blocking
+                    select.select([], [self._descriptor], [])
+                    continue
+                self._is_torn = rest[count - 1] != _NEWLINE
+                rest = rest[count:]
+        except OSError:
+            done = sum(map(len, lines)) - len(rest)
+            self._written = sum(1 for total in accumulate(map(len, lines)) if total <= done)
+            raise
 
     def _fail(self, error: OSError) -> None:
         """Report it on standard error, once per series of failures."""
-        self._is_gone = error.errno in _GONE
+        is_file = error.errno == errno.EIO and stat.S_ISREG(os.fstat(self._descriptor).st_mode)
+        self._is_gone = error.errno in _GONE and not is_file
         if self._failure is None and self._descriptor != 2:
             what = "is closed, nothing more is logged" if self._is_gone else "fails, log records are lost"
             try:

@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -112,6 +114,58 @@ def test_a_writer_without_a_reader_says_so_once(capfd: pytest.CaptureFixture[str
     assert capfd.readouterr().err == (
         "siderolink: standard output is closed, nothing more is logged: Broken pipe; the program continues\n"
     )
+
+
+def test_a_disk_that_fails_for_a_while_loses_only_what_was_written_then(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel answers EIO to a write where this process has no memory."""
+    descriptor = os.open("/proc/self/mem", os.O_WRONLY)
+    writer: LineWriter[str] = LineWriter(descriptor, lambda text: f"{text}\n".encode(), notice=lambda text: text)
+    writer.put("lost", 10)
+    wait_for(lambda: writer.lost == 1)
+    sound = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(sound, descriptor)
+    os.close(sound)
+    writer.put("written", 10)
+    writer.stop(10)
+    os.close(descriptor)
+    notice = "1 log records were lost: standard output did not accept them"
+    assert (tmp_path / "log").read_text().splitlines() == [notice, "written"]
+    assert capfd.readouterr().err == (
+        "siderolink: standard output fails, log records are lost: Input/output error; the program continues\n"
+    )
+
+
+def test_a_line_that_a_full_disk_cut_off_swallows_none_of_the_next(tmp_path: Path) -> None:
+    """A limit of the file's size stands for the disk's: part of a write succeeds, the next one fails."""
+    descriptor = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    queued = threading.Event()
+
+    def render(text: str) -> bytes:
+        queued.wait(30)  # so that the lines are one batch
+        return f"{text}\n".encode()
+
+    writer: LineWriter[str] = LineWriter(descriptor, render, notice=lambda text: text)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (25, hard))
+    try:
+        for number in range(4):
+            writer.put(f"line {number} ..", 10)  # ten bytes
+        queued.set()
+        wait_for(lambda: writer.lost > 0)
+        lost = writer.lost
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    writer.put("after", 10)
+    writer.stop(10)
+    os.close(descriptor)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[:2] == ["line 0 ..", "line 1 .."]
+    assert lines[2] == "line "
+    assert lines[-2:] == [f"{lost} log records were lost: standard output did not accept them", "after"]
+    assert len(lines) == 5
+    assert lost == 2
 
 
 def test_a_descriptor_that_somebody_made_nonblocking_gets_all() -> None:
