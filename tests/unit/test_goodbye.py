@@ -16,6 +16,9 @@ from siderolink.common.goodbye import GOODBYE_BYTES, MOVE_SECONDS, Goodbye, Move
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import is_placeholder, parse_uuid
 from siderolink.common.tasks import background_tasks
+from siderolink.server.events import LeaveReason
+from siderolink.server.fleet.goodbyes import Goodbyes
+from tests.support.manager import FakeMachine, Manager
 from tests.support.postgres import free_port
 
 KEY = PublicKey(bytes(range(32)))
@@ -101,3 +104,23 @@ async def test_many_moves_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> No
                     await anyio.sleep(0.01)
             assert anyio.current_time() - began >= MOVE_SECONDS
     assert heard == [KEY, KEY]
+
+
+@pytest.mark.anyio
+async def test_a_machine_that_asks_often_to_be_forgotten_is_removed_once() -> None:
+    manager, machine, removed = Manager(), FakeMachine(), list[str]()
+    await manager.join(machine)
+    await manager.handshake(machine)
+
+    async def remove(machine_id: str, reason: LeaveReason) -> bool:
+        removed.append(machine_id)
+        await anyio.sleep(0.01)  # a database takes a moment
+        return await manager.machines.remove(machine_id, reason)
+
+    goodbyes = Goodbyes(manager.links, manager.monitor, remove)
+    goodbye = Goodbye(public_key=machine.key, forget=True)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(100):
+            tasks.start_soon(goodbyes.forget, goodbye)
+    assert len(removed) == 1
+    assert await manager.machines.find(machine.node_uuid) is None

@@ -33,6 +33,8 @@ class Goodbyes:
         self._monitor = monitor
         self._remove = remove
         self._socket: socket.socket | None = None
+        self._leaving: set[PublicKey] = set()
+        """The keys of machines that are being removed."""
 
     async def run(self, address: IPv6Address, interface: str, namespace: str | None) -> None:
         """Listen until cancelled. If that is not possible, machines are detected as down only by their silence."""
@@ -81,9 +83,18 @@ class Goodbyes:
         return goodbye
 
     async def forget(self, goodbye: Goodbye) -> None:
-        """Remove the machine at its request, after a delay for the answer to be sent."""
-        await anyio.sleep(_ANSWER_SECONDS)
-        link = self._directory.by_key(goodbye.public_key)
+        """Remove the machine at its request, after a delay for the answer to be sent. Repeated requests cause one removal."""
+        if goodbye.public_key in self._leaving:
+            return
+        self._leaving.add(goodbye.public_key)
+        try:
+            await anyio.sleep(_ANSWER_SECONDS)
+            await self._remove_machine(goodbye.public_key)
+        finally:
+            self._leaving.discard(goodbye.public_key)
+
+    async def _remove_machine(self, public_key: PublicKey) -> None:
+        link = self._directory.by_key(public_key)
         if link is None or link.claim is not None:
             return
         try:
