@@ -100,6 +100,11 @@ class ReportIngest:
         sender = self._sender(machine)
         return not (sender.lines.is_empty or sender.line_bytes.is_empty)
 
+    def charge_line_bytes(self, machine: Machine, size: int) -> None:
+        """Count bytes that are part of no line against the machine's rate limit."""
+        if size:
+            self._sender(machine).line_bytes.charge(size)
+
     def add_line(self, machine: Machine, raw: bytes) -> None:
         """Accept a line, or count it as rate limited."""
         sender = self._sender(machine)

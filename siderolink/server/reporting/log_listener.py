@@ -31,6 +31,8 @@ class LineSplitter:
     def __init__(self, max_bytes: int) -> None:
         self.too_long = 0
         """Number of skipped lines."""
+        self.useless = 0
+        """Bytes of empty and skipped lines."""
         self._max_bytes = max_bytes
         self._partial = bytearray()
         self._skipping = False
@@ -43,6 +45,8 @@ class LineSplitter:
             self._append(piece)
             if not self._skipping and (line := bytes(self._partial).rstrip(b"\r")):
                 lines.append(line)
+            else:
+                self.useless += len(self._partial) + 1
             self._start_line()
         self._append(rest)
         return lines
@@ -65,9 +69,11 @@ class LineSplitter:
 
     def _append(self, piece: bytes) -> None:
         if self._skipping:
+            self.useless += len(piece)
             return
         if len(self._partial) + len(piece) > self._max_bytes:
             self.too_long += 1
+            self.useless += len(self._partial) + len(piece)
             self._skipping = True
             self._partial.clear()
         else:
@@ -151,7 +157,7 @@ class _Connection(asyncio.Protocol):
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._lines = LineSplitter(ingest.options.max_line_bytes)
-        self._counted_too_long = 0
+        self._counted_too_long = self._charged_useless = 0
         self._unread = memoryview(b"")
         """Received bytes that are not split yet."""
         self._machine: Machine | None = None
@@ -216,6 +222,8 @@ class _Connection(asyncio.Protocol):
         if self._ingest.may_send_lines(machine):
             for line in self._lines.feed(data):
                 self._ingest.add_line(machine, line)
+            self._ingest.charge_line_bytes(machine, self._lines.useless - self._charged_useless)
+            self._charged_useless = self._lines.useless
         elif dropped := self._lines.discard(data):
             self._ingest.drop_lines(machine, ReportDrop.LINE_RATE_LIMITED, dropped)
         if self._lines.too_long > self._counted_too_long:

@@ -332,6 +332,16 @@ def test_an_unknown_event_is_named() -> None:
 # --- lines
 
 
+def log_sockets() -> tuple[socket.socket, socket.socket]:
+    tcp = socket.socket(socket.AF_INET6)
+    udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    for sock in (tcp, udp):
+        sock.setblocking(False)
+        sock.bind(("::1", 0))
+    tcp.listen()
+    return tcp, udp
+
+
 @pytest.mark.anyio
 async def test_a_flood_of_short_lines_is_counted_and_cut_up_in_small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[int] = []
@@ -343,12 +353,7 @@ async def test_a_flood_of_short_lines_is_counted_and_cut_up_in_small_turns(monke
 
     monkeypatch.setattr(log_listener, "LineSplitter", Counting)
     found = ingest(line_burst=5000, lines_per_second=1)
-    tcp = socket.socket(socket.AF_INET6)
-    udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    for sock in (tcp, udp):
-        sock.setblocking(False)
-        sock.bind(("::1", 0))
-    tcp.listen()
+    tcp, udp = log_sockets()
     sent = 400_000
     async with listen_for_lines(found, tcp, udp):
         async with await anyio.connect_tcp("::1", tcp.getsockname()[1]) as stream:
@@ -361,6 +366,28 @@ async def test_a_flood_of_short_lines_is_counted_and_cut_up_in_small_turns(monke
     assert found.taken_lines + found.drops[ReportDrop.LINE_RATE_LIMITED] == sent
     assert max(pieces) <= BYTES_PER_TURN
     assert len(found.recent_lines.of("m")) <= ReportOptions().recent_lines
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("data", [b"\n" * 100_000, b"x" * 100_000 + b"\n\n"], ids=["empty lines", "a line without an end"])
+async def test_bytes_that_are_no_line_count_towards_the_rate(data: bytes) -> None:
+    found = ingest(line_bytes_per_second=1, line_burst_bytes=20_000, max_line_bytes=4096)
+    tcp, udp = log_sockets()
+    async with listen_for_lines(found, tcp, udp), await anyio.connect_tcp("::1", tcp.getsockname()[1]) as stream:
+        await stream.send(data)
+        with anyio.fail_after(30):
+            while not found.drops[ReportDrop.LINE_RATE_LIMITED]:
+                await anyio.sleep(0.01)
+
+
+@given(st.lists(st.sampled_from([b"", b"a", b"bb\r", b"c" * 41, b"d" * 90]), max_size=8), st.integers(1, 50))
+def test_every_byte_is_in_a_line_or_counted(lines: list[bytes], step: int) -> None:
+    splitter, found = LineSplitter(40), list[bytes]()
+    data = b"".join(line + b"\n" for line in lines)
+    for start in range(0, len(data), step):
+        found += splitter.feed(data[start : start + step])
+    assert found == [line.rstrip(b"\r") for line in lines if line and len(line) <= 40]
+    assert splitter.useless == sum(len(line) + 1 for line in lines if not line or len(line) > 40)
 
 
 @given(st.binary(max_size=400), st.binary(max_size=60))
