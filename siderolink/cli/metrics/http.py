@@ -77,6 +77,8 @@ class PageServer:
             self._idle.pop(task, None)
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 method, answer = await self._answer(request)
+                if writer.is_closing():
+                    return  # uvloop's transport raises RuntimeError for a write then
                 self._idle[task] = None
                 writer.write(_encode(answer, with_body=method != "HEAD"))
                 await writer.drain()

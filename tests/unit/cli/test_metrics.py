@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -102,6 +104,31 @@ async def test_no_connection_is_taken_while_all_are_being_answered() -> None:
         assert answer == b""
         go_on.set()
         assert all(answer.endswith(b"hello") for answer in await asyncio.gather(*asked))
+
+
+@pytest.mark.parametrize(
+    "anyio_backend", [("asyncio", {"use_uvloop": loop}) for loop in (False, True)], ids=["asyncio", "uvloop"]
+)
+async def test_a_client_that_is_gone_before_its_answer_is_no_error() -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+
+    async def slow() -> PageAnswer:
+        begun.set()
+        await go_on.wait()
+        return await hello()
+
+    async with serve_pages(LOOPBACK, {"/slow": slow}) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /slow HTTP/1.1\r\n\r\n")
+            await begun.wait()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it resets it
+        await asyncio.sleep(0.1)
+        go_on.set()
+        await asyncio.sleep(0.1)
+    gc.collect()  # an exception that nobody retrieved is reported then
+    assert not errors
 
 
 async def test_idle_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:

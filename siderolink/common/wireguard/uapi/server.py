@@ -121,6 +121,8 @@ async def _serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
                 answer = await _answer(request, report, apply)
             except (SideroLinkError, UapiError, OSError) as error:
                 answer = f"errno={-_number(error)}"
+            if writer.is_closing():
+                return  # uvloop's transport raises RuntimeError for a write then
             writer.write(f"{answer}\n\n".encode())
             await writer.drain()
     except asyncio.LimitOverrunError:
