@@ -17,11 +17,18 @@ HEADROOM = 8
 MAX_DATAGRAM = 65_535
 MAX_MESSAGE = MAX_DATAGRAM + 1024
 """Maximum message accepted: the longest datagram, with room for fields of newer peers."""
+MAX_FIELDS = 16
+"""Maximum fields of a message; there is one, and newer peers may send a few more."""
+MAX_USELESS = 1024
+"""Maximum messages of a stream whose datagram is missing, or shorter than any of WireGuard's. Peers send none, and 256 KiB
+contain 50,000 of them."""
 
 _FIELD = 2
 _TAG = 0x12
 _TAG_AND_VARINT = 3
 _PREFIX = 5
+_SHORTEST_DATAGRAM = 32
+"""WireGuard's keepalive."""
 _SHORTEST_ROW = 128
 _LONGEST_ROW = 16_383
 
@@ -92,6 +99,7 @@ class TunnelReader:
         self._max_message = max_message
         self._partial = bytearray()
         self._missing = 0
+        self._useless = 0
 
     @property
     def is_between_messages(self) -> bool:
@@ -119,14 +127,23 @@ class TunnelReader:
             headroom = _headroom(head, total)
             if headroom:
                 batch, pos = _run(chunk, pos, end, head[:headroom], total)
+                if total - headroom < _SHORTEST_DATAGRAM:
+                    self._count_useless(batch.count)
                 yield batch
             else:
                 datagram = parse_peer_packet(chunk[pos + _PREFIX : pos + total])
                 pos += total
+                if datagram is None or len(datagram) < _SHORTEST_DATAGRAM:
+                    self._count_useless(1)
                 if datagram is not None:
                     yield Datagrams(datagram, 1, len(datagram))
         if pos < end:
             self._keep([chunk[pos:]])
+
+    def _count_useless(self, count: int) -> None:
+        self._useless += count
+        if self._useless > MAX_USELESS:
+            raise Refused(Refusal.MESSAGE_MALFORMED, f"more than {MAX_USELESS} messages without a WireGuard datagram")
 
     def _keep(self, pieces: Sequence[memoryview]) -> None:
         """Buffer the beginning of a message until the missing bytes have arrived."""
@@ -177,9 +194,12 @@ def _run(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> t
 def parse_peer_packet(message: memoryview) -> memoryview | None:
     """The datagram in one PeerPacket, or None; skips unknown fields. Raises Refused."""
     found: memoryview | None = None
-    pos = 0
+    pos = fields = 0
     try:
         while pos < len(message):
+            fields += 1
+            if fields > MAX_FIELDS:
+                raise MalformedWireError(f"more than {MAX_FIELDS} fields")
             field, wire_type, pos = read_key(message, pos)
             start, pos = value_bounds(message, pos, wire_type)
             if field == _FIELD and wire_type == BYTES:

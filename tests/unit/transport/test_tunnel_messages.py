@@ -6,7 +6,15 @@ from hypothesis import strategies as st
 
 from siderolink.common.grpc import Refusal, Refused
 from siderolink.common.pb.sidero.link import PeerPacket
-from siderolink.common.transport.tunnel_messages import HEADROOM, MAX_MESSAGE, TunnelReader, encode, message_header
+from siderolink.common.transport.tunnel_messages import (
+    HEADROOM,
+    MAX_FIELDS,
+    MAX_MESSAGE,
+    MAX_USELESS,
+    TunnelReader,
+    encode,
+    message_header,
+)
 from siderolink.common.wireguard.path import Datagrams
 
 SIZES = st.one_of(st.integers(1, 300), st.sampled_from([127, 128, 148, 1312, 16_383, 16_384, 65_535]))
@@ -98,6 +106,12 @@ def test_packets_without_data_are_nothing() -> None:
     assert read(grpc_message(b"") + grpc_message(b"\x12\0") + grpc_message(b"\x12\1z")) == [b"z"]
 
 
+def test_a_stream_may_have_a_few_packets_without_a_datagram() -> None:
+    reader = TunnelReader()
+    assert read(grpc_message(b"") * MAX_USELESS, reader=reader) == []
+    assert read(grpc_message(b"\x12\x20" + bytes(32)), reader=reader) == [bytes(32)], "the shortest message of WireGuard"
+
+
 def test_a_long_header_for_a_short_length_is_read() -> None:
     assert read(grpc_message(b"\x12\x83\x00abc")) == [b"abc"]
 
@@ -115,6 +129,10 @@ def test_a_long_header_for_a_short_length_is_read() -> None:
         (grpc_message(b"\x12" + b"\xff" * 6), Refusal.MESSAGE_MALFORMED),
         (grpc_message(b"\x09abc"), Refusal.MESSAGE_MALFORMED),
         (grpc_message(b"\x08" + b"\x80" * 11), Refusal.MESSAGE_MALFORMED),
+        (grpc_message(b"\x18\x01" * (MAX_FIELDS + 1)), Refusal.MESSAGE_MALFORMED),
+        (grpc_message(b"") * (MAX_USELESS + 1), Refusal.MESSAGE_MALFORMED),
+        (grpc_message(b"\x12\x1f" + bytes(31)) * (MAX_USELESS + 1), Refusal.MESSAGE_MALFORMED),
+        ((grpc_message(b"\x12\x01a") + grpc_message(b"\x12\x02bc")) * MAX_USELESS, Refusal.MESSAGE_MALFORMED),
     ],
 )
 @pytest.mark.parametrize("step", [None, 1])
