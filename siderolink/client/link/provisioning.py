@@ -20,7 +20,7 @@ from siderolink.common.errors import (
     KeyFormatError,
     ServerUnreachableError,
 )
-from siderolink.common.grpc import open_channel, translate_errors
+from siderolink.common.grpc import Limits, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PublicKey
@@ -33,6 +33,8 @@ log = logging.getLogger("siderolink")
 PROVISION_TIMEOUT = 30.0
 """Seconds; servers may delay an answer this long while they wait for an administrator's decision."""
 MAX_ENDPOINTS = 32
+_LIMITS = Limits(max_message_bytes=16 * 1024)
+"""Room for an answer with `MAX_ENDPOINTS` of the longest names. Decoding 64 KiB can take 30 ms."""
 
 _UNREACHABLE = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
 
@@ -150,7 +152,7 @@ async def provision(
     request = make_request(url, machine, public_key)
     try:
         with translate_errors():
-            async with open_channel(url.host, url.port, (tls or True) if url.tls else None) as channel:
+            async with open_channel(url.host, url.port, (tls or True) if url.tls else None, limits=_LIMITS) as channel:
                 response = await ProvisionServiceStub(channel).provision(request, timeout=timeout)
     except GRPCError as error:
         raise _refusal(error, url, machine) from None

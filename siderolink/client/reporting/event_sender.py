@@ -13,7 +13,7 @@ from grpclib.exceptions import GRPCError
 from siderolink.common.addressing import is_overlay_address
 from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import ConfigurationError, JoinError
-from siderolink.common.grpc import open_channel, translate_errors
+from siderolink.common.grpc import Limits, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.machine_events import MachineEventPayload, pack_event
 from siderolink.common.pb.events import EventRequest, EventSinkServiceStub
@@ -27,6 +27,8 @@ MAX_WAITING_BYTES = 4 * 1024 * 1024
 MAX_EVENT_BYTES = 200 * 1024
 """Maximum length of an event: one that a sink refuses for its length would be retried forever and block all later ones."""
 MAX_ACTOR_ID = 128
+_LIMITS = Limits(max_message_bytes=4096)
+"""The sink's answers are empty."""
 MAX_REFUSALS = 5
 """Number of times that one event is sent to a sink that refuses it as invalid."""
 PUBLISH_TIMEOUT = 30.0
@@ -129,7 +131,7 @@ class EventSender:
 
     async def _deliver(self, sink: HostPort) -> None:
         """Deliver pending and new events until a call fails."""
-        async with open_channel(sink.host, sink.port, direct=is_overlay_address(sink.host)) as channel:
+        async with open_channel(sink.host, sink.port, direct=is_overlay_address(sink.host), limits=_LIMITS) as channel:
             stub = EventSinkServiceStub(channel)
             while True:
                 number = self._queue.first

@@ -152,8 +152,8 @@ class GrpcChannel(private.ConnectingChannel):
     async def watch_health(self, on_up: Callable[[], None], on_message: OnHealth = lambda message, is_first: None) -> None:
         """Call `on_up` once the server answers, and return when it is gone. Uses one long-lived call.
 
-        `on_message` is called with each message, and whether it is the first one of a call: servers of this package send
-        another one when a server of their store died.
+        `on_message` is called with the latest of the messages that arrive together, and whether it is the first one of a call:
+        servers of this package send another one when a server of their store died.
 
         The call (``grpc.health.v1.Health/Watch``) keeps the connection open at reverse proxies, which close idle ones after a
         minute. Behind such a proxy the call ends with the server, where the connection would not. For a server without that
@@ -195,10 +195,10 @@ class GrpcChannel(private.ConnectingChannel):
         def receive(pieces: Sequence[memoryview]) -> None:
             nonlocal is_first
             heard(pieces)
-            for piece in pieces:
-                for message in messages.feed(bytes(piece)):
-                    was_first, is_first = is_first, False
-                    on_message(message, was_first)
+            found = [message for piece in pieces for message in messages.feed(bytes(piece))]
+            if found:
+                was_first, is_first = is_first and len(found) == 1, False
+                on_message(found[-1], was_first)
 
         try:
             async with open_byte_stream(self, HEALTH_WATCH) as stream:
@@ -322,7 +322,7 @@ def _translated(error: Exception, target: str) -> InvalidAnswerError | ServerUnr
         case OSError():
             return ServerUnreachableError(f"{target} cannot be reached: {error.strerror or error}")
         case grpclib.exceptions.StreamTerminatedError():
-            return ServerUnreachableError(f"{target} aborted the connection: {error}")
+            return ServerUnreachableError(f"the call to {target} was cut: {error}")
         case H2Error():
             return ServerUnreachableError(f"the connection to {target} was lost: {type(error).__name__}")
         case grpclib.exceptions.ProtocolError() | AssertionError() | binascii.Error() | UnicodeError():

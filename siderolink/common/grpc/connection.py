@@ -128,6 +128,7 @@ class H2Stream(private.NotifyingStream):
             owner.refuse_call,
             owner.account,
             owner.timers,
+            server=not owner.engine.config.client_side,
         )
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:

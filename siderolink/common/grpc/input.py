@@ -10,7 +10,8 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 
 _LONGEST_WAIT = 1.0
 _CLOCK_EVERY = 64
-"""Pieces of raw streams between two readings of the clock."""
+_CLOCK_BYTES = 32 * 1024
+"""Pieces, and bytes, of raw streams after which the clock is read; that many bytes contain some 800 datagrams at most."""
 _FREE_BYTES = 4096
 """Size of a read that is not charged while it waits for its turn."""
 
@@ -154,12 +155,12 @@ class Input:
         """
         raw = self._connection.raw_streams
         now = self._loop.time()
-        sink_id = 0
+        sink_id = size = 0
         parts: list[memoryview] = []
         for stream_id, piece in pieces:
-            if parts and (stream_id != sink_id or len(parts) >= _CLOCK_EVERY):
+            if parts and (stream_id != sink_id or len(parts) >= _CLOCK_EVERY or size >= _CLOCK_BYTES):
                 raw.feed(sink_id, parts)
-                parts = []
+                parts, size = [], 0
                 now = self._loop.time()
                 if stream_id and now > until:
                     raw.feed(stream_id, [piece])
@@ -167,6 +168,7 @@ class Input:
             if stream_id:
                 sink_id = stream_id
                 parts.append(piece)
+                size += len(piece)
                 continue
             if piece:
                 self._feed(bytes(piece))

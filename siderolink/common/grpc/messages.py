@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 PREFIX_BYTES = 5
 """One byte for the compressed flag and four for the length."""
+MAX_MESSAGES_AT_ONCE = 2_048
+"""Maximum messages in one DATA frame; they take about a millisecond, and a frame has room for 13,000 empty ones."""
 
 OnRefusal = Callable[[Refusal, str], None]
 """Called with the reason and a one-line description."""
@@ -42,6 +44,8 @@ class PrefixGuard:
     def __init__(self, max_bytes: int) -> None:
         self.messages = 0
         """Number of complete messages."""
+        self.is_single = False
+        """Whether there should be only one message; checking ends after a second one."""
         self._max_bytes = max_bytes
         self._prefix = b""
         self._remaining = 0
@@ -52,9 +56,9 @@ class PrefixGuard:
         return not self._remaining and not self._prefix
 
     def feed(self, data: bytes) -> None:
-        """Check the next bytes. Raises Refused at the first invalid prefix."""
-        pos, end = 0, len(data)
-        while pos < end:
+        """Check the next bytes. Raises Refused at the first invalid prefix, and for too many messages at once."""
+        pos, end, most = 0, len(data), self.messages + MAX_MESSAGES_AT_ONCE
+        while pos < end and not (self.is_single and self.messages > 1):
             if self._remaining:
                 taken = min(self._remaining, end - pos)
                 self._remaining -= taken
@@ -67,7 +71,10 @@ class PrefixGuard:
                 self._prefix = b""
                 check_prefix(compressed, self._remaining, self._max_bytes)
             pos += taken
-            self.messages += not self._remaining
+            if not self._remaining:
+                self.messages += 1
+                if self.messages > most:
+                    raise Refused(Refusal.SMALL_FRAME_FLOOD, f"more than {MAX_MESSAGES_AT_ONCE} messages in one frame")
 
 
 class MessageSplitter:
@@ -81,13 +88,15 @@ class MessageSplitter:
         """The messages that are complete with the next bytes. Raises Refused at the first invalid prefix."""
         self._guard.feed(data)
         self._kept += data
-        found = []
-        while len(self._kept) >= PREFIX_BYTES:
-            end = PREFIX_BYTES + int.from_bytes(self._kept[1:PREFIX_BYTES])
-            if len(self._kept) < end:
+        found, pos, size = [], 0, len(self._kept)
+        while size - pos >= PREFIX_BYTES:
+            start = pos + PREFIX_BYTES
+            end = start + int.from_bytes(self._kept[pos + 1 : start])
+            if end > size:
                 break
-            found.append(self._kept[PREFIX_BYTES:end])
-            self._kept = self._kept[end:]
+            found.append(self._kept[start:end])
+            pos = end
+        self._kept = self._kept[pos:]
         return found
 
 
@@ -115,8 +124,17 @@ class MessageBuffer(Buffer):
     """The unread messages of a call, limited in size and by a deadline."""
 
     def __init__(
-        self, acknowledge: Callable[[int], None], max_bytes: int, on_refusal: OnRefusal, account: Account, timers: Timers
+        self,
+        acknowledge: Callable[[int], None],
+        max_bytes: int,
+        on_refusal: OnRefusal,
+        account: Account,
+        timers: Timers,
+        *,
+        server: bool = True,
     ) -> None:
+        """A `server` refuses a request with a status; a client's call fails with InvalidAnswerError."""
+        self._server = server
         self._held = _Held(account, acknowledge)
         super().__init__(self._held.consumed)
         self._acknowledge = acknowledge
@@ -143,7 +161,7 @@ class MessageBuffer(Buffer):
 
     def expect_message(self, seconds: float) -> None:
         """Refuse the call unless its only message completes within `seconds`. Drops data after it."""
-        self._single = True
+        self._single = self._guard.is_single = True
         self._expect(seconds)
 
     def expect_messages(self, seconds: float) -> None:
@@ -231,7 +249,7 @@ class MessageBuffer(Buffer):
         return message
 
     async def read(self, size: int) -> bytes:
-        """The next `size` bytes, or none at the end. Raises GRPCError for a refused call."""
+        """The next `size` bytes, or none at the end. Raises GRPCError for a refused call, or InvalidAnswerError."""
         if self._is_whole:
             self._is_read = True
             self._pass_on()
@@ -244,8 +262,9 @@ class MessageBuffer(Buffer):
             if self._error is None:
                 self._fail(Refusal.MESSAGE_MALFORMED, Status.INVALID_ARGUMENT, "the message was cut short")
             data = b""
-        if self._error is not None:
-            raise GRPCError(*self._error)  # a new exception each time: a stored one would refer back here by its traceback
+        if self._error is not None:  # a new exception each time: a stored one would refer back here by its traceback
+            status, message = self._error
+            raise GRPCError(status, message) if self._server else InvalidAnswerError(f"the answer is invalid: {message}")
         return data
 
     def _pass_on(self) -> None:

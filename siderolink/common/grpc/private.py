@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from grpclib.client import Channel
 from grpclib.config import Configuration
+from grpclib.const import Status
 from grpclib.encoding.base import CodecBase
 from grpclib.events import _DispatchServerEvents
-from grpclib.exceptions import ProtocolError
+from grpclib.exceptions import GRPCError, ProtocolError
 from grpclib.protocol import EventsProcessor, H2Protocol, Peer
 from grpclib.protocol import Stream as GrpclibH2Stream
 from grpclib.server import Stream
@@ -26,6 +27,7 @@ from h2.stream import H2Stream, StreamClosedBy, StreamInputs, StreamState
 from hpack import HeaderTuple
 
 from siderolink.common.grpc import frames
+from siderolink.common.grpc.refusals import Refusal
 
 NO_LISTENERS = _DispatchServerEvents()
 """No listeners for a call's events."""
@@ -35,6 +37,7 @@ _ANSWER_HEADERS = b"\x88\x0f\x10\x16application/grpc+proto"
 _ANSWER_TRAILERS = b"\x00\x0bgrpc-status\x010"
 ANSWER_STEPS = (StreamInputs.SEND_HEADERS, StreamInputs.SEND_DATA, StreamInputs.SEND_HEADERS, StreamInputs.SEND_END_STREAM)
 
+_NO_MESSAGE = "the call has no request message"
 _LARGEST_WINDOW = 2**31 - 1
 _GOAWAY = struct.Struct(">LL")
 _NO_FLAGS: frozenset[str] = frozenset()
@@ -90,7 +93,9 @@ class ConnectingChannel(Channel):
 
 
 class NotifyingStream(GrpclibH2Stream):
-    """grpclib's stream with callbacks at its end."""
+    """grpclib's stream with callbacks at its end. Only the first end counts: a connection that is closed is then lost, too."""
+
+    _is_terminated = False
 
     def on_ended(self) -> None:
         """The peer has half-closed the stream."""
@@ -103,8 +108,10 @@ class NotifyingStream(GrpclibH2Stream):
         self.on_ended()
 
     def __terminated__(self, reason: str) -> None:
-        super().__terminated__(reason)
-        self.on_terminated(reason)
+        if not self._is_terminated:
+            self._is_terminated = True
+            super().__terminated__(reason)
+            self.on_terminated(reason)
 
 
 async def send_request(
@@ -152,7 +159,12 @@ class Call(Stream[Any, Any]):
             if message is not None:
                 self._messages_received += 1
                 return self._codec.decode(message, self._recv_type)
-        return await super().recv_message()
+        found = await super().recv_message()
+        if found is None and not self._cardinality.client_streaming:
+            # generated handlers assert that there is a message
+            self._stream.connection.refuse_call(Refusal.MESSAGE_MALFORMED, _NO_MESSAGE)  # type: ignore[attr-defined] # ours
+            raise GRPCError(Status.INVALID_ARGUMENT, _NO_MESSAGE)
+        return found
 
     async def send_message(self, message: Any) -> None:
         if self._cardinality.server_streaming or self._send_initial_metadata_done:

@@ -159,7 +159,7 @@ class Http2Protocol(H2Protocol):
             return
         self.connection.say_goodbye(error_code, reason)
         self._timers.stop_all()
-        self.processor.close(f"the connection was closed: {reason}" if reason else "the connection was closed")
+        self.processor.close(f"this side closed the connection: {reason}" if reason else "this side closed the connection")
         self._timers.after("close", CLOSE_SECONDS, transport.abort)
 
     def abort(self) -> None:

@@ -49,7 +49,7 @@ class Refusal(StrEnum):
     EMPTY_FRAME_FLOOD = "empty_frame_flood"
     """Too many empty frames in a short time."""
     SMALL_FRAME_FLOOD = "small_frame_flood"
-    """Too many DATA frames of a few bytes in a short time."""
+    """Too many DATA frames of a few bytes in a short time, or too many messages in one frame."""
     WINDOW_UPDATE_FLOOD = "window_update_flood"
     """Too many WINDOW_UPDATE frames in a short time."""
     OTHER_FRAME_FLOOD = "other_frame_flood"
@@ -86,6 +86,7 @@ PEER_FAULTS = frozenset((
     Refusal.MESSAGE_TOO_LARGE,
     Refusal.MESSAGE_COMPRESSED,
     Refusal.MESSAGE_MALFORMED,
+    Refusal.SMALL_FRAME_FLOOD,
     Refusal.REQUEST_TIMEOUT,
     Refusal.ANSWER_NOT_TAKEN,
     Refusal.FLOW_CONTROL,

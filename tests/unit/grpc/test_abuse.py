@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 import anyio
 import pytest
 from h2.errors import ErrorCodes
+from hpack import Decoder
 from hyperframe.frame import (
     ContinuationFrame,
     DataFrame,
@@ -19,7 +20,8 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from siderolink.common.grpc import ByteStream, ByteStreamService, GrpcServer, Limits, Refusal, Refused, serve
+from siderolink.common.grpc import ByteStream, ByteStreamService, GrpcServer, Limits, Refusal, Refused, Status, serve
+from siderolink.server.api.standard import HealthService
 from tests.support.api import CALL, ECHO, Service, bystander, serving
 from tests.support.http2 import PREFACE, RawPeer, data, message
 
@@ -254,6 +256,19 @@ async def test_a_call_that_is_none(fields: dict[str, str], refusal: Refusal) -> 
         peer.send(headers)
         await peer.until_reset(headers.stream_id)
         assert server.refusals == {refusal: 1}
+
+
+@pytest.mark.parametrize("path", ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"])
+async def test_a_call_without_its_message_is_refused_and_no_error_of_ours(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with serve([HealthService()], host="127.0.0.1") as server, RawPeer.greeted(server.port) as peer:
+        call = peer.request(path)
+        peer.send(call, data(call.stream_id, b"", end=True))
+        while not isinstance(frame := await peer.frame(), HeadersFrame):
+            assert frame is not None
+        fields = [tuple(field) for field in Decoder().decode(frame.data, raw=True)]
+        assert (b"grpc-status", b"%d" % Status.INVALID_ARGUMENT.value) in fields
+        assert server.refusals == {Refusal.MESSAGE_MALFORMED: 1}
+    assert not caplog.records
 
 
 async def test_an_unknown_method() -> None:

@@ -93,9 +93,8 @@ async def test_a_caller_who_gives_up_cancels_the_handler() -> None:
 
 async def test_an_answer_above_the_clients_cap_is_refused() -> None:
     async with calling(Service(lambda _: bytes(1001)), client=Limits(max_message_bytes=1000)) as channel:
-        with pytest.raises(GRPCError) as caught:
+        with pytest.raises(InvalidAnswerError, match="1001 bytes, more than 1000"):
             await method(channel)(Raw(b"x"))
-        assert caught.value.status is Status.RESOURCE_EXHAUSTED
 
 
 async def test_a_request_above_the_servers_cap_is_refused() -> None:
@@ -215,6 +214,72 @@ async def test_a_channel_dials_again_after_its_connection_was_lost() -> None:
             # on a busy machine a connection may end before its call, and is counted, too
             assert set(server.refusals) == {Refusal.CONNECTION_IDLE}
             assert server.refusals[Refusal.CONNECTION_IDLE] >= times
+
+
+async def test_a_call_says_why_its_connection_was_closed_here() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(SettingsFrame(0).serialize() * 200)
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with open_channel("127.0.0.1", port) as channel:
+            with (
+                pytest.raises(ServerUnreachableError, match="this side closed the connection: settings_flood"),
+                translate_errors(),
+            ):
+                await method(channel)(Raw(b"x"))
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (message(b"half", length=10), "cut short"),
+        (message(b"", length=0xFFFF_FFFF), "4294967295 bytes"),
+        (message(b"x", compressed=1), "compressed"),
+        (message(b"") * 3000, "2048 messages"),
+    ],
+)
+async def test_an_answer_that_breaks_a_rule_is_no_status_of_the_server(body: bytes, says: str) -> None:
+    """A sender takes INVALID_ARGUMENT for the receiver's word that its message is at fault."""
+    headers = HeadersFrame(
+        1, Encoder().encode([(":status", "200"), ("content-type", "application/grpc")]), flags=["END_HEADERS"]
+    )
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65_536)
+        writer.write(b"".join(frame.serialize() for frame in (SettingsFrame(0), headers, data(1, body, end=True))))
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        async with open_channel("127.0.0.1", server.sockets[0].getsockname()[1]) as channel:
+            with pytest.raises(InvalidAnswerError, match=says), translate_errors():
+                await method(channel)(Raw(b"x"))
+
+
+async def test_of_health_messages_that_arrive_together_the_last_counts() -> None:
+    heard: list[tuple[bytes, bool]] = []
+    headers = HeadersFrame(
+        1, Encoder().encode([(":status", "200"), ("content-type", "application/grpc")]), flags=["END_HEADERS"]
+    )
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65_536)
+        messages = data(1, message(b"\x08\x01") * 1000 + message(b"\x08\x02"))
+        writer.write(b"".join(frame.serialize() for frame in (SettingsFrame(0), headers, messages)))
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        async with open_channel("127.0.0.1", server.sockets[0].getsockname()[1]) as channel:
+            watching = asyncio.create_task(channel.watch_health(lambda: None, lambda *found: heard.append(found)))
+            with anyio.fail_after(20):
+                while (b"\x08\x02", False) not in heard:
+                    await anyio.sleep(0.01)
+            watching.cancel()
+    assert len(heard) == 1
 
 
 async def test_an_answer_of_many_frames() -> None:

@@ -16,7 +16,7 @@ from siderolink.common.grpc.frames import (
     FrameScanner,
     frame_header,
 )
-from siderolink.common.grpc.messages import PrefixGuard
+from siderolink.common.grpc.messages import MAX_MESSAGES_AT_ONCE, MessageSplitter, PrefixGuard
 
 RAW = 5
 
@@ -126,3 +126,28 @@ def test_the_prefix_guard_counts_messages_however_they_are_cut(payloads: list[by
     for start in range(0, len(wire), step):
         guard.feed(wire[start : start + step])
     assert guard.messages == len(payloads)
+
+
+def test_a_frame_may_have_many_messages_but_not_thousands_of_empty_ones() -> None:
+    guard = PrefixGuard(50)
+    for _ in range(2):
+        guard.feed(bytes(5) * MAX_MESSAGES_AT_ONCE)
+    with pytest.raises(Refused) as caught:
+        guard.feed(bytes(5) * (MAX_MESSAGES_AT_ONCE + 1))
+    assert caught.value.refusal is Refusal.SMALL_FRAME_FLOOD
+
+
+def test_after_the_only_message_of_a_call_one_more_is_looked_at() -> None:
+    guard = PrefixGuard(50)
+    guard.is_single = True
+    guard.feed(bytes(5) * 13_000)
+    assert guard.messages == 2
+
+
+@given(payloads=st.lists(st.binary(max_size=50), max_size=8), step=st.integers(1, 60))
+def test_messages_are_split_however_they_are_cut(payloads: list[bytes], step: int) -> None:
+    wire = b"".join(b"\0" + len(payload).to_bytes(4) + payload for payload in payloads)
+    splitter, found = MessageSplitter(50), list[bytes]()
+    for start in range(0, len(wire), step):
+        found += splitter.feed(wire[start : start + step])
+    assert found == payloads

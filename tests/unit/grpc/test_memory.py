@@ -37,6 +37,7 @@ from siderolink.common.grpc import (
 from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.grpc.frames import frame_header
+from siderolink.common.grpc.messages import MAX_MESSAGES_AT_ONCE
 from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest
 from siderolink.common.pb.sidero.link import ProvisionRequest
 from siderolink.common.protobuf_wire import count_fields
@@ -282,6 +283,21 @@ async def test_calls_without_an_end_have_one(path: str) -> None:
 # --- messages: caps by method, fields, and when they are decoded
 
 
+async def test_a_frame_of_thousands_of_messages_ends_its_call() -> None:
+    async with serve([ReflectionService()], host="127.0.0.1") as server, RawPeer.greeted(server.port) as peer:
+        call = peer.request(REFLECT)
+        peer.send(call, data(call.stream_id, message(b"") * (MAX_MESSAGES_AT_ONCE + 1)))
+        frame = await peer.frame()
+        while frame is not None and "END_STREAM" not in frame.flags:
+            frame = await peer.frame()
+        assert frame is not None
+        assert frame.stream_id == call.stream_id
+        assert server.refusals == {Refusal.SMALL_FRAME_FLOOD: 1}
+        again = peer.request(CHECK)
+        peer.send(again, data(again.stream_id, message(b""), end=True))
+        assert (await peer.frame()) is not None, "the connection continues"
+
+
 @given(st.lists(st.tuples(st.integers(1, 2**29 - 1), st.sampled_from([0, 1, 2, 5]), st.binary(max_size=20)), max_size=30))
 def test_fields_are_counted_without_decoding(fields: list[tuple[int, int, bytes]]) -> None:
     wire = b""
@@ -393,6 +409,31 @@ async def test_a_long_read_is_dealt_with_in_turns(monkeypatch: pytest.MonkeyPatc
         counting.cancel()
         assert turns[0] >= len(frames) // 32
         assert not server.refusals
+
+
+async def test_a_long_read_of_a_raw_stream_is_delivered_in_parts() -> None:
+    """Its datagrams may be short, and the clock is read between the parts."""
+    sizes = list[int]()
+    frames = 16
+
+    async def take(stream: ByteStream) -> None:
+        stream.accept()
+        stream.receive(lambda pieces: sizes.append(sum(map(len, pieces))))
+        await stream.wait_ended()
+
+    async with (
+        serve([ByteStreamService({ECHO: take})], host="127.0.0.1") as server,
+        RawPeer.greeted(server.port) as peer,
+    ):
+        call = peer.request(ECHO)
+        peer.send(call)
+        while not isinstance(await peer.frame(), HeadersFrame):
+            pass
+        peer.send(*[data(call.stream_id, bytes(16_384))] * frames)
+        with anyio.fail_after(20):
+            while sum(sizes) < frames * 16_384:
+                await anyio.sleep(0.01)
+        assert max(sizes) <= 3 * 16_384
 
 
 def test_a_source_that_takes_most_of_a_busy_processor_waits() -> None:
