@@ -20,7 +20,7 @@ from siderolink.client.link.signals import ApiBack, ApiCutRegularly, ApiLost, Pu
 from siderolink.client.link.watch import RegularCuts
 from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import JoinError
-from siderolink.common.grpc import open_channel, translate_errors
+from siderolink.common.grpc import WATCHFUL, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
@@ -262,9 +262,12 @@ _LEARN_AGAIN = 1800.0
 
 
 async def _until_api_ends(
-    url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None], on_message: Callable[[bytes, bool], None]
+    url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None], on_message: Callable[[bytes, bool], bool]
 ) -> float:
-    """Watch the API; returns the number of seconds for which it was reachable."""
+    """Watch the API; returns the number of seconds for which it was reachable.
+
+    `on_message` returns whether there are other servers, so that the loss of this one should be noticed soon.
+    """
     began_at: list[float] = []
 
     def up() -> None:
@@ -274,7 +277,12 @@ async def _until_api_ends(
     try:
         with translate_errors():
             async with open_channel(url.host, url.port, tls) as channel:
-                await channel.watch_health(up, on_message)
+
+                def heard(message: bytes, is_first: bool) -> None:
+                    if on_message(message, is_first):
+                        channel.tune(WATCHFUL)
+
+                await channel.watch_health(up, heard)
     except JoinError:
         pass
     except Exception:
@@ -318,11 +326,12 @@ async def watch_api(
         if is_lost:
             put(ApiBack())
 
-    def heard(message: bytes, is_first: bool) -> None:
+    def heard(message: bytes, is_first: bool) -> bool:
         nonlocal here
         here, failed = _read_endpoints(message)
         if failed or not is_first:
             put(ServerDied(failed))
+        return bool(here)
 
     while True:
         here = frozenset()

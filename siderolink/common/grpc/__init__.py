@@ -5,7 +5,7 @@ import grpclib
 from siderolink.common.grpc.byte_stream import ByteStream
 from siderolink.common.grpc.calls import ANY_METHOD, ByteStreamService, Servable, certificate_of, valid_token
 from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_channel, pinned_channel, translate_errors
-from siderolink.common.grpc.limits import CallLimits, Limits
+from siderolink.common.grpc.limits import WATCHFUL, CallLimits, Limits
 from siderolink.common.grpc.messages import decode_answer
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.server import GrpcServer, serve
@@ -20,6 +20,7 @@ Status = grpclib.Status
 
 __all__ = [
     "ANY_METHOD",
+    "WATCHFUL",
     "ByteStream",
     "ByteStreamService",
     "CallLimits",

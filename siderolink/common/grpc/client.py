@@ -144,6 +144,11 @@ class GrpcChannel(private.ConnectingChannel):
         """Open the connection now instead of with the first call."""
         await self._connection()
 
+    def tune(self, limits: Limits) -> None:
+        """Use the TCP options of other limits on the current connection."""
+        for protocol in self._connections:
+            protocol.tune(limits)
+
     async def wait_lost(self) -> None:
         """Wait until the current connection closes. Returns immediately without one."""
         for protocol in tuple(self._connections):

@@ -27,6 +27,8 @@ NOTSENT_LOWAT_BYTES = 128 * 1024
 """Limit for unsent data in the kernel; the rest is queued here, where it can be dropped."""
 CLOSE_SECONDS = 1.0
 """How long a closed connection may take to send its remaining output."""
+TCP_PROBES = 5
+"""Unanswered probes of an idle connection after which the kernel gives it up."""
 
 
 class Http2Protocol(H2Protocol):
@@ -167,6 +169,11 @@ class Http2Protocol(H2Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def tune(self, limits: Limits) -> None:
+        """Use the TCP options of other limits from now on."""
+        if self._transport is not None:
+            tune(self._transport.get_extra_info("socket"), limits)
+
     def _is_done(self) -> bool:
         return self._transport is None or self._transport.is_closing()
 
@@ -214,8 +221,7 @@ def _set_options(sock: socket.socket, limits: Limits) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, limits.tcp_keepalive_idle)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, limits.tcp_keepalive_interval)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    sock.setsockopt(
-        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, (limits.tcp_keepalive_idle + 3 * limits.tcp_keepalive_interval) * 1000
-    )
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, TCP_PROBES)
+    gives_up_after = limits.tcp_keepalive_idle + TCP_PROBES * limits.tcp_keepalive_interval
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, gives_up_after * 1000)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)

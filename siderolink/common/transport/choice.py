@@ -12,7 +12,7 @@ import anyio
 from siderolink.common.addressing import format_peer_addr_port
 from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import ConfigurationError, JoinError
-from siderolink.common.grpc import ByteStream, GRPCError, Limits, Status, open_byte_stream, open_channel, translate_errors
+from siderolink.common.grpc import WATCHFUL, ByteStream, GRPCError, Status, open_byte_stream, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
@@ -34,9 +34,6 @@ _MOVE_ATTEMPTS = 7
 """Attempts to open a stream to another server, within about 20 s, because balancers detect a draining server with a delay."""
 _UNDER_WAY_SECONDS = 1.0
 """Seconds for which an old stream is still read after another one has taken over."""
-STREAM_LIMITS = Limits(tcp_keepalive_idle=9, tcp_keepalive_interval=3)
-"""A stream's connection is given up 18 s after its last sign of life. HTTP/2 pings may not be sent that often, because other
-servers end connections for it."""
 
 
 OnInterrupted = Callable[[str], None]
@@ -272,7 +269,7 @@ class TunnelRoute:
     async def _opened(self) -> AsyncIterator[tuple[ByteStream, TunnelPath]]:
         metadata = {ADDRESS_METADATA: self._virtual_address}
         async with (
-            open_channel(self._url.host, self._url.port, self._tls, limits=STREAM_LIMITS) as channel,
+            open_channel(self._url.host, self._url.port, self._tls, limits=WATCHFUL) as channel,
             open_byte_stream(channel, metadata=metadata) as stream,
         ):
             yield stream, TunnelPath(stream, self._virtual_address)

@@ -63,7 +63,7 @@ def run(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Run
 def haste(monkeypatch: pytest.MonkeyPatch) -> None:
     hasty = Limits(preface_timeout=HASTE, client_ping_interval=HASTE, ping_timeout=HASTE, connect_timeout=HASTE)
     monkeypatch.setattr(grpc_client, "Limits", lambda: hasty)
-    monkeypatch.setattr(choice, "STREAM_LIMITS", hasty)
+    monkeypatch.setattr(choice, "WATCHFUL", hasty)
     monkeypatch.setattr(event_sender, "PUBLISH_TIMEOUT", HASTE)
     monkeypatch.setattr(control, "_ANSWER_TIMEOUT", HASTE)
 
