@@ -254,7 +254,7 @@ class Directory:
             with anyio.move_on_after(_FEED_SECONDS):
                 await event.wait()
         finally:
-            if self._awaited.get(address) is event:
+            if self._awaited.get(address) is event and not event.statistics().tasks_waiting:
                 del self._awaited[address]
         return self._by_virtual.get(address)
 

@@ -83,10 +83,10 @@ class Moves:
         if key is None or link is None or not self._make_room(key, source):
             return False
         self._moves[machine.overlay_address] = _Move(link, machine, source, self._clock.monotonic())
+        self._wake.set()  # first of all, so that `run` ends the move even if this call fails or is cancelled
         if machine.virtual_address is not None and link.machine.virtual_address is None:
             self._directory.own_virtual_address(link, machine.virtual_address)
         await self._reconciler.also_reach(link, self._addresses(key))
-        self._wake.set()
         return True
 
     async def linger(self, machine: Machine, before: Machine) -> None:
@@ -98,8 +98,8 @@ class Moves:
         for move in self._of_key(key):
             self._end(move)
         self._lingering[key] = before.overlay_address, self._clock.monotonic() + LINGER_SECONDS
-        await self._reconciler.also_reach(link, self._addresses(key))
         self._wake.set()
+        await self._reconciler.also_reach(link, self._addresses(key))
 
     def _make_room(self, key: PublicKey, source: str) -> bool:
         """End the source's earlier move of the key. If there are too many moves, end the oldest one if its time is over."""
@@ -191,6 +191,7 @@ class Moves:
                     await self._reconciler.apply(moved[1])
         except SideroLinkError as error:
             log.warning("moving a machine to another UUID failed; it has to join again: %s", error, extra=machine.log_fields)
+            await self._take_back(machine.public_key)
             return
         if moved is None:
             await self._take_back(machine.public_key)

@@ -6,10 +6,11 @@ from ipaddress import IPv6Address, IPv6Interface, IPv6Network
 
 import anyio
 import pytest
-from grpclib import Status
+from grpclib import GRPCError, Status
 
 from siderolink.common.addressing import parse_peer_addr_port
-from siderolink.common.errors import StoreError
+from siderolink.common.errors import DeviceError, StoreError
+from siderolink.common.tasks import background_tasks
 from siderolink.server import AdmissionChanged, LeaveReason, LinkState, MachineAdmission, MachineLeft, MachineLimits
 from siderolink.server.admission.policy import JoinTokensMode
 from siderolink.server.admission.tokens import unique_token_digest
@@ -354,6 +355,35 @@ async def test_moves_that_nobody_proves_leave_nothing_behind() -> None:
     assert found == [False, False, True]
     await pass_time_of_moves(manager, 61)
     assert all(manager.links.by_virtual_address(address) is None for address in addresses)
+    assert manager.device.configs[machine.key].allowed_ips == (network(first.node_address_prefix),)
+
+
+async def test_a_move_whose_address_the_device_refused_ends_like_others() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    await manager.join(machine)
+    await manager.handshake(machine)
+    manager.device.fails_with = DeviceError("no buffer space available")
+    with pytest.raises(GRPCError):
+        await manager.join(replace(machine, node_uuid=NEW_UUID))
+    manager.device.fails_with = None
+    moves, pinged = manager.fleet.moves, list[IPv6Address]()
+    async with background_tasks() as tasks:
+        tasks.start_soon(moves.run, pinged.append)
+        with anyio.fail_after(30):
+            while not pinged or moves.awaits(pinged[0]):
+                await anyio.lowlevel.checkpoint()
+
+
+async def test_a_move_that_the_store_failed_takes_its_address_back() -> None:
+    store = Failing()
+    manager, machine = Manager(store=store), FakeMachine()
+    first = await manager.join(machine)
+    await manager.handshake(machine)
+    second = await manager.join(replace(machine, node_uuid=NEW_UUID))
+    assert len(manager.device.configs[machine.key].allowed_ips) == 2
+    store.failures = 1
+    await manager.fleet.moves.answered(IPv6Interface(second.node_address_prefix).ip)
+    assert store.failures == 0
     assert manager.device.configs[machine.key].allowed_ips == (network(first.node_address_prefix),)
 
 
