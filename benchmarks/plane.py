@@ -34,9 +34,8 @@ class Interface:
 
     tso = uso = True
     frame = memoryview(b"")
-    descriptor = -1
-
     def __init__(self) -> None:
+        self.descriptor = -1
         self.frames: list[memoryview] = []
         self.written = 0
         self._next = 0
