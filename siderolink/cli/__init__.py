@@ -1,5 +1,6 @@
 """The `siderolink` command, built on the same public API as embedders use (extra: ``siderolink[cli]``)."""
 
+import os
 import signal
 import sys
 
@@ -33,6 +34,8 @@ def main() -> None:
 def _run() -> int:
     from siderolink.cli.output import open_standard_descriptors
 
+    # numpy's linear algebra is not used; its threads take memory and count towards limits, and it aborts where it gets none
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     open_standard_descriptors()
     try:
         from siderolink.cli.app import run

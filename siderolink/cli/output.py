@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
@@ -89,8 +90,10 @@ class LineWriter(Generic[T]):
         with self._start_lock:
             if self._thread is None:
                 # a daemon, so that a blocked write does not keep the program from ending
-                self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="log writer", daemon=True)
+                with suppress(RuntimeError):  # the host has no thread at the moment: the next item tries again
+                    thread.start()
+                    self._thread = thread
 
     def _run(self) -> None:
         asked = time.monotonic()

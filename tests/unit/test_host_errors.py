@@ -114,3 +114,15 @@ async def test_a_part_that_the_host_fails_is_restarted_without_a_traceback(caplo
     assert caplog.records[0].exc_info is None
     assert "the part failed" in caplog.records[0].getMessage()
     assert "LimitNOFILE" in caplog.records[0].getMessage()
+
+
+def test_a_command_starts_no_threads_of_numpys() -> None:
+    """They take 32 MB of address space each, and end the process where a limit does not allow that."""
+    code = (
+        "import contextlib, os, sys; from siderolink.cli import main; sys.argv = ['siderolink', '--version']\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        "import numpy; print(len(os.listdir('/proc/self/task')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env=environment)
+    assert done.stdout.splitlines()[-1] == "1"
