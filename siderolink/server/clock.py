@@ -48,24 +48,24 @@ class RetentionTime:
         self._clock = clock
         self._monotonic = monotonic
         self._offset = clock() - monotonic()
-        self._jumped_at: float | None = None
+        self._jump: tuple[float, float] | None = None
+        """The offset after a jump, and when it was noticed."""
 
     def __call__(self) -> float:
         now = self._monotonic()
         offset = self._clock() - now
-        if offset <= self._offset + self.JUMP_SECONDS or self._is_kept(now):
-            self._offset, self._jumped_at = offset, None
-        elif self._jumped_at is None:
-            self._jumped_at = now
+        if offset <= self._offset + self.JUMP_SECONDS:
+            self._offset, self._jump = offset, None
+        elif self._jump is None or offset > self._jump[0] + self.JUMP_SECONDS:
+            self._jump = offset, now
             log.warning(
                 "the clock was set forward by %.0f s: old %s are deleted by it only if it stays so for a day",
                 offset - self._offset,
                 self._what,
             )
+        elif now - self._jump[1] >= self.KEPT_SECONDS:
+            self._offset, self._jump = offset, None
         return now + self._offset
-
-    def _is_kept(self, now: float) -> bool:
-        return self._jumped_at is not None and now - self._jumped_at >= self.KEPT_SECONDS
 
 
 class SteadyTime:

@@ -28,8 +28,9 @@ MACHINE_ID = Path("/etc/machine-id")
 _LARGEST_FILE = 4096
 _ETHER = 1
 _MISSING = (FileNotFoundError, NotADirectoryError)
-_LASTING = (FileNotFoundError, NotADirectoryError, PermissionError)
-"""Errors that the next start will meet, too. After others, such as too many open files, a file may well be there."""
+_LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""Errors that the next start will meet, too; a container has a folder in the place of a file that its host lacks. After others,
+such as too many open files, a file may well be there."""
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 """Errors of a folder that keeps nothing."""
 

@@ -51,6 +51,13 @@ def test_a_random_one_where_there_is_nothing(tmp_path: Path) -> None:
     assert UUID(uuid_from(tmp_path, None, None)) != UUID(uuid_from(tmp_path, None, "too short"))
 
 
+def test_a_folder_in_the_place_of_the_machine_id_counts_as_none(tmp_path: Path) -> None:
+    """A container engine makes one if it shall mount a file that the host lacks."""
+    folder = tmp_path / "machine-id"
+    folder.mkdir()
+    assert UUID(machine_uuid(tmp_path / "nothing", folder)).version == 4
+
+
 def test_what_is_drawn_at_random_is_drawn_once_and_kept(tmp_path: Path) -> None:
     nothing = tmp_path / "nothing"
     first = machine_uuid(nothing, nothing, tmp_path / "state")

@@ -144,6 +144,19 @@ def test_retention_follows_a_clock_that_goes_back_and_one_that_drifts() -> None:
         assert told() == wall
 
 
+def test_a_second_jump_has_to_last_for_a_day_itself() -> None:
+    now, step = 0.0, 0.0
+    told = RetentionTime("records", lambda: now + step, lambda: now)
+    step = 2 * 3600.0
+    assert told() == now
+    now, step = DAY - 3600, YEAR
+    assert told() == now
+    now = DAY
+    assert told() == now
+    now = 2 * DAY - 3600
+    assert told() == now + YEAR
+
+
 def test_stamps_rise_at_the_clocks_pace_though_the_database_is_set_back() -> None:
     """Each server may use stamps up to two seconds ahead: enough for a hundred handshakes, not for a year of them."""
     now, wall = 0.0, 1_700_000_000.0
