@@ -34,6 +34,7 @@ class Interface:
 
     tso = uso = True
     frame = memoryview(b"")
+
     def __init__(self) -> None:
         self.descriptor = -1
         self.frames: list[memoryview] = []
