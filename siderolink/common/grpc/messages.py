@@ -258,10 +258,11 @@ class MessageBuffer(Buffer):
         self._is_read = True
         try:
             data = await super().read(size)
+            is_cut = size > 0 and not data and not self._guard.is_between
         except AssertionError:
-            if self._error is None:
-                self._fail(Refusal.MESSAGE_MALFORMED, Status.INVALID_ARGUMENT, "the message was cut short")
-            data = b""
+            data, is_cut = b"", True
+        if is_cut and self._error is None:
+            self._fail(Refusal.MESSAGE_MALFORMED, Status.INVALID_ARGUMENT, "the message was cut short")
         if self._error is not None:  # a new exception each time: a stored one would refer back here by its traceback
             status, message = self._error
             raise GRPCError(status, message) if self._server else InvalidAnswerError(f"the answer is invalid: {message}")

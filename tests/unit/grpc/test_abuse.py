@@ -226,6 +226,8 @@ async def test_half_a_message_then_silence() -> None:
         (message(b"", length=0xFFFF_FFFF), Refusal.MESSAGE_TOO_LARGE),
         (message(b"x", compressed=1), Refusal.MESSAGE_COMPRESSED),
         (message(b"half", length=10), Refusal.MESSAGE_MALFORMED),
+        (message(b"", length=10), Refusal.MESSAGE_MALFORMED),
+        (message(b"")[:3], Refusal.MESSAGE_MALFORMED),
         (message(b"\xff"), Refusal.MESSAGE_MALFORMED),
     ],
 )

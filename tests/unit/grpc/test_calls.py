@@ -236,6 +236,7 @@ async def test_a_call_says_why_its_connection_was_closed_here() -> None:
     ("body", "says"),
     [
         (message(b"half", length=10), "cut short"),
+        (message(b"", length=10), "cut short"),
         (message(b"", length=0xFFFF_FFFF), "4294967295 bytes"),
         (message(b"x", compressed=1), "compressed"),
         (message(b"") * 3000, "2048 messages"),
