@@ -166,7 +166,8 @@ coverage: ## what the last whole run covered, and whether the rooms that matter 
 bench: setup needs ## figures of this machine beside other programs': a table, and .venvs/bench/throughput.{json,svg}
 	@$(UV) pip install --quiet --python $(PYTHON) --group bench
 	@$(SUDO) env PATH="$$PATH" $(PYTHON) benchmarks/throughput.py --save .venvs/bench $(ARGS)
-	@for file in $(filter-out benchmarks/throughput.py benchmarks/recovery.py,$(wildcard benchmarks/*.py)); do $(SUDO) $(PYTHON) "$$file"; done
+	@for file in $(filter-out $(addprefix benchmarks/,throughput.py recovery.py store.py),$(wildcard benchmarks/*.py)); do $(SUDO) $(PYTHON) "$$file"; done
+	@$(PYTHON) benchmarks/store.py joins
 
 bench-recovery: setup needs ## how soon links are back after a killed server, a cut stream, a network that was away
 	@$(SUDO) env PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) benchmarks/recovery.py $(ARGS)
