@@ -60,7 +60,7 @@ def drain(pair: Pair, server: str, timeout: str = "60s") -> str:
     return (pair.a if server == A else pair.b).command(["drain", "--timeout", timeout]).splitlines()[-1]
 
 
-def test_killed_and_drained(tmp_path: Path) -> None:
+def test_successors_of_killed_and_drained_servers(tmp_path: Path) -> None:
     with cluster().database() as name, faulty(tmp_path, cluster(), name, cluster().url(name)) as (fleet, ours):
         pair, (node_uuid, existing) = fleet.pair, fleet.machines
         fleet.passes_at({A})
@@ -88,7 +88,7 @@ def test_killed_and_drained(tmp_path: Path) -> None:
             assert fleet.owners() == {node_uuid: A, existing: A}
 
 
-def test_a_promoted_replica_that_lacks_the_last_takings(tmp_path: Path) -> None:
+def test_a_promoted_replica_that_lacks_the_last_takeovers(tmp_path: Path) -> None:
     primary = Cluster()
     replica = Cluster(copy_of=primary)
     hosts = "&".join(f"host={one.folder}:{one.port}" for one in (primary, replica))

@@ -50,7 +50,7 @@ def cookies(namespace: Namespace) -> int:
     return int(namespace.run(["nft", "list", "counter", "inet", "t", "cookies"]).split("packets ")[1].split()[0])
 
 
-def test_wireguard_go_comes_in_by_our_cookie() -> None:
+def test_our_cookie_admits_wireguard_go() -> None:
     with pair_of_ends() as pair, flooded(pair, pair.net.server, pair.device.public_key, OUR_PORT, 3_000):
         pair.know_each_other(they_dial=True, keepalive=25)
         # it tries again by its timer
@@ -58,7 +58,7 @@ def test_wireguard_go_comes_in_by_our_cookie() -> None:
         assert cookies(pair.net.server) > 0
 
 
-def test_we_come_in_by_the_cookie_of_wireguard_go() -> None:
+def test_wireguard_gos_cookie_admits_us() -> None:
     with pair_of_ends() as pair, flooded(pair, pair.net.machine, pair.their_key.public_key(), THEIR_PORT, 30_000):
         pair.know_each_other(we_dial=True, keepalive=25)
         assert isinstance(pair.device, CanShakeHands)

@@ -118,7 +118,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
             stop(machine)
 
 
-def test_the_client_is_the_machines_administrator_through_a_forwarded_port(elsewhere: Elsewhere) -> None:
+def test_a_forwarded_port_gives_the_client_admin_rights(elsewhere: Elsewhere) -> None:
     key = elsewhere.key("root", "--role", "admin")
     with elsewhere.forwarding(key, UUID, "50000", "--local", "0") as port:
         assert "NODE:        127.0.0.1\n" in elsewhere.run(port, Talosctl.version_soon)
@@ -152,7 +152,7 @@ def test_a_viewer_with_a_grant_reaches_that_port(elsewhere: Elsewhere) -> None:
     assert "has none for port 22" in told
 
 
-def test_an_operator_forwards_nothing_and_a_machine_that_is_not_there_is_told(elsewhere: Elsewhere) -> None:
+def test_an_operator_may_not_forward_and_an_unknown_machine_is_reported(elsewhere: Elsewhere) -> None:
     before = elsewhere.metrics()
     key = elsewhere.key("op", "--role", "operator")
     process = elsewhere.start(key, UUID, "50000", "--local", "0")

@@ -144,7 +144,7 @@ async def test_a_long_transfer_is_no_flood() -> None:
         (ADDRESS, grpc.StatusCode.ABORTED, "peer replaced"),
     ],
 )
-async def test_how_a_stream_ends_is_exact(address: str, status: grpc.StatusCode, text: str) -> None:
+async def test_streams_end_with_the_expected_status(address: str, status: grpc.StatusCode, text: str) -> None:
     async with serving() as (_, channel):
         stream = channel.stream_stream(CREATE_STREAM)(metadata=((ADDRESS_METADATA, address),))
         if text == "peer replaced":

@@ -12,7 +12,7 @@ from tests.support.topology import SERVER_V4, direct
 PROGRAM = Path(__file__).with_name("grpcio_machine.py")
 
 
-def test_a_foreign_client_gets_the_answers_it_knows() -> None:
+def test_another_implementations_client_gets_the_expected_answers() -> None:
     with direct() as net, net.server.portal() as portal:
         server = Server(
             api_listen=f"{SERVER_V4}:4000",

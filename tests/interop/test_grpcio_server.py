@@ -109,7 +109,7 @@ async def test_datagrams_of_every_length_come_back_through_the_tunnel() -> None:
     ("address", "status", "text"),
     [("[fd00::1]:1", Status.PERMISSION_DENIED, "peer not allowed"), (ADDRESS, Status.ABORTED, "peer replaced")],
 )
-async def test_how_a_stream_ends_is_exact(address: str, status: Status, text: str) -> None:
+async def test_streams_end_with_the_expected_status(address: str, status: Status, text: str) -> None:
     async with foreign_server() as (_, port), tunnel(port, address) as stream:
         path = TunnelPath(stream, f"tunnel {ADDRESS}")
         path.send(Datagrams.single(b"replace me", HEADROOM))

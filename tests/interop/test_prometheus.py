@@ -130,7 +130,7 @@ def dashboard_queries() -> list[str]:
     return [target["expr"] for panel in panels for target in panel.get("targets", ())]
 
 
-def test_both_kinds_are_scraped(watched: Watched) -> None:
+def test_server_and_machine_metrics_are_scraped(watched: Watched) -> None:
     for target in ("up", "siderolink_check_good"):
         assert {found["metric"]["instance"] for found in watched.wait_for(f"{target} == 1")} == {SERVE, JOIN}
     up = watched.wait_for('siderolink_machines{state="up", admission="accepted"} > 0')

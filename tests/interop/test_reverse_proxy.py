@@ -178,7 +178,7 @@ async def test_a_servers_pings_keep_a_silent_call_open(tmp_path: Path, interval:
                 assert len(done) == (2 if interval is None else 0)
 
 
-async def test_an_idle_connection_is_cut_whatever_is_pinged_and_a_health_call_is_not(tmp_path: Path) -> None:
+async def test_nginx_cuts_an_idle_connection_despite_pings_but_not_a_health_call(tmp_path: Path) -> None:
     port = free_port()
     async with serve([HealthService()], host="127.0.0.1", limits=PINGED) as server:
         async with nginx(tmp_path, port, http(port, server.port, times())), background_tasks() as tasks:
@@ -203,7 +203,7 @@ async def test_an_idle_connection_is_cut_whatever_is_pinged_and_a_health_call_is
                     await ended.wait()
 
 
-async def test_a_server_that_is_away_behind_nginx_is_not_taken_for_one_that_answers(tmp_path: Path) -> None:
+async def test_a_stopped_server_behind_nginx_does_not_count_as_answering(tmp_path: Path) -> None:
     port, backend = free_port(), free_port()
     async with nginx(tmp_path, port, http(port, backend)), open_channel("::1", port) as channel:
         with pytest.raises(ServerUnreachableError, match="unavailable"):
@@ -233,7 +233,7 @@ async def watched(
             yield server, service, told, retry
 
 
-async def test_a_watch_behind_nginx_is_quiet_and_tells_the_servers_end(tmp_path: Path) -> None:
+async def test_a_health_call_behind_nginx_stays_open_until_the_server_ends(tmp_path: Path) -> None:
     async with watched(tmp_path, PINGED) as (server, service, told, _):
         await asyncio.sleep(1.5 * SECONDS)
         assert (service.calls, told) == (1, [])
@@ -243,7 +243,7 @@ async def test_a_watch_behind_nginx_is_quiet_and_tells_the_servers_end(tmp_path:
                 await asyncio.sleep(0.01)
 
 
-async def test_nginx_that_cuts_the_watch_regularly_is_left_in_peace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_regular_cuts_of_the_health_call_by_nginx_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the server's pings come too seldom for nginx, three cuts at one age are its habit, and no call is held any more."""
     monkeypatch.setattr("siderolink.client.link.watch.RegularCuts.SHORTEST", 0.0)
     monkeypatch.setattr("siderolink.client.link.probes.STABLE", 0.0)

@@ -134,7 +134,7 @@ def transfer(sender: Namespace, receiver: Namespace, address: str) -> None:
         assert digest.result() == hashlib.sha256(data).hexdigest()
 
 
-def test_we_dial(pair: Pair) -> None:
+def test_we_begin_the_handshake(pair: Pair) -> None:
     pair.know_each_other(we_dial=True)
     ping(pair.net.server, "fd00::2")
     ping(pair.net.server, "10.9.0.2")
@@ -145,7 +145,7 @@ def test_we_dial(pair: Pair) -> None:
     assert abs(peer.last_handshake - pair.other.latest_handshake(pair.device.public_key)) < 5
 
 
-def test_they_dial(pair: Pair) -> None:
+def test_the_other_end_begins_the_handshake(pair: Pair) -> None:
     pair.know_each_other(they_dial=True)
     ping(pair.net.machine, "fd00::1")
     ping(pair.net.machine, "10.9.0.1")
@@ -200,7 +200,7 @@ def test_keepalives_alone_make_the_session(pair: Pair) -> None:
     pair.wait(lambda peer: peer.last_received != before)
 
 
-def test_we_follow_them_to_another_address_and_port(pair: Pair) -> None:
+def test_we_follow_the_other_end_to_another_address_and_port(pair: Pair) -> None:
     pair.know_each_other(they_dial=True)
     ping(pair.net.machine, "fd00::1")
     pair.net.machine.add_address("eth0", "192.0.2.3/24")
@@ -212,7 +212,7 @@ def test_we_follow_them_to_another_address_and_port(pair: Pair) -> None:
     ping(pair.net.server, "fd00::2")
 
 
-def test_they_follow_us_to_another_address(pair: Pair) -> None:
+def test_the_other_end_follows_us_to_another_address(pair: Pair) -> None:
     pair.know_each_other(we_dial=True)
     ping(pair.net.server, "fd00::2")
     pair.net.server.add_address("eth0", "192.0.2.9/24")
@@ -221,7 +221,7 @@ def test_they_follow_us_to_another_address(pair: Pair) -> None:
     assert pair.other.endpoint(pair.device.public_key) == f"192.0.2.9:{OUR_PORT}"
 
 
-def test_they_come_back_after_a_restart() -> None:
+def test_the_other_end_reconnects_after_a_restart() -> None:
     with pair_of_ends() as pair:
         pair.know_each_other(they_dial=True)
         ping(pair.net.machine, "fd00::1")
@@ -234,7 +234,7 @@ def test_they_come_back_after_a_restart() -> None:
         assert pair.peer().last_handshake != first
 
 
-def test_an_interface_goes_with_its_device(pair: Pair) -> None:
+def test_an_interface_is_removed_with_its_device(pair: Pair) -> None:
     assert "ours" in pair.net.server.interfaces()
     config = DeviceConfig(name="second", private_key=PrivateKey.generate(), addresses=(IPv6Interface("fd01::1/64"),))
     with pair.portal.wrap_async_context_manager(open_device("userspace", config, lambda event: None)):

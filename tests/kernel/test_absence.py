@@ -24,7 +24,7 @@ def without_module() -> Iterator[None]:
         subprocess.run([f"{folder}/busybox", "insmod", f"{folder}/modules/wireguard.ko"], check=True)
 
 
-def test_a_module_unloaded_under_us_is_told() -> None:
+def test_an_unloaded_module_is_reported() -> None:
     with direct() as net, running(net.server) as ours:
         peer = PeerConfig(public_key=PrivateKey.generate().public_key())
         ours.portal.call(ours.device.set_peer, peer)

@@ -49,7 +49,7 @@ def net() -> Iterator[Net]:
         yield net
 
 
-def test_a_peer_is_followed_and_told_of(net: Net) -> None:
+def test_changes_of_a_peer_are_reported(net: Net) -> None:
     with running(net.server) as ours, peered(net, ours) as (other, key):
         ping(net.machine, OURS)
         moved = ours.wait_for(PathChanged)
@@ -108,7 +108,7 @@ def test_a_keepalive_waits_for_an_endpoint(net: Net) -> None:
         assert net.server.run(shown).split() == [key.public_key().encode(), "9"]
 
 
-def test_what_cannot_be_is_refused(net: Net) -> None:
+def test_invalid_devices_and_peers_are_refused(net: Net) -> None:
     with running(net.server) as ours:
         low_order = type(ours.device.public_key)(bytes(32))
         for key in (ours.device.public_key, low_order):
@@ -155,7 +155,7 @@ anyio.run(main)
 
 
 @pytest.mark.parametrize("kind", ["kernel", "userspace"])
-def test_what_a_crash_left_is_replaced(net: Net, kind: DeviceKind) -> None:
+def test_an_interface_left_by_a_crash_is_replaced(net: Net, kind: DeviceKind) -> None:
     process = net.server.popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "."})
     assert process.stdout is not None
     assert process.stdout.readline() == "False\n"  # it needs no numpy
@@ -254,7 +254,7 @@ def test_a_kept_interface_carries_on_without_losing_a_packet(net: Net) -> None:
         assert net.server.interfaces() == {"lo", "eth0"}
 
 
-def test_the_interfaces_end_is_told(net: Net) -> None:
+def test_a_removed_interface_is_reported(net: Net) -> None:
     with running(net.server) as ours:
         peer = PeerConfig(public_key=PrivateKey.generate().public_key())
         ours.portal.call(ours.device.set_peer, peer)
@@ -268,7 +268,7 @@ def test_the_interfaces_end_is_told(net: Net) -> None:
         assert ours.portal.call(ours.device.drops) == {}
 
 
-def test_lost_messages_of_netlink_are_made_up_for(net: Net) -> None:
+def test_lost_netlink_messages_cause_a_new_read(net: Net) -> None:
     with running(net.server) as ours:
         blocked, go_on = threading.Event(), threading.Event()
 
@@ -290,7 +290,7 @@ async def _call(function: Callable[[], None]) -> None:
     function()
 
 
-def test_it_is_followed_down_and_up_and_to_another_port(net: Net) -> None:
+def test_the_device_follows_its_interface_down_up_and_to_another_port(net: Net) -> None:
     with running(net.server) as ours, peered(net, ours) as (other, _):
         ping(net.machine, OURS)
         net.server.set_link("ours", up=False)
@@ -319,7 +319,7 @@ def test_the_interface_may_live_in_another_namespace_than_its_socket(net: Net) -
         ours.wait_for(InterfaceLost)
 
 
-def test_without_the_right_it_says_so(net: Net) -> None:
+def test_missing_rights_are_reported(net: Net) -> None:
     powerless = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", sys.executable, "-c"]
     program = PROGRAM.replace('"kernel"', '"auto"')
     said = net.server.run([*powerless, program], check=False, env=os.environ | {"PYTHONPATH": "."}, timeout=60).splitlines()[-1]

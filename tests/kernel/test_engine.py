@@ -19,10 +19,10 @@ from tests.interop.test_wireguard_go import (
     test_another_preshared_key_makes_no_session,
     test_bulk_traffic_in_both_directions,
     test_keepalives_alone_make_the_session,
-    test_they_dial,
-    test_they_follow_us_to_another_address,
-    test_we_dial,
-    test_we_follow_them_to_another_address_and_port,
+    test_the_other_end_begins_the_handshake,
+    test_the_other_end_follows_us_to_another_address,
+    test_we_begin_the_handshake,
+    test_we_follow_the_other_end_to_another_address_and_port,
 )
 from tests.support.kernel_pair import pair_with_the_kernel
 from tests.support.kernel_wireguard import kernel_wireguard
@@ -34,10 +34,10 @@ __all__ = [
     "test_another_preshared_key_makes_no_session",
     "test_bulk_traffic_in_both_directions",
     "test_keepalives_alone_make_the_session",
-    "test_they_dial",
-    "test_they_follow_us_to_another_address",
-    "test_we_dial",
-    "test_we_follow_them_to_another_address_and_port",
+    "test_the_other_end_begins_the_handshake",
+    "test_the_other_end_follows_us_to_another_address",
+    "test_we_begin_the_handshake",
+    "test_we_follow_the_other_end_to_another_address_and_port",
 ]
 
 
@@ -76,7 +76,7 @@ def test_ipv6_outside(pair: Pair, we_dial: bool) -> None:
     assert pair.peer().path == f"[2001:db8::2]:{THEIR_PORT}"
 
 
-def test_the_kernel_comes_back_after_its_interface_was_made_anew(pair: Pair) -> None:
+def test_the_kernel_reconnects_after_its_interface_was_recreated(pair: Pair) -> None:
     pair.know_each_other(they_dial=True)
     ping(pair.net.machine, "fd00::1")
     first = pair.peer().last_handshake

@@ -46,7 +46,9 @@ def linked(net: Net, server_device: DeviceKind, machine_device: DeviceKind, quer
 
 @pytest.mark.parametrize("query", ["", "&grpc_tunnel=true"], ids=["udp", "tunnel"])
 @pytest.mark.parametrize(("server_device", "machine_device"), PAIRS)
-def test_the_main_job(server_device: DeviceKind, machine_device: DeviceKind, query: str) -> None:
+def test_links_by_udp_and_tunnel_with_the_kernel_device(
+    server_device: DeviceKind, machine_device: DeviceKind, query: str
+) -> None:
     with direct() as net:
         with linked(net, server_device, machine_device, query) as (server, link):
             assert (server.device.kind, link.device.kind) == (server_device, machine_device)
@@ -59,7 +61,7 @@ def test_the_main_job(server_device: DeviceKind, machine_device: DeviceKind, que
         assert net.server.run(["nft", "list", "tables"]) == ""
 
 
-def test_auto_is_the_kernel_where_it_can_be() -> None:
+def test_auto_selects_the_kernel_where_possible() -> None:
     with direct() as net, linked(net, "auto", "auto", "") as (server, link):
         assert (server.device.kind, link.device.kind) == ("kernel", "kernel")
         assert f"interface: {link.interface}" in net.machine.run(["wg", "show"])

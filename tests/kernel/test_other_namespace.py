@@ -4,15 +4,15 @@ import pytest
 
 from tests.netns import test_other_namespace as suite
 from tests.netns.test_other_namespace import (
-    test_a_namespace_that_cannot_be_is_refused,
     test_an_interface_is_repaired_where_it_is,
-    test_links_end_in_other_namespaces,
+    test_an_invalid_namespace_is_refused,
+    test_interfaces_of_links_can_be_in_other_namespaces,
 )
 
 __all__ = [
-    "test_a_namespace_that_cannot_be_is_refused",
     "test_an_interface_is_repaired_where_it_is",
-    "test_links_end_in_other_namespaces",
+    "test_an_invalid_namespace_is_refused",
+    "test_interfaces_of_links_can_be_in_other_namespaces",
 ]
 
 

@@ -80,7 +80,7 @@ def relay_port(ours: Running) -> int:
     return port
 
 
-def test_no_other_user_gets_a_word_into_a_stream() -> None:
+def test_other_users_cannot_inject_datagrams_into_a_stream() -> None:
     with direct() as net, running(net.server) as ours:
         key = PrivateKey.generate().public_key()
         stream = Recorder(bytes(key))

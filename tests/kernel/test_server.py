@@ -67,7 +67,7 @@ def test_isolation_holds_whatever_the_hosts_own_rules_and_connections_say() -> N
         assert host.server.drops()["inner_destination"] >= 1
 
 
-def test_a_machine_that_speaks_by_anothers_stream_moves_nobody() -> None:
+def test_a_machine_on_another_ones_stream_moves_no_peer() -> None:
     """It claims its neighbour's virtual address and shakes hands there as itself: its neighbour is reached as before."""
     with serving() as host, joined(host, 0, tunnel=True) as neighbour, suite.carrying(neighbour) as neighbours_end:
         neighbour.wait_connected()

@@ -143,7 +143,7 @@ async def measure() -> Measured:
 
 
 @pytest.mark.timeout(300)
-def test_ten_thousand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_change_among_ten_thousand_peers_costs_what_it_costs_among_ten(capsys: pytest.CaptureFixture[str]) -> None:
     found = anyio.run(measure)
     calls, reads = (sorted(turn[index] for turn in found.turns) for index in (0, 1))
     with capsys.disabled():

@@ -33,7 +33,7 @@ from tests.support.topology import direct
     ],
     ids=["loss 30 %", "delay 300 ms, reordered", "a little of each, 1 % altered"],
 )
-def test_a_bad_wire_is_no_reason_to_give_a_link_up(faults: Faults) -> None:
+def test_a_lossy_network_does_not_end_a_link(faults: Faults) -> None:
     with (
         direct() as net,
         net.server.portal() as portal,

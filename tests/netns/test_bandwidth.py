@@ -87,7 +87,7 @@ def flood(sender: Namespace, receiver: Namespace, target: str, count: int) -> tu
 
 
 @pytest.mark.parametrize("direction", ["rx", "tx"])
-def test_what_is_beyond_a_machines_bandwidth_is_dropped_and_counted(fleet: tuple[Served, Namespace], direction: str) -> None:
+def test_traffic_beyond_a_machines_bandwidth_is_dropped_and_counted(fleet: tuple[Served, Namespace], direction: str) -> None:
     server, machine = fleet
     target = address(server) if direction == "tx" else "fdae:41e4:649b:9303::1"
     sender, receiver = (server.namespace, machine) if direction == "tx" else (machine, server.namespace)

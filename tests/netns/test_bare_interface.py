@@ -40,7 +40,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize(("address", "nobody"), [("10.0.0.1/8", "10.0.0.9"), ("fd00::1/32", "fd00::9")])
-def test_a_sender_learns_at_once_that_nobody_is_there(namespace: Namespace, address: str, nobody: str) -> None:
+def test_a_packet_without_a_peer_gets_an_icmp_error(namespace: Namespace, address: str, nobody: str) -> None:
     def connect(to: str) -> None:
         with pytest.raises(OSError, match="No route to host"):  # not a timeout
             socket.create_connection((to, 80), timeout=10)
@@ -68,7 +68,7 @@ def test_a_sender_learns_at_once_that_nobody_is_there(namespace: Namespace, addr
         assert errors() <= 2 + 100 + 100 * (time.monotonic() - began)
 
 
-def test_set_show_and_take_away(namespace: Namespace) -> None:
+def test_wg_sets_shows_and_removes(namespace: Namespace) -> None:
     key, psk = PrivateKey.generate().clamped(), PresharedKey.generate()
     with bare(namespace) as wg0:
         assert wg0.show("private-key") == "(none)"
@@ -124,7 +124,7 @@ def test_configuration_files(namespace: Namespace, tmp_path: Path) -> None:
         assert dump[1].split("\t") == ["wg0", OTHER, "(none)", "(none)", "10.2.0.0/16", "0", "0", "0", "off"]
 
 
-def test_errors_are_told(namespace: Namespace) -> None:
+def test_wg_reports_errors(namespace: Namespace) -> None:
     with bare(namespace) as wg0:
         with namespace.call(_udp_socket) as taken:
             port = taken.getsockname()[1]
@@ -145,14 +145,14 @@ def _udp_socket() -> socket.socket:
     return found
 
 
-def test_it_ends_with_its_interface_and_takes_its_socket_along(namespace: Namespace) -> None:
+def test_it_ends_with_its_interface_and_removes_its_socket(namespace: Namespace) -> None:
     with bare(namespace) as wg0:
         namespace.run(["ip", "link", "del", "wg0"])
         assert "deleted" in wg0.rest()
         assert wg0.process.returncode == 0
 
 
-def test_it_ends_with_its_socket_and_takes_the_interface_along(namespace: Namespace) -> None:
+def test_it_ends_with_its_socket_and_removes_its_interface(namespace: Namespace) -> None:
     with bare(namespace) as wg0:
         run_beside(wg0.process, ["rm", "/var/run/wireguard/wg0.sock"])
         assert "deleted, or its socket" in wg0.rest()
@@ -160,7 +160,7 @@ def test_it_ends_with_its_socket_and_takes_the_interface_along(namespace: Namesp
         assert "wg0" not in namespace.interfaces()
 
 
-def test_stopped_it_takes_the_interface_along(namespace: Namespace) -> None:
+def test_a_stop_removes_the_interface(namespace: Namespace) -> None:
     with bare(namespace) as wg0:
         assert "wg0" in namespace.interfaces()
         assert stop(wg0.process, 60) == 0
@@ -174,7 +174,7 @@ def test_a_taken_name_is_one_clear_line(namespace: Namespace) -> None:
         assert second.process.wait(60) == 1
 
 
-def test_a_stale_socket_is_taken_over_and_a_live_one_is_not(namespace: Namespace, tmp_path: Path) -> None:
+def test_a_stale_socket_is_replaced_and_a_live_one_is_not(namespace: Namespace, tmp_path: Path) -> None:
     folder = Path("/var/run/wireguard")
     name = f"wgs{os.getpid() % 100_000}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def test_a_stale_socket_is_taken_over_and_a_live_one_is_not(namespace: Namespace
         path.unlink(missing_ok=True)
 
 
-def test_without_rights_or_device_it_says_what_is_missing(namespace: Namespace) -> None:
+def test_missing_rights_or_devices_are_reported(namespace: Namespace) -> None:
     command = [sys.executable, "-m", "siderolink", "wireguard", "wg0"]
     refused = namespace.run(["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", *command], check=False)
     assert "CAP_NET_ADMIN" in refused
@@ -241,7 +241,7 @@ def test_down_and_up_again(namespace: Namespace) -> None:
         ping(right, "fd00::1")
 
 
-def test_an_interface_moved_away_keeps_its_socket_where_it_was_born() -> None:
+def test_an_interface_moved_to_another_namespace_keeps_its_socket() -> None:
     with two_interfaces() as (left, right, one, other), Namespace("inner") as inner:
         ping(left, "fd00::2")
         left.run(["ip", "link", "set", "wg0", "netns", inner.name])

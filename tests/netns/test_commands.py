@@ -107,7 +107,7 @@ def test_serve_join_status(net: Net, token: list[str], tunnel: bool) -> None:
 
 
 @pytest.mark.timeout(180)  # eight programs start, one after the other
-def test_what_goes_wrong_is_one_line(net: Net, token: list[str]) -> None:
+def test_each_failure_is_one_line(net: Net, token: list[str]) -> None:
     early = start(net.machine, "join", URL, *token)
     assert "192.0.2.1" in read_until(early, "provision failed: ")[-1], "nobody listens"
     [waiting] = json.loads(net.machine.run([*COMMAND, "status", "--json"]))

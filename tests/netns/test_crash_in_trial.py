@@ -128,7 +128,7 @@ def notes(bench: Bench) -> list[str]:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("key", "value"), [(15, OTHER), (16, GIVEN)], ids=["uuid", "unique-token"])
-def test_meta_that_is_still_tried(bench: Bench, key: int, value: str) -> None:
+def test_a_crash_while_meta_is_tried(bench: Bench, key: int, value: str) -> None:
     """The server answers the new Provision only after the write has returned: the file has the value when the machine dies."""
     bench.is_held = lambda request: request.node_uuid == OTHER or request.unique_token == GIVEN
     first = bench.start(URL)
@@ -156,7 +156,7 @@ def test_meta_that_is_still_tried(bench: Bench, key: int, value: str) -> None:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("old", "new"), [(URL, NOBODY), (TUNNEL, URL)], ids=["server", "transport"])
-def test_a_file_whose_settings_are_still_tried(bench: Bench, tmp_path: Path, old: str, new: str) -> None:
+def test_a_crash_while_a_files_settings_are_tried(bench: Bench, tmp_path: Path, old: str, new: str) -> None:
     file = tmp_path / "machine.yaml"
     file.write_text(document(old))
     if old == TUNNEL:
@@ -195,7 +195,7 @@ def test_a_crash_after_the_server_has_bound_the_new_settings(bench: Bench, tmp_p
 
 
 @pytest.mark.timeout(180)
-def test_configurations_by_the_api_that_are_still_tried_or_on_trial(bench: Bench, tmp_path: Path) -> None:
+def test_a_crash_while_configurations_by_the_api_are_tried(bench: Bench, tmp_path: Path) -> None:
     file = tmp_path / "machine.yaml"
     file.write_text(document(URL))
     bench.start("--config", str(file))

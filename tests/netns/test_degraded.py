@@ -141,7 +141,7 @@ def pass_udp(one: Namespace, other: Namespace) -> None:
         (no_udp_offload, ["TUN_F_USO4"]),
     ],
 )
-def test_what_the_kernel_lacks_costs_nothing_but_speed(
+def test_missing_kernel_features_reduce_speed_only(
     refuse: Refuse, said: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     warn_once.cache_clear()

@@ -75,7 +75,7 @@ def test_nothing_is_left_however_it_ends(number: signal.Signals) -> None:
     assert not any(is_in_use(identity) for identity in namespaces)
 
 
-def test_what_several_servers_need_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_programs_for_several_servers_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "_POSTGRES", Path("/nowhere"))
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SideroLinkError, match="cannot find initdb, postgres, pg_isready: on Debian, apt-get install"):

@@ -50,7 +50,7 @@ def test_all_is_well(query: str) -> None:
         assert net.machine.interfaces() == {"lo", "eth0"}
 
 
-def test_blocked_udp_and_a_wrong_token_have_their_remedies() -> None:
+def test_blocked_udp_and_a_wrong_token_are_reported_with_remedies() -> None:
     with serving() as net:
         net.machine.drop_udp()
         found = examine(net.machine, URL)
@@ -64,7 +64,7 @@ def test_blocked_udp_and_a_wrong_token_have_their_remedies() -> None:
         assert found["TLS"]["is_good"] is False
 
 
-def test_certificates_have_their_remedies(tmp_path: Path) -> None:
+def test_certificate_problems_are_reported_with_remedies(tmp_path: Path) -> None:
     root = make_certificate("the root")
     (tmp_path / "ca.pem").write_text(root.certificate_pem)
     url, trusting = f"https://{SERVER_V4}:4000?jointoken={TOKEN}", ["--ca-file", str(tmp_path / "ca.pem")]
@@ -93,7 +93,7 @@ def test_a_narrow_path_is_found() -> None:
         assert found[f"udp {SERVER_V4}:51820, MTU"]["is_good"] is False
 
 
-def test_what_this_host_lacks_is_told() -> None:
+def test_missing_features_of_the_host_are_reported() -> None:
     with Namespace("host") as host:
         host.nft("add table inet strict; add chain inet strict in { type filter hook input priority 0; policy drop; }")
         host.set_link("lo", up=False)
@@ -105,7 +105,7 @@ def test_what_this_host_lacks_is_told() -> None:
         assert any(found[f"{kind} device"]["is_good"] for kind in ("kernel", "userspace"))
 
 
-def test_a_firewall_of_our_own_is_no_reason_for_a_warning() -> None:
+def test_our_own_firewall_causes_no_warning() -> None:
     with Namespace("host") as host:
         host.nft(
             "add table inet siderolink; add chain inet siderolink input { type filter hook input priority 0; policy drop; }"

@@ -33,7 +33,7 @@ def test_nothing_is_left_behind_after_an_error() -> None:
     assert threading.active_count() == threads
 
 
-def test_two_ends_of_a_wire() -> None:
+def test_two_namespaces_reach_each_other() -> None:
     with direct() as net:
         net.machine.run(["ping", "-c1", "-W20", SERVER_V4])
         net.machine.run(["ping", "-c1", "-W20", SERVER_V6])
@@ -69,7 +69,7 @@ def test_a_router_with_nat_hides_the_machines_and_can_rebind() -> None:
             assert udp.recvfrom(9)[1] != (host, port)
 
 
-def test_an_event_loop_inside() -> None:
+def test_a_namespace_runs_an_event_loop() -> None:
     async def listen() -> str:
         async with await anyio.create_tcp_listener(local_host=SERVER_V4, local_port=0) as listener:
             return str(listener.extra(anyio.abc.SocketAttribute.local_address)[0])

@@ -171,7 +171,7 @@ def wait_kept(net: Net, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("ends", ["at once", "slowly"])
-def test_a_server_without_memory_is_taken_up_again_with_its_new_key(ends: str) -> None:
+def test_a_server_that_lost_its_state_is_joined_again_with_its_new_key(ends: str) -> None:
     """Where it ends slowly, it still answers handshakes when its API has ended."""
     with direct() as net, ExitStack() as stack:
         with joined(net, wait=False) as machine:
@@ -206,7 +206,7 @@ def test_blocked_udp_falls_back_to_the_tunnel_and_goes_back() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(240)
-def test_a_path_that_loses_large_packets_is_told_and_forgiven() -> None:
+def test_lost_large_packets_are_reported_until_they_pass() -> None:
     with direct() as net, serving(net):
         net.server.nft(RULES.format("udp length > 1300 drop"))
         with joined(net) as machine:
@@ -216,7 +216,7 @@ def test_a_path_that_loses_large_packets_is_told_and_forgiven() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(240)
-def test_a_blackholed_stream_is_left_by_itself() -> None:
+def test_a_blackholed_stream_is_replaced() -> None:
     with direct() as net, serving(net), joined(net, TUNNEL_URL) as machine:
         net.server.nft(RULES.format("tcp dport 4000 drop"))
         load = net.machine.popen(["ping", "-q", "-i0.2", "-w40", str(machine.link.server_address)])

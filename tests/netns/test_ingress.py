@@ -59,7 +59,7 @@ def holding(net: Net, ingress: Ingress) -> Iterator[Host]:
         yield Host(net, portal, firewall)
 
 
-def test_block_lets_nothing_in_but_what_a_rule_names() -> None:
+def test_block_admits_only_what_a_rule_names() -> None:
     with direct() as net:
         net.server.add_address("eth0", "192.0.2.77/24")
         assert lets_in(net.server, partial(dial, MACHINE_V4, 80, None))
@@ -95,7 +95,7 @@ def test_block_lets_nothing_in_but_what_a_rule_names() -> None:
         assert lets_in(net.server, partial(dial, MACHINE_V4, 81, None))
 
 
-def test_accept_lets_all_in_but_what_a_rule_keeps_for_others() -> None:
+def test_accept_admits_everything_except_ports_reserved_by_rules() -> None:
     with direct() as net:
         net.server.add_address("eth0", "192.0.2.77/24")
         ingress = Ingress(
@@ -127,7 +127,7 @@ def test_several_rules_for_a_port_must_all_agree_when_the_rest_is_accepted() -> 
         assert host.keeps_out(80)
 
 
-def test_what_the_machine_begins_is_answered_and_the_loopback_is_trusted() -> None:
+def test_answers_to_the_machine_and_the_loopback_pass() -> None:
     with direct() as net, holding(net, BLOCK):
         assert lets_in(net.machine, partial(dial, "192.0.2.1", 80, None))
         assert lets_in(net.machine, partial(send_udp, "192.0.2.1", 80))
@@ -207,7 +207,7 @@ def test_a_redirect_cannot_lead_new_connections_past_the_firewall() -> None:
         assert lets_in(net.server, partial(dial, MACHINE_V4, 8080, None))
 
 
-def test_what_is_only_forwarded_is_not_the_firewalls() -> None:
+def test_forwarded_packets_are_not_filtered() -> None:
     with Namespace("server") as server, Namespace("router") as router, Namespace("other") as other:
         router.forward()
         link(server, router, names=("eth0", "up"), addresses=(["192.0.2.1/24"], ["192.0.2.254/24"]))
@@ -219,7 +219,7 @@ def test_what_is_only_forwarded_is_not_the_firewalls() -> None:
             assert host.keeps_out(80, "192.0.2.254")
 
 
-def test_nothing_is_left_and_others_rules_stay() -> None:
+def test_nothing_is_left_and_rules_of_others_stay() -> None:
     with direct() as net:
         net.machine.nft("table inet others { chain input { type filter hook input priority 0; tcp dport 9 drop; }; }")
         before = ruleset(net.machine)
@@ -281,7 +281,7 @@ def test_rules_that_the_kernel_refuses_leave_the_old_ones() -> None:
         assert lets_in(net.server, partial(dial, MACHINE_V4, 80, None))
 
 
-def test_a_table_that_another_has_removed_is_made_anew() -> None:
+def test_a_table_removed_by_others_is_created_again() -> None:
     drop = Chain("input", [Rule([], "drop")])
     with direct() as net, net.machine.portal() as portal:
         table = net.machine.call(partial(Table, "unowned", owned=False))

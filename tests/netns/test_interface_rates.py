@@ -175,7 +175,9 @@ async def test_thousands_of_machines_are_limited_in_a_few_transactions(hosts: tu
                     await anyio.sleep(0.1)
 
 
-async def test_what_cannot_be_limited_is_said(hosts: tuple[Namespace, Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_limits_that_cannot_be_set_are_reported(
+    hosts: tuple[Namespace, Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, _ = hosts
     server.run(["nft", "add", "table", "inet", TABLE])
     with pytest.raises(DeviceUnavailableError, match="cannot limit bandwidth"):

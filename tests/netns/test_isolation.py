@@ -215,7 +215,7 @@ def test_a_machines_packets_get_to_the_server_and_nowhere_else(tunnel: bool) -> 
 
 
 @pytest.mark.parametrize("tunnel", [False, True], ids=["udp", "tunnel"])
-def test_two_machines_that_both_want_to_do_not_reach_each_other(tunnel: bool) -> None:
+def test_two_machines_that_both_cooperate_do_not_reach_each_other(tunnel: bool) -> None:
     """Both have widened their own allowed IPs, and the server's host forwards and has a route to each of them."""
 
     def arrives(sender: Attacker, receiver: Attacker, number: int) -> bool:
@@ -406,6 +406,6 @@ def test_two_servers_in_one_namespace_and_one_that_is_killed() -> None:
 
 
 @pytest.mark.parametrize("port", [0, 65536, -1, "80/sctp", "http", "80-90", "", "8" * 100])
-def test_ports_that_are_none(port: int | str) -> None:
+def test_invalid_ports_are_refused(port: int | str) -> None:
     with pytest.raises(ConfigurationError, match="is not a port; write 8080 or 53/udp"):
         Server(api_listen="127.0.0.1:0", force_tunnel=True, allow_any_token=True, overlay_ports=[port])

@@ -216,7 +216,7 @@ def test_join_by_the_kernel_command_line(net: Net, tmp_path: Path) -> None:
         join.wait_for(" connected: ")
 
 
-def test_a_bare_join_goes_by_the_hosts_kernel_command_line(tmp_path: Path) -> None:
+def test_join_without_arguments_uses_the_hosts_kernel_command_line(tmp_path: Path) -> None:
     line = tmp_path / "cmdline"
     sink, log = f"talos.events.sink=[{OVERLAY}]:8090", f"talos.logging.kernel=tcp://[{OVERLAY}]:8092"
     line.write_text(f'BOOT_IMAGE=/vmlinuz quiet "siderolink.api={URL}" {sink} {log} -- siderolink.api=grpc://init\n')
@@ -245,7 +245,7 @@ def test_a_bare_join_goes_by_the_hosts_kernel_command_line(tmp_path: Path) -> No
             assert TOKEN not in "".join(join.said)
 
 
-def test_in_a_container_a_bare_join_passes_the_kernel_command_line_over(tmp_path: Path) -> None:
+def test_in_a_container_join_without_arguments_ignores_the_kernel_command_line(tmp_path: Path) -> None:
     line = tmp_path / "cmdline"
     line.write_text(f"siderolink.api={URL}\n")
     in_its_place = ["sh", "-c", f'mount --bind {line} /proc/cmdline && container=podman exec "$@"', "sh"]
@@ -254,7 +254,7 @@ def test_in_a_container_a_bare_join_passes_the_kernel_command_line_over(tmp_path
         join.wait_for("no join URL found")
 
 
-def test_a_bare_join_finds_what_the_host_has(net: Net, tmp_path: Path) -> None:
+def test_join_without_arguments_finds_the_hosts_settings(net: Net, tmp_path: Path) -> None:
     laid_over = tmp_path / "etc"
     laid_over.mkdir()
     (laid_over / "siderolink.yaml").write_text(join_document(URL))
@@ -265,7 +265,7 @@ def test_a_bare_join_finds_what_the_host_has(net: Net, tmp_path: Path) -> None:
         join.wait_for(" connected: ")
 
 
-def test_without_any_join_url_it_says_where_it_looked(tmp_path: Path) -> None:
+def test_without_a_join_url_join_lists_where_it_looked(tmp_path: Path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text(BLOCK)
     done = subprocess.run(

@@ -74,7 +74,7 @@ def run_rounds() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_a_hundred_times() -> None:
+def test_a_hundred_links_leave_nothing_behind() -> None:
     """In a process of its own: what the allocator holds for the threads of earlier tests would be counted, too."""
     done = subprocess.run([sys.executable, "-m", "tests.netns.test_leaks"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

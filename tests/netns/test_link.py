@@ -135,7 +135,7 @@ def test_a_cut_stream_is_opened_again() -> None:
         net.machine.run(["ping", "-c1", "-i0.2", "-w30", str(machine.link.server_address)])
 
 
-def test_blocked_udp_is_told_with_its_remedy() -> None:
+def test_blocked_udp_is_reported_with_a_remedy() -> None:
     with direct() as net, serving(net):
         net.machine.drop_udp()
         with pytest.raises(HandshakeTimeoutError, match="grpc_tunnel=true"), joined(net.machine, handshake_timeout=1.0):
@@ -143,7 +143,7 @@ def test_blocked_udp_is_told_with_its_remedy() -> None:
         assert net.machine.interfaces() == {"lo", "eth0"}
 
 
-def test_an_interface_that_is_there_already_is_not_touched() -> None:
+def test_an_existing_interface_is_not_touched() -> None:
     with direct() as net, serving(net), joined(net.machine) as machine:
         with pytest.raises(InterfaceInUseError, match="siderolink"), joined(net.machine):
             pass

@@ -179,7 +179,7 @@ def test_the_machine_commands(net: Net, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "another namespace"])
 @pytest.mark.timeout(240)
-def test_a_clone_and_a_machine_without_a_token_are_given_what_they_lack(tmp_path: Path, elsewhere: bool) -> None:
+def test_a_clone_and_a_machine_without_a_token_are_enrolled(tmp_path: Path, elsewhere: bool) -> None:
     """The server writes META 15 and 16 through the machine's own API, over the link."""
     node_uuid = str(uuid.uuid4())
     join = [*COMMAND, "join", URL, "--uuid", node_uuid, "--device", "userspace", "--maintenance-api"]
@@ -227,7 +227,7 @@ def test_a_running_machine_without_a_token_changes_its_uuid_by_an_echo(net: Net,
 
 
 @pytest.mark.timeout(120)
-def test_where_machines_are_pending_one_that_changes_its_uuid_is_so_by_an_echo(net: Net, tmp_path: Path) -> None:
+def test_with_pending_machines_a_changed_uuid_becomes_pending_after_an_echo(net: Net, tmp_path: Path) -> None:
     before, after = str(uuid.uuid4()), str(uuid.uuid4())
     with served(net.server, tmp_path, "--device", "userspace", "--join-tokens-mode", "strict") as server:
         process = net.machine.popen(

@@ -164,7 +164,7 @@ def test_exit_statuses_tell_scripts_what_went_wrong(fleet: Fleet) -> None:
     assert {machine["node_uuid"] for machine in here.machines()} == {FIRST, SECOND}
 
 
-def test_keys_with_roles_from_elsewhere(fleet: Fleet, tmp_path: Path) -> None:
+def test_remote_keys_have_their_roles(fleet: Fleet, tmp_path: Path) -> None:
     here, elsewhere = fleet.here, fleet.elsewhere
     denied = elsewhere("machine", "list")
     assert (denied.status, "needs an API key" in denied.err) == (ExitStatus.DENIED, True)
@@ -196,7 +196,7 @@ def test_keys_with_roles_from_elsewhere(fleet: Fleet, tmp_path: Path) -> None:
     assert json.loads(here.ok("apikey", "list", "-o", "json"))[-1]["state"] in ("active", "revoked")
 
 
-def test_what_was_changed_is_audited_followed_and_exported(fleet: Fleet, tmp_path: Path) -> None:
+def test_changes_are_audited_followed_and_exported(fleet: Fleet, tmp_path: Path) -> None:
     here = fleet.here
     follower = here.start("audit", "-f", "-o", "json", "--action", "machine.")
     here.ok("machine", "note", FIRST, "for the audit")

@@ -128,7 +128,7 @@ def test_many_routes_are_read_in_parts_and_no_more_than_the_most(monkeypatch: py
         assert anyio.run(count_all) == (100, False)
 
 
-def test_no_namespace_of_that_name() -> None:
+def test_a_missing_namespace_is_refused() -> None:
     async def work() -> None:
         await follow_network(lambda update: None, "nowhere-at-all")
 
@@ -166,7 +166,7 @@ def test_a_watch_names_the_interfaces_and_those_with_a_new_carrier() -> None:
         portal.call(work)
 
 
-def test_lost_events_are_told_once_all_that_were_queued_are_read() -> None:
+def test_lost_events_are_reported_after_the_queued_ones() -> None:
     with Namespace("overrun") as namespace, namespace.portal() as portal:
 
         async def work() -> None:

@@ -50,7 +50,7 @@ def answers(namespace: Namespace, address: object) -> bool:
 
 
 @pytest.mark.parametrize("query", ["", "&grpc_tunnel=true"], ids=["udp", "tunnel"])
-def test_links_end_in_other_namespaces(query: str) -> None:
+def test_interfaces_of_links_can_be_in_other_namespaces(query: str) -> None:
     with direct() as net, Namespace("overlay") as far, Namespace("overlay") as near, linked(net, far, near, query) as (link, _):
         for inner in (far, near):
             assert len(inner.interfaces() - {"lo"}) == 1
@@ -79,7 +79,7 @@ async def wait_for_repair(link: Link) -> None:
             return
 
 
-def test_a_namespace_that_cannot_be_is_refused() -> None:
+def test_an_invalid_namespace_is_refused() -> None:
     key = PrivateKey.generate()
     with Namespace("outer") as outer, Namespace("inner") as inner, outer.portal() as portal:
         inner.run(["ip", "link", "add", "ours", "type", "veth"])

@@ -127,7 +127,7 @@ def bulk(net: Net, overlay: str, *options: str) -> Iterator[None]:
 
 
 @pytest.mark.timeout(240)
-def test_a_peer_at_full_speed_starves_nobody(tmp_path: Path) -> None:
+def test_a_peer_at_full_speed_does_not_starve_others(tmp_path: Path) -> None:
     with (
         routed(2) as net,
         served(net.server, tmp_path) as server,
@@ -183,13 +183,13 @@ def overload(net: Net, server: Served, portal: BlockingPortal, seconds: float) -
 
 
 @pytest.mark.timeout(240)
-def test_peers_that_take_nothing_cost_no_memory_and_nobody_else(tmp_path: Path) -> None:
+def test_peers_that_do_not_read_cost_no_memory_and_delay_no_other(tmp_path: Path) -> None:
     with routed(2) as net, served(net.server, tmp_path) as server, net.machines[1].portal() as portal:
         overload(net, server, portal, 5)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(150)
-def test_the_same_for_a_minute(tmp_path: Path) -> None:
+def test_overload_for_a_minute(tmp_path: Path) -> None:
     with routed(2) as net, served(net.server, tmp_path) as server, net.machines[1].portal() as portal:
         overload(net, server, portal, 60)

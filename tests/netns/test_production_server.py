@@ -257,7 +257,7 @@ def await_event(stream: Any, event_type: int, name: str) -> None:
     raise AssertionError(f"the stream ended before {name}")
 
 
-def test_the_kind_of_connector_is_asked_of_the_driver(net: Net) -> None:
+def test_the_connector_is_read_from_the_driver(net: Net) -> None:
     assert net.machine.call(partial(connector, "eth0")) == 0, "twisted pair, as this driver says"
     assert net.machine.call(partial(connector, "lo")) == 255
     assert net.machine.call(partial(connector, "none")) == 255

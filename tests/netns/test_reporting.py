@@ -108,7 +108,7 @@ PAYLOADS: list[MachineEventPayload] = [
 ]
 
 
-def test_events_and_lines_arrive_in_order_and_are_handed_out() -> None:
+def test_events_and_lines_arrive_in_order() -> None:
     with routed() as net, serving(net) as (server, server_portal):
         streams = server_portal.call(lambda: (server.reports.events(), server.reports.lines()))
         with reporting(net) as (machine, portal):
@@ -167,7 +167,7 @@ def test_nothing_is_lost_while_the_server_is_away() -> None:
         assert (machine.events.lost, machine.logs.lost) == (0, 0)
 
 
-def test_beyond_the_bound_the_oldest_are_lost_and_counted() -> None:
+def test_lines_beyond_the_bound_are_lost_oldest_first_and_counted() -> None:
     with routed() as net, serving(net) as (_, __), reporting(net, max_lines=10) as (machine, portal):
         net.server.run(["nft", "add table inet cut; add chain inet cut in { type filter hook input priority 0; policy drop; }"])
         for number in range(2000):
@@ -199,7 +199,7 @@ def raw_lines(net: Net, link: Link, data: bytes, *, source: str | None = None, p
     return net.machine.call(send)
 
 
-def test_bad_lines_are_dropped_counted_and_told_and_the_good_ones_pass() -> None:
+def test_malformed_lines_are_dropped_counted_and_reported_and_others_pass() -> None:
     with routed() as net, serving(net, max_line_bytes=8192) as (server, portal), reporting(net) as (machine, _):
         stream = portal.call(server.reports.lines)
         good = b'{"msg": "good"}\n'
@@ -219,7 +219,7 @@ def test_bad_lines_are_dropped_counted_and_told_and_the_good_ones_pass() -> None
         assert isinstance(told[1], LinesDropped) or isinstance(told[0], LinesDropped)
 
 
-def test_one_machines_flood_costs_the_others_nothing() -> None:
+def test_a_flood_of_one_machine_does_not_affect_others() -> None:
     with (
         routed(2) as net,
         serving(net, line_bytes_per_second=1000, line_burst_bytes=10_000) as (server, portal),
@@ -253,7 +253,7 @@ def test_strangers_are_refused() -> None:
         assert server.reports.drops() == {}
 
 
-def test_unknown_events_are_taken_and_kept_raw_and_repeated_ones_are_taken_once() -> None:
+def test_unknown_events_are_kept_undecoded_and_repeated_ones_once() -> None:
     def publish(address: str, requests: list[bytes]) -> list[tuple[str, str]]:
         results = []
         with doorway(address, SINK) as target, grpc.insecure_channel(target) as channel:

@@ -79,7 +79,7 @@ async def waits_for_the_end(ready: list[str]) -> Status:
     return ended.value.status
 
 
-def test_sigterm_tells_waiting_calls_and_ends(net: Net, tmp_path: Path, portal: BlockingPortal) -> None:
+def test_sigterm_ends_waiting_calls_and_the_process(net: Net, tmp_path: Path, portal: BlockingPortal) -> None:
     with served(net.server, tmp_path) as server:
         ready: list[str] = []
         waiting = portal.start_task_soon(waits_for_the_end, ready)
@@ -155,7 +155,7 @@ def first_failure(net: Net, arguments: list[str]) -> str:
         stop(process)
 
 
-def test_a_machine_says_in_one_line_why_it_does_not_trust(net: Net, tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_reported_in_one_line(net: Net, tmp_path: Path) -> None:
     root, other = make_certificate("root"), make_certificate("other")
     (tmp_path / "root").write_text(root.certificate_pem)
     (tmp_path / "other").write_text(other.certificate_pem)
@@ -173,7 +173,7 @@ def test_a_machine_says_in_one_line_why_it_does_not_trust(net: Net, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["http", "socks5"])
-def test_a_machine_that_has_only_a_proxy(
+def test_a_machine_joins_through_a_proxy(
     net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Literal["http", "socks5"]
 ) -> None:
     """Neither UDP nor the API can be reached but by the proxy: Provision and the tunnel go that way."""
@@ -222,7 +222,7 @@ def service_manager(path: Path) -> Iterator[list[str]]:
             reader.join()
 
 
-def test_systemd_is_told(net: Net, tmp_path: Path) -> None:
+def test_systemd_is_notified(net: Net, tmp_path: Path) -> None:
     path = tmp_path / "notify"
     with service_manager(path) as told, served(net.server, tmp_path, NOTIFY_SOCKET=str(path), WATCHDOG_USEC="600000") as server:
         until(lambda: {"READY=1", "WATCHDOG=1"} <= set(told))
@@ -242,7 +242,7 @@ def test_systemd_is_told(net: Net, tmp_path: Path) -> None:
         (["--state", "/proc/version"], "/proc/version "),
     ],
 )
-def test_what_cannot_be_used_is_one_line(net: Net, options: list[str], line: str) -> None:
+def test_unusable_settings_are_refused_in_one_line(net: Net, options: list[str], line: str) -> None:
     arguments = ["serve", "--api-listen", API, "--wireguard-endpoint", f"{SERVER}:51820", "--join-token", "t", *options]
     process = net.server.popen([*COMMAND, *arguments], stdout=-1, stderr=-2)
     output, _ = process.communicate(timeout=60)

@@ -95,7 +95,7 @@ def test_a_udp_machine_is_dialled_after_a_restart(net: Net, tmp_path: Path) -> N
         assert link.state == "connected"
 
 
-def test_no_dial_leaves_machines_alone(net: Net, tmp_path: Path) -> None:
+def test_no_dial_dials_no_machine(net: Net, tmp_path: Path) -> None:
     with served(net.server, tmp_path, "--no-dial") as server, joined(net.machine) as (link, _):
         assert pings(net.server, link.address, 60)
         wait_for_sighting(server)
@@ -119,7 +119,7 @@ def test_a_tunnel_machine_is_admitted_after_a_restart(net: Net, tmp_path: Path) 
         assert link.address == address
 
 
-def test_the_state_on_a_live_server(net: Net, tmp_path: Path) -> None:
+def test_state_commands_on_a_running_server(net: Net, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     with served(net.server, tmp_path) as server, joined(net.machine) as (link, _):
         assert "which seals its secrets, is not in it" in server.command(["state", "backup", str(copy)])

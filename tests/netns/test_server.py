@@ -206,7 +206,7 @@ def test_a_second_stream_takes_over_once_it_is_proved_and_not_before() -> None:
                 assert second.pings(OVERLAY)
 
 
-def test_streams_that_may_not_be_are_refused_in_the_known_words() -> None:
+def test_forbidden_streams_are_refused_with_the_expected_messages() -> None:
     with serving(1) as host, joined(host) as machine:
         raw, portal = machine.machine, machine.portal
         assert refusal(portal, raw, "[fdae:41e4:649b:9304::7]:50888") == (Status.PERMISSION_DENIED, "peer not allowed")
@@ -279,7 +279,7 @@ def test_hostile_calls_are_refused_while_a_neighbours_traffic_flows() -> None:
         assert (refused["invalid join token"], refused["link alive"], refused["message_too_large"]) == (2, 1, 1)
 
 
-def test_leaving_takes_everything_along() -> None:
+def test_leaving_removes_everything() -> None:
     with routed(1) as net, net.server.portal() as portal:
         before = net.server.interfaces()
         for _ in range(3):
@@ -290,7 +290,7 @@ def test_leaving_takes_everything_along() -> None:
             assert net.server.interfaces() == before
 
 
-def test_a_cancelled_server_takes_everything_along() -> None:
+def test_a_cancelled_server_removes_everything() -> None:
     async def serve_and_cancel() -> bool:
         with anyio.CancelScope() as scope:
             async with Server(api_listen=f"{SERVER_V4}:0", force_tunnel=True, allow_any_token=True):
@@ -306,7 +306,7 @@ def test_a_cancelled_server_takes_everything_along() -> None:
         assert not opened_since(before)
 
 
-def test_what_is_taken_is_said_in_one_line_and_nothing_stays() -> None:
+def test_ports_and_interfaces_in_use_are_reported_in_one_line_and_nothing_remains() -> None:
     async def serve(port: int) -> None:
         async with Server(api_listen=(SERVER_V4, port), wireguard_endpoints=[f"{SERVER_V4}:51820"], join_token=TOKEN):
             raise AssertionError

@@ -112,7 +112,7 @@ def conversation(net: Net, machine: Machine) -> Iterator[Callable[[], None]]:
 
 
 @TRANSPORTS
-def test_a_wrong_token_keeps_the_link_and_says_so(query: str) -> None:
+def test_a_wrong_token_keeps_the_link_and_is_reported(query: str) -> None:
     """Of a machine without a unique token, which would admit it whatever its join token."""
     alone: dict[str, object] = {"unique_token": ""}
     with direct() as net, serving(net), joined(net, URL + query, **alone) as machine, conversation(net, machine) as lives:
@@ -141,7 +141,7 @@ def test_another_token_at_the_same_server_keeps_key_interface_and_connections(qu
         assert machine.count(Disconnected) == machine.count(Left) == 0
 
 
-def test_a_flip_of_transport_is_tried_takes_over_and_is_said() -> None:
+def test_a_change_of_transport_is_tried_then_used_and_reported() -> None:
     with direct() as net, serving(net), joined(net) as machine:
         key, address = machine.link.public_key, machine.link.address
         verdict = machine.apply(url=URL + "&grpc_tunnel=true")
@@ -154,7 +154,7 @@ def test_a_flip_of_transport_is_tried_takes_over_and_is_said() -> None:
         assert "siderolink" not in net.machine.interfaces()
 
 
-def test_where_the_new_transport_does_not_pass_the_old_link_carries_on() -> None:
+def test_the_old_link_stays_if_the_new_transport_is_blocked() -> None:
     """The trial has the same key, so the old link is silent meanwhile; afterwards it is back without a new Provision."""
     with direct() as net, serving(net), joined(net, URL + "&grpc_tunnel=true") as machine:
         net.server.nft(DROPS_UDP)
@@ -190,7 +190,7 @@ def test_another_server_gets_another_key_and_is_tried_without_a_break() -> None:
         assert machine.link.public_key == key, "a key belongs to its server for as long as the program runs"
 
 
-def test_two_servers_of_one_overlay_are_switched_in_one_step_which_is_said() -> None:
+def test_a_change_to_another_server_of_the_same_overlay_is_one_reported_step() -> None:
     with direct() as net, serving(net), joined(net) as machine:
         with serving_elsewhere(net) as url:
             verdict = machine.apply(url=url)
@@ -264,13 +264,13 @@ def test_a_wrong_uuid_is_refused_before_anything_is_sent(wrong: str) -> None:
         pass
 
 
-def test_a_server_that_answers_no_echo_request_is_no_worse() -> None:
+def test_settings_work_with_a_server_that_answers_no_echo_requests() -> None:
     with direct() as net, serving(net), serving(net, port=5000), joined(net) as machine:
         net.server.nft("table ip6 mute { chain input { type filter hook input priority 0; icmpv6 type echo-request drop; }; }")
         assert machine.apply(url=OTHER_URL).outcome == "applied"
 
 
-def test_a_server_that_shakes_hands_and_carries_nothing_is_no_reason_to_leave() -> None:
+def test_a_server_that_only_completes_handshakes_is_refused() -> None:
     """Of the other server's datagrams only handshake responses arrive: 92 bytes and a UDP header."""
     with direct() as net, serving(net), serving(net, port=5000), joined(net) as machine:
         net.server.nft(

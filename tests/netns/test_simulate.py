@@ -56,7 +56,7 @@ def test_machines_join_connect_answer_pings_and_come_back() -> None:
         assert simulate.wait(60) == 0
 
 
-def test_what_cannot_be_done_is_said_in_a_line() -> None:
+def test_each_failure_of_simulate_is_one_line() -> None:
     with direct() as net:
         none_joined = net.machine.popen([*SIDEROLINK, "simulate", URL, "--machines", "2"], stdout=subprocess.PIPE)
         said = none_joined.communicate(timeout=60)[0]

@@ -50,7 +50,7 @@ def test_impossible_mtus_are_refused(mtu: int) -> None:
         Tun.open(NAME, mtu)
 
 
-def test_names_that_are_taken() -> None:
+def test_used_names_are_refused() -> None:
     with Namespace("tun") as namespace:
         namespace.run(["ip", "tuntap", "add", "persistent0", "mode", "tun", "vnet_hdr"])
         namespace.run(["ip", "link", "add", "dummy0", "type", "veth", "peer", "name", "dummy1"])
@@ -109,7 +109,7 @@ def test_packets_to_its_addresses_are_received_once_it_is_configured() -> None:
             assert f"fd00{number:028x}" in portal.call(configured, number)
 
 
-def test_an_interface_that_someone_deletes() -> None:
+def test_a_deleted_interface_is_reported() -> None:
     with inside() as (namespace, portal), namespace.call(Tun.open, NAME, 1280) as tun:
         portal.call(tun.configure, (ip_interface("fd00::1/64"),), 1280)
         namespace.run(["ip", "link", "delete", NAME])
@@ -129,7 +129,7 @@ async def _read_until_error(tun: Tun) -> None:
             await anyio.wait_readable(tun.descriptor)
 
 
-def test_frames_the_interface_does_not_take_are_counted() -> None:
+def test_frames_that_the_interface_refuses_are_counted() -> None:
     with inside() as (namespace, portal), namespace.call(Tun.open, NAME, 1280) as tun:
         packet = bytes([0x60]) + bytes(39)
         assert not tun.write([bytes(10), packet])  # it is down
@@ -140,7 +140,7 @@ def test_frames_the_interface_does_not_take_are_counted() -> None:
         assert tun.write_errors == 3
 
 
-def test_the_longest_runs_of_udp_are_taken() -> None:
+def test_the_longest_runs_of_udp_are_accepted() -> None:
     aead, opener, drops = ChaCha20Poly1305(bytes(32)), Opener(), Counter[Drop]()
     packet = Packet(protocol=UDP, payload=bytes(range(64)) * 300)
     rows = [seal(aead, pad(segment.encode()), 1, index) for index, segment in enumerate(packet.segments(64))]
@@ -286,7 +286,7 @@ def transfer(one: Namespace, other: Namespace, client: str, server: str, data: b
 
 
 @pytest.mark.parametrize(("client", "server", "_"), ENDS)
-def test_a_kernel_that_refuses_super_packets_gets_their_packets(
+def test_super_packets_are_split_for_a_kernel_that_refuses_them(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, client: str, server: str, _: int
 ) -> None:
     warn_once.cache_clear()
@@ -307,7 +307,7 @@ def test_a_kernel_that_refuses_super_packets_gets_their_packets(
         ]
 
 
-def test_super_packets_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_super_packets_are_retried_later(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = Refusing()
     now = [100.0]
     monkeypatch.setattr("siderolink.common.wireguard.tun.os.writev", refusing.writev)

@@ -53,7 +53,7 @@ async def _open(*, echo: bool) -> End:
 
 
 @pytest.mark.parametrize(("wide", "narrow"), [("192.0.2.3", "192.0.2.2"), ("2001:db8::2", "2001:db8::3")])
-def test_a_narrow_route_costs_that_destination_its_offload_and_nothing_else(wide: str, narrow: str) -> None:
+def test_a_route_with_a_small_mtu_disables_the_offload_for_that_destination_only(wide: str, narrow: str) -> None:
     with joined() as net:
         net.far.add_address("eth0", "2001:db8::3/64")
         family = "-6" if ":" in narrow else "-4"
@@ -91,7 +91,7 @@ def test_a_path_outlives_its_local_address() -> None:
                 assert other.udp.drops() == {}
 
 
-def test_of_two_ways_out_the_answer_takes_the_one_by_which_the_question_came() -> None:
+def test_with_two_routes_the_answer_takes_that_of_the_request() -> None:
     """IPv4 only: over IPv6, Linux takes the better of two routes whatever interface a packet names, if it names an address."""
     with joined() as net:
         link(net.near, net.far, names=("eth1", "eth1"), addresses=(["198.51.100.1/24"], ["198.51.100.2/24"]))
@@ -195,7 +195,7 @@ def test_a_host_without_ipv6_addresses_still_has_ipv4() -> None:
             assert net.here.call(one.wait_for, 1) == [b"four"]
 
 
-def test_a_link_that_cannot_segment_costs_the_socket_its_offload() -> None:
+def test_a_network_that_cannot_segment_disables_the_sockets_offload() -> None:
     """Without transmit checksums the interface makes the kernel refuse UDP_SEGMENT, or do the work itself."""
     with joined() as net:
         net.near.call(_without_checksums, b"eth0")

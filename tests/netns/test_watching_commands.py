@@ -94,7 +94,7 @@ class Terminal:
         return status, is_as_before
 
 
-def test_top_is_worked_by_keys_in_a_terminal(tmp_path: Path) -> None:
+def test_top_is_controlled_by_keys_in_a_terminal(tmp_path: Path) -> None:
     with direct() as net, served(net.server, tmp_path, "--device", "userspace") as server:
         join = [*COMMAND, "join", f"grpc://{API}?jointoken={TOKEN}", "--uuid", UUID, "--identity", str(tmp_path / "machine")]
         machine = net.machine.popen(join, env=os.environ | {"SIDEROLINK_RUNTIME_DIR": str(tmp_path / "machine")})

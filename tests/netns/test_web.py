@@ -266,7 +266,7 @@ def shown_fleet(fleet: Fleet) -> Iterator[None]:
         fleet.command("machine", "rename", FIRST, "")
 
 
-def test_it_keeps_nobody_out(fleet: Fleet) -> None:
+def test_the_web_ui_is_accessible(fleet: Fleet) -> None:
     """axe, in the dark on a narrow screen and in the light on a wide one; and the keyboard."""
     with shown_fleet(fleet), visitor(fleet.browser, BASE, color_scheme="dark", viewport={"width": 390, "height": 844}) as page:
         page.goto("/sign-in")
@@ -290,7 +290,7 @@ def test_it_keeps_nobody_out(fleet: Fleet) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_the_server_is_lost_and_comes_back(fleet: Fleet) -> None:
+def test_the_web_ui_reconnects_to_its_server(fleet: Fleet) -> None:
     """A page by a process that is not the server's child, so that it outlives it."""
     arguments = ["web", "--server", f"unix://{fleet.folder}/run/siderolink.sock", "--listen", "8097"]
     process = fleet.server.namespace.popen([*COMMAND, *arguments], stdout=subprocess.PIPE)

@@ -70,7 +70,7 @@ def pids(namespace: Namespace) -> list[str]:
     return subprocess.run(["ip", "netns", "pids", namespace.name], capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_what_it_tells_of_is_a_matter_of_the_environment(tmp_path: Path) -> None:
+def test_the_log_level_comes_from_the_environment(tmp_path: Path) -> None:
     run = program(tmp_path)
     key, other = PrivateKey.generate(), PrivateKey.generate()
     with Namespace("script") as namespace:

@@ -192,7 +192,7 @@ def is_heard(one: End, two: End, patience: float = 1) -> bool:
             return False
 
 
-def test_behind_a_forgetful_nat() -> None:
+def test_behind_a_nat_that_forgets_mappings() -> None:
     with Namespace("router") as router, ends() as (one, two):
         link(router, one.inner, names=("down", "veth"), addresses=(["192.168.1.1/24"], ["192.168.1.100/24"]))
         link(router, two.inner, names=("up", "veth"), addresses=(["10.0.0.1/24"], ["10.0.0.100/24"]))
@@ -235,7 +235,7 @@ def route_by_mark(one: End, two: End) -> None:
     one.flood("abab::1111", 100)
 
 
-def test_local_addresses_that_go_and_come() -> None:
+def test_local_addresses_are_removed_and_added() -> None:
     with ends() as (one, two):
         link(one.inner, two.inner, names=("veth1", "veth2"))
         addresses(one, "veth1", "10.0.0.1/24", "fd00:aa::1/96")
@@ -345,7 +345,7 @@ LOW_ORDER = [
 ]
 
 
-def test_keys_that_come_and_go() -> None:
+def test_keys_are_set_and_removed() -> None:
     with Namespace("keys") as home, bare(home) as wg0:
         keys, publics = [key.encode() for key in KEYS], PUBLIC
         wg0.set("private-key", "/dev/stdin", stdin=keys[0])
@@ -373,7 +373,7 @@ def test_keys_that_come_and_go() -> None:
         assert wg0.show("allowed-ips") == f"{publics[1]}\t::/0"
 
 
-def test_peers_whose_keys_are_of_no_use_are_never_written_to() -> None:
+def test_peers_with_unusable_keys_are_never_sent_to() -> None:
     def listening() -> socket.socket:
         found = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         found.bind(("127.0.0.1", 0))

@@ -24,13 +24,13 @@ def test_the_prefixes_in_common_use() -> None:
 
 
 @given(st.text(max_size=100).filter(lambda text: text.isprintable()))
-def test_every_installation_has_a_prefix_of_the_same_shape(installation_id: str) -> None:
+def test_prefixes_of_all_installations_have_the_same_form(installation_id: str) -> None:
     prefix = overlay_prefix(installation_id)
     packed = prefix.network_address.packed
     assert (prefix.prefixlen, packed[0], packed[7], packed[8:]) == (64, 0xFD, 0x03, bytes(8))
 
 
-def test_installations_differ() -> None:
+def test_installations_have_different_prefixes() -> None:
     assert overlay_prefix("one") != overlay_prefix("two")
 
 
@@ -43,12 +43,12 @@ def test_a_random_address_holds_the_64_bits_it_was_given(host: bytes) -> None:
     assert int.from_bytes(host, "big") < 2 or address.packed[8:] == host
 
 
-def test_a_source_of_nothing_but_zeros_is_an_error_and_not_a_loop() -> None:
+def test_a_random_source_of_zeros_is_an_error_and_no_endless_loop() -> None:
     with pytest.raises(ConfigurationError, match="random source"):
         random_address(VIRTUAL_PREFIX, bytes)
 
 
-def test_machines_are_numbered_in_a_64() -> None:
+def test_a_prefix_other_than_64_bits_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="/64"):
         random_address(IPv6Network("fd00::/80"))
 
@@ -57,7 +57,7 @@ def test_machines_are_numbered_in_a_64() -> None:
     ("preferred", "wire"),
     [([], []), (["a"], ["a"]), (["a", "b"], ["b", "a"]), (["a", "b", "c", "d"], ["d", "b", "c", "a"])],
 )
-def test_first_and_last_endpoint_change_places(preferred: list[str], wire: list[str]) -> None:
+def test_first_and_last_endpoint_are_swapped(preferred: list[str], wire: list[str]) -> None:
     assert swap_endpoints(preferred) == wire
     assert swap_endpoints(wire) == preferred
 
@@ -76,7 +76,7 @@ def test_the_canonical_form() -> None:
     ["", "[]:1", "[::1]", "[::1]:", "[::1]:0", "[::1]:65536", "[::1]:-1", "[::1]:1 ", "::1:1", "1.2.3.4:1", "[1.2.3.4]:1",
      "[::1%lo]:1", "[::1]:١", "[:::]:1", "[::1]:1\n", "[" + ":" * 1_000_000 + "]:1"],
 )  # fmt: skip
-def test_other_text_is_refused(text: str) -> None:
+def test_malformed_addresses_are_refused(text: str) -> None:
     with pytest.raises(ConfigurationError):
         parse_peer_addr_port(text)
 

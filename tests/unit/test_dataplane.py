@@ -38,7 +38,7 @@ def test_a_lone_packet_that_fills_the_path_holds_the_next_ones_back() -> None:
 
 
 @pytest.mark.parametrize("doubted", [False, True], ids=["passive", "in doubt"])
-def test_a_peer_that_another_device_has_or_may_have_is_sent_nothing(doubted: bool) -> None:
+def test_a_peer_that_another_server_has_or_may_have_is_sent_nothing(doubted: bool) -> None:
     end = linked()
     (peer,) = end.engine.peers.values()
     if doubted:
@@ -53,7 +53,7 @@ def test_a_peer_that_another_device_has_or_may_have_is_sent_nothing(doubted: boo
     assert end.interface.written, "the sender hears that its packet goes nowhere"
 
 
-def test_only_a_datagram_to_the_peers_own_place_is_a_loop() -> None:
+def test_only_a_datagram_to_the_peers_own_endpoint_is_a_loop() -> None:
     place = bytes((203, 0, 113, 5))
     end = linked(Wire(place + (2000).to_bytes(2, "big")))
     end.plane.send_packet(frame(destination=int.from_bytes(place, "big")))
@@ -77,7 +77,7 @@ def inner_packets(draw: st.DrawFn) -> list[bytes]:
 
 
 @given(inner_packets(), st.data())
-def test_what_becomes_of_a_packet_does_not_depend_on_its_batch(packets: list[bytes], data: st.DataObject) -> None:
+def test_the_fate_of_a_packet_does_not_depend_on_its_batch(packets: list[bytes], data: st.DataObject) -> None:
     alone, together = ends(7), ends(7)
     [peer] = alone[0].engine.peers.values()
     rows = []

@@ -32,7 +32,7 @@ def test_a_goodbye_is_read_as_it_was_written(forget: bool) -> None:
 
 
 @given(st.binary(max_size=2 * GOODBYE_BYTES))
-def test_anything_else_is_no_goodbye(data: bytes) -> None:
+def test_other_bytes_are_not_read_as_goodbye(data: bytes) -> None:
     found = Goodbye.parse(data)
     assert found is None or (data.startswith(b"SLby\x01") and len(data) == GOODBYE_BYTES)
 
@@ -84,7 +84,7 @@ def test_a_malformed_uuid_is_refused_without_repeating_it(text: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_many_moves_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_moves_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them may cost a call of the API."""
     port, here = free_port(), IPv6Address("::1")
     monkeypatch.setattr("siderolink.common.goodbye.GOODBYE_PORT", port)

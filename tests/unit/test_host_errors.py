@@ -57,7 +57,7 @@ def test_a_command_with_too_few_descriptors_says_so(tmp_path: Path, limit: int, 
         (ExceptionGroup("two", [OSError(errno.ENOMEM, "?"), OSError(errno.EIO, "?")]), "there is not enough memory"),
     ],
 )
-def test_each_shortage_has_its_line(error: Exception, told: str) -> None:
+def test_each_shortage_is_one_line_that_names_it(error: Exception, told: str) -> None:
     failure = host_error(error)
     assert failure is not None
     assert str(failure).startswith(told)
@@ -67,13 +67,13 @@ def test_each_shortage_has_its_line(error: Exception, told: str) -> None:
         assert failure.errno == error.errno
 
 
-def test_an_error_of_the_program_is_none_of_the_host() -> None:
+def test_program_errors_are_not_reported_as_host_errors() -> None:
     assert host_error(RuntimeError("other")) is None
     assert host_error(ExceptionGroup("two", [OSError(errno.EIO, "?"), ValueError()])) is None
 
 
 @pytest.mark.anyio
-async def test_netlink_without_descriptors_leaves_no_loop_half_made(capfd: pytest.CaptureFixture[str]) -> None:
+async def test_netlink_without_descriptors_leaves_no_open_loop(capfd: pytest.CaptureFixture[str]) -> None:
     async def work() -> None:
         raise AssertionError
 
@@ -97,7 +97,7 @@ async def test_netlink_without_descriptors_leaves_no_loop_half_made(capfd: pytes
 
 
 @pytest.mark.anyio
-async def test_a_part_that_the_host_fails_is_restarted_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_part_that_fails_for_lack_of_resources_restarts_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
     async def fail() -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 

@@ -262,7 +262,7 @@ def test_every_all_is_exact() -> None:
     offences(wrong())
 
 
-def test_files_and_functions_fit_in_the_head() -> None:
+def test_files_and_functions_are_short() -> None:
     def wrong() -> Iterator[tuple[Path, str]]:
         for path in WRITTEN:
             if (lines := len(path.read_text().splitlines())) >= FILE_LINES:

@@ -73,7 +73,7 @@ def test_the_token(query: str, token: str | None) -> None:
         ("grpc_tunnel=true&grpc_tunnel=false", True),
     ],
 )
-def test_the_wish_for_a_tunnel(query: str, tunnel: bool) -> None:
+def test_which_values_ask_for_the_tunnel(query: str, tunnel: bool) -> None:
     assert JoinURL.parse(f"grpc://h/?jointoken={TOKEN}&{query}").tunnel is tunnel
 
 
@@ -146,7 +146,7 @@ def test_a_refusal_is_a_configuration_error() -> None:
 
 
 @pytest.mark.parametrize("token", ["", "a\0", "a\n", "\ud800", "x" * MAX_LENGTH])
-def test_a_token_that_no_url_holds(token: str) -> None:
+def test_tokens_that_no_url_can_carry_are_refused(token: str) -> None:
     with pytest.raises(JoinURLError):
         JoinURL(host="h", join_token=token)
 

@@ -24,7 +24,7 @@ def values(unit: Path, key: str) -> list[str]:
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
-def test_a_server_is_started_again_however_often_it_fails(unit: Path) -> None:
+def test_systemd_restarts_a_server_without_a_limit(unit: Path) -> None:
     assert values(unit, "StartLimitIntervalSec") == ["0"]
     assert values(unit, "Restart") == ["on-failure"]
     assert values(unit, "Type") == ["notify"]

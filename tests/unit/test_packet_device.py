@@ -71,7 +71,7 @@ async def test_every_inner_size(host: str, mtu: int) -> None:
             assert status.received_bytes > 0
 
 
-async def test_a_packet_for_nobody_and_an_address_in_use() -> None:
+async def test_packets_without_a_peer_are_counted_and_a_used_address_is_refused() -> None:
     config = DeviceConfig(name="a", private_key=PrivateKey.generate())
     async with open_packet_device(config, lambda packet: None) as device:
         device.send(inner_packet("fd00::a", "fd00::b", b""))
@@ -83,7 +83,7 @@ async def test_a_packet_for_nobody_and_an_address_in_use() -> None:
                 pytest.fail("the port is taken")
 
 
-async def test_a_stream_full_of_crumbs_is_counted_and_not_looked_through() -> None:
+async def test_a_batch_of_tiny_datagrams_is_counted_without_looking_at_each() -> None:
     config = DeviceConfig(name="a", private_key=PrivateKey.generate(), addresses=(), mtu=1280)
     async with open_packet_device(config, lambda _: None) as device:
         device.deliver(Datagrams(memoryview(bytes(8 * 30_000)), 30_000, 8, 7), FakePath())
@@ -101,7 +101,7 @@ def boot_timers() -> int:
     return sum(f"clockid: {time.CLOCK_BOOTTIME}\n" in text for text in told)
 
 
-async def test_deadlines_do_not_stand_still_while_the_host_sleeps() -> None:
+async def test_deadlines_advance_while_the_host_sleeps() -> None:
     before = boot_timers()
     config = DeviceConfig(name="a", private_key=PrivateKey.generate())
     async with open_packet_device(config, lambda packet: None) as device:

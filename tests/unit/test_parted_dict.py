@@ -83,7 +83,7 @@ TestWalks = Walks.TestCase
 TestWalks.settings = settings(max_examples=40, stateful_step_count=20)
 
 
-def test_holes_are_filled_again() -> None:
+def test_free_places_are_reused() -> None:
     parted: PartedDict[int, int] = PartedDict()
     for key in range(10 * BLOCK):
         parted[key] = key
@@ -96,7 +96,7 @@ def test_holes_are_filled_again() -> None:
     assert sorted(value for part in parted.parts() for value in part) == list(range(10 * BLOCK))
 
 
-def test_a_walk_that_is_given_up_keeps_nothing() -> None:
+def test_an_abandoned_iteration_keeps_no_references() -> None:
     parted: PartedDict[int, Entry] = PartedDict()
     for key in range(10 * BLOCK):
         parted[key] = Entry()
@@ -107,7 +107,7 @@ def test_a_walk_that_is_given_up_keeps_nothing() -> None:
     assert gone() is None, "removed before it was visited"
 
 
-def test_no_more_than_a_part_is_touched_at_a_time() -> None:
+def test_iteration_by_parts_copies_one_part_at_a_time() -> None:
     """Counted by references: a copy of the whole would hold one to each value."""
     parted: PartedDict[int, Value] = PartedDict()
     values = [(Entry(), number) for number in range(10 * BLOCK)]

@@ -169,7 +169,7 @@ def test_a_file_whose_contents_cannot_be_synced_is_not_written(tmp_path: Path, m
     assert os.listdir(tmp_path) == []
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -76,7 +76,7 @@ def test_credentials_are_decoded_and_never_shown() -> None:
 @pytest.mark.parametrize(
     "value", ["ftp://a", "http://", "http://a:99999", "http://a:b", "http://a%0d@b/", "http://[a", "x" * 3000]
 )
-def test_what_is_no_proxy_is_one_line(value: str) -> None:
+def test_an_invalid_proxy_is_refused_in_one_line(value: str) -> None:
     value = value.replace("a%0d@", "a%0d%0a:secret@")
     with pytest.raises(ConfigurationError, match="HTTPS_PROXY is not a proxy URL") as caught:
         proxy_for("a.example", 1, tls=True, environ={"HTTPS_PROXY": value})

@@ -21,7 +21,7 @@ def arrived(one: End, other: End) -> list[bytes]:
     return [bytes(10) + packet[10:] for packet in other.interface.written]
 
 
-def test_a_quiet_flow_passes_what_waits_for_a_full_path_and_nothing_is_lost() -> None:
+def test_a_quiet_flow_overtakes_packets_waiting_for_a_full_path_and_nothing_is_lost() -> None:
     one, other = ends(1)
     one.wire.is_writable = False
     one.plane.send_packet(flow(1, 1200))
@@ -72,7 +72,7 @@ def test_small_packets_of_the_flow_that_filled_the_path_are_not_a_quiet_flow() -
     assert arrived(one, other)[:3] == [flow(1, 1200), flow(1, 1100), flow(1, 1000)]
 
 
-def test_a_path_that_is_full_again_keeps_the_rest_of_the_backlog_back() -> None:
+def test_a_full_path_stops_sending_the_backlog() -> None:
     one, other = ends(1)
     one.wire.is_writable = False
     one.plane.send_packet(flow(1, 100))
@@ -101,7 +101,7 @@ def test_what_is_read_ahead_is_bounded_and_the_rest_stays_in_the_interface(frame
     assert len(one.interface.frames) == 1000 - most
 
 
-def test_once_a_quiet_flow_is_known_it_passes_what_the_interface_holds() -> None:
+def test_a_known_quiet_flow_overtakes_packets_in_the_interface() -> None:
     """Without one, nothing is read ahead: it would only cost time."""
     busy = Packet(ports=(3, 3), options=bytes(12), payload=bytes(12_080)).frame(1208)
     one, other = ends(1)

@@ -51,7 +51,7 @@ def test_backoff_is_bounded_however_often_it_fails(failures: int) -> None:
 
 
 @pytest.mark.anyio
-async def test_broadcast_gives_the_past_then_the_present_then_ends() -> None:
+async def test_broadcast_gives_past_items_then_new_ones_then_ends() -> None:
     broadcast: Broadcast[int] = Broadcast(history=2)
     for number in range(3):
         broadcast.publish(number)
@@ -72,7 +72,7 @@ async def test_broadcast_gives_the_past_then_the_present_then_ends() -> None:
 
 
 @pytest.mark.anyio
-async def test_broadcast_holds_a_bound_for_who_does_not_read() -> None:
+async def test_broadcast_bounds_what_waits_for_a_slow_reader() -> None:
     broadcast: Broadcast[int] = Broadcast()
     listening = broadcast.subscribe(limit=3)
     first = asyncio.ensure_future(anext(listening))
@@ -187,7 +187,7 @@ def test_netlink_work_runs_under_any_loop(loop_factory: type[asyncio.AbstractEve
         run(run_netlink(fail))
 
 
-def test_netlink_work_is_not_left_half_done_by_cancellation() -> None:
+def test_cancellation_waits_for_netlink_work() -> None:
     done: list[bool] = []
 
     async def work() -> None:
@@ -206,7 +206,7 @@ def test_netlink_work_is_not_left_half_done_by_cancellation() -> None:
     assert done == [True]
 
 
-def test_neither_side_loads_the_other() -> None:
+def test_client_and_server_do_not_import_each_other() -> None:
     for name, other in (("connect", "server"), ("Server", "client")):
         program = f"import sys, siderolink; siderolink.{name}; print('siderolink.{other}' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -145,7 +145,7 @@ async def test_another_port_while_running() -> None:
         one.udp.rebind(one.udp.port)
 
 
-async def test_addresses_that_cannot_be_dialled() -> None:
+async def test_unusable_addresses_are_refused() -> None:
     async with two() as (one, other):
         for port in (0, -1, 65536):
             with pytest.raises(ConfigurationError, match="is not a UDP port"):
@@ -159,7 +159,7 @@ async def test_addresses_that_cannot_be_dialled() -> None:
         del other
 
 
-async def test_a_kernel_that_refuses_segmentation_costs_the_socket_its_offload() -> None:
+async def test_a_socket_stops_using_segmentation_that_the_kernel_refuses() -> None:
     receiver = End()
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     sock.bind(("127.0.0.1", 0))
@@ -177,7 +177,7 @@ async def test_a_kernel_that_refuses_segmentation_costs_the_socket_its_offload()
         receiver.udp.close()
 
 
-async def test_a_refused_offload_is_not_the_local_addresss_fault_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_refused_offload_keeps_the_local_address_and_is_retried_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siderolink.common.wireguard.udp_socket._PLAIN_SECONDS", 0.0)
     receiver = End()
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -207,7 +207,7 @@ async def test_a_refused_offload_is_not_the_local_addresss_fault_and_is_tried_ag
 @pytest.mark.parametrize("by", ["matrices", "compiled"])
 @pytest.mark.parametrize("gso", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-async def test_what_is_joined_keeps_each_datagram_its_order_and_its_sender(by: str, gso: bool, seed: int) -> None:
+async def test_joined_receives_keep_datagrams_order_and_senders(by: str, gso: bool, seed: int) -> None:
     draw = random.Random(seed)
     receiver = End(gso=gso, mixed=implementation(by).mixed())
     senders = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
@@ -234,7 +234,7 @@ def data_message(number: int, size: int = 64) -> bytes:
 
 
 @pytest.mark.parametrize("address", LOCALS)
-async def test_data_messages_of_many_senders_come_and_go_together(address: IPv4Address | IPv6Address) -> None:
+async def test_data_messages_of_many_peers_are_received_and_sent_together(address: IPv4Address | IPv6Address) -> None:
     """Each reply goes to its own sender, from the address that was written to; other messages are not among them."""
     mixed = implementation("compiled").mixed()
     here = End(echo=True, mixed=mixed)
@@ -270,7 +270,7 @@ async def reply(sock: socket.socket) -> tuple[bytes, tuple[str, int]]:
             await asyncio.sleep(0.005)
 
 
-async def test_one_address_that_cannot_be_reached_keeps_no_other_back() -> None:
+async def test_an_unreachable_address_does_not_delay_others() -> None:
     mixed = implementation("compiled").mixed()
     here, there = End(mixed=mixed), End()
     try:
@@ -292,7 +292,7 @@ async def test_one_address_that_cannot_be_reached_keeps_no_other_back() -> None:
         there.udp.close()
 
 
-async def test_what_a_full_socket_does_not_take_is_sent_later_in_order() -> None:
+async def test_datagrams_that_a_full_socket_refuses_are_sent_later_in_order() -> None:
     mixed = implementation("compiled").mixed()
     here, there = End(mixed=mixed), End()
     assert mixed is not None
@@ -327,7 +327,7 @@ async def test_what_a_full_socket_does_not_take_is_sent_later_in_order() -> None
         there.udp.close()
 
 
-async def test_an_error_that_waits_does_not_stop_receiving_together() -> None:
+async def test_a_pending_socket_error_does_not_stop_batched_receiving() -> None:
     here = End(mixed=implementation("compiled").mixed())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         try:

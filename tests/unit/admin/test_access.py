@@ -33,7 +33,7 @@ async def office(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 @pytest.mark.parametrize(
     "value", ["", "Bearer", "Basic YWRtaW46", "Bearer slk_wrong", "bearer " + "x" * 8000, "slk_", "Bearer a b"]
 )
-async def test_what_is_no_key_is_refused_without_a_hint(office: Office, value: str) -> None:
+async def test_an_invalid_key_is_refused_without_saying_why(office: Office, value: str) -> None:
     async with office.remote() as remote:
         with pytest.raises(GRPCError) as caught:
             metadata = {"authorization": value} if value else {}
@@ -43,7 +43,7 @@ async def test_what_is_no_key_is_refused_without_a_hint(office: Office, value: s
     assert message in ("the API key is not valid", "give an API key as the metadata `authorization: Bearer KEY`")
 
 
-async def test_on_the_local_socket_a_key_counts_and_not_the_user(office: Office) -> None:
+async def test_on_the_local_socket_a_given_key_overrides_the_users_rights(office: Office) -> None:
     _, secret = await office.administration.api_keys.create("look", Role.VIEWER)
     async with office.local() as local:
         stub = pb.ServerServiceStub(local)
@@ -80,7 +80,7 @@ async def test_failed_logins_are_sampled_and_never_lock_a_key(office: Office) ->
     assert "guess" not in entries[0].to_json()
 
 
-def test_the_refusals_of_one_source_wait_longer_and_longer() -> None:
+def test_repeated_refusals_of_one_source_are_delayed_more_each_time() -> None:
     now = 0.0
     penalties = Penalties(lambda: now)
     delays = [penalties.next_delay("192.0.2.1") for _ in range(12)]
@@ -92,7 +92,7 @@ def test_the_refusals_of_one_source_wait_longer_and_longer() -> None:
     assert penalties.next_delay("192.0.2.1") == 0.25, "forgiven"
 
 
-async def test_an_expired_key_is_no_key(office: Office) -> None:
+async def test_an_expired_key_is_refused(office: Office) -> None:
     keys = office.administration.api_keys
     made, secret = await keys.create("short", Role.VIEWER, ttl=1e6)
     assert keys.authenticate(secret, "x")[0].role is Role.VIEWER
@@ -105,7 +105,7 @@ async def test_an_expired_key_is_no_key(office: Office) -> None:
     assert made.expires_at is not None
 
 
-async def test_a_key_of_another_server_works_here_and_its_end_is_followed(office: Office) -> None:
+async def test_a_key_made_at_another_server_works_here_until_it_is_revoked_there(office: Office) -> None:
     """Another server with the same store makes and deletes it."""
     keys = office.administration.api_keys
     _, secret = await keys.create("one", Role.VIEWER)
@@ -131,7 +131,7 @@ async def _until(condition: object) -> None:
             await anyio.sleep(0.01)
 
 
-async def test_a_key_is_right_while_the_keys_are_read_again(office: Office) -> None:
+async def test_a_key_stays_valid_while_keys_are_reloaded(office: Office) -> None:
     """Seen when the tests ran on a state file: whenever any key was made or revoked, all were refused for a moment."""
     keys = office.administration.api_keys
     _, secret = await keys.create("ci", Role.VIEWER)
@@ -148,7 +148,7 @@ async def test_a_key_is_right_while_the_keys_are_read_again(office: Office) -> N
             await anyio.lowlevel.checkpoint()
 
 
-async def test_uses_are_written_together(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_uses_of_keys_are_stored_in_batches(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     keys, store, written = office.administration.api_keys, office.manager.store, list[int]()
     note = store.note_principals
 
@@ -172,7 +172,7 @@ async def test_uses_are_written_together(office: Office, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "192.0.2.1:1", "example.com:1"])
-def test_keys_travel_by_tls_or_on_the_loopback(listen: str) -> None:
+def test_keys_are_sent_only_by_tls_or_on_the_loopback(listen: str) -> None:
     with pytest.raises(ConfigurationError, match="TLS"):
         AdminOptions(listen=listen)
     AdminOptions(listen=listen, tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
@@ -183,7 +183,7 @@ def test_the_loopback_needs_no_tls(listen: str) -> None:
     assert AdminOptions(listen=listen).address is not None
 
 
-async def test_no_secret_is_told_but_where_it_is_asked_for(office: Office) -> None:
+async def test_secrets_are_returned_only_when_requested(office: Office) -> None:
     log = io.StringIO()
     handler = logging.StreamHandler(log)
     ours = logging.getLogger("siderolink")

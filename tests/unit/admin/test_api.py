@@ -68,7 +68,7 @@ async def test_a_stream_ends_with_its_key(office: Office) -> None:
         assert caught.value.status is Status.UNAUTHENTICATED
 
 
-async def test_a_watcher_is_told_of_a_limit_when_it_begins_to_bite_and_when_it_is_over(office: Office) -> None:
+async def test_a_watch_reports_when_a_limit_takes_effect_and_when_it_ends(office: Office) -> None:
     machine = FakeMachine()
     await office.manager.join(machine)
     row, limits = await office.manager.row(machine), office.administration.limits

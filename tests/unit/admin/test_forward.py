@@ -144,7 +144,7 @@ async def entries(desk: Desk, count: int) -> list[AuditEntry]:
             await anyio.sleep(0.01)
 
 
-async def test_bytes_and_half_closes_carry_both_ways_and_both_ends_are_audited(desk: Desk) -> None:
+async def test_bytes_and_half_closes_pass_both_ways_and_start_and_end_are_audited(desk: Desk) -> None:
     loop = asyncio.get_running_loop()
     async with local(desk) as channel, forwarded(channel, desk.machine.node_uuid) as carried:
         far = await desk.ports.accept()
@@ -300,7 +300,7 @@ async def test_a_key_with_a_grant_reaches_that_machine_and_port_alone(desk: Desk
     assert (await entries(desk, 2))[-1].actor.name == "ci"
 
 
-async def test_a_key_with_a_grant_keeps_nobody_out(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_key_with_a_grant_cannot_use_up_all_forwards(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwards_module, "MAX_FORWARDS_BY_GRANT", 2)
     secret = (await desk.office.administration.api_keys.create("ci", Role.VIEWER, forward=[desk.machine.id]))[1]
     metadata = {"authorization": f"Bearer {secret}"}
@@ -318,7 +318,7 @@ async def test_a_key_with_a_grant_keeps_nobody_out(desk: Desk, monkeypatch: pyte
     assert desk.office.administration.forwards.counters().refusals == {"too many": 1}
 
 
-async def test_a_machines_socket_buffers_little_and_the_servers_own_address_is_none(
+async def test_socket_buffers_are_small_and_the_servers_own_address_is_refused(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def dial(*_: object, **__: object) -> socket.socket:
@@ -356,7 +356,7 @@ async def test_a_connection_ends_with_its_key_and_with_its_machine(desk: Desk) -
             assert "removed or denied" in (caught.value.message or "")
 
 
-async def test_a_port_where_nothing_listens_is_told(desk: Desk) -> None:
+async def test_a_closed_port_is_reported(desk: Desk) -> None:
     desk.ports.listener.close()
     async with local(desk) as channel, forwarded(channel, desk.machine.id, 22) as carried:
         with pytest.raises(GRPCError, match="nothing listens at port 22") as caught:

@@ -78,7 +78,7 @@ async def status_of(channel: GrpcChannel, path: str, handler: Handler, data: byt
 
 
 @pytest.mark.parametrize("hostile", [of_another_type, with_nul])
-async def test_every_method_refuses_what_it_cannot_mean(office: Office, caplog: pytest.LogCaptureFixture, hostile: Any) -> None:
+async def test_every_method_refuses_invalid_requests(office: Office, caplog: pytest.LogCaptureFixture, hostile: Any) -> None:
     count = 0
     async with office.local() as channel:
         for service in office.services:

@@ -108,7 +108,7 @@ async def call_and_leave(channel: grpc.aio.Channel, name: str, request: bytes) -
 
 
 @pytest.mark.parametrize("kind", ["sql", "postgres"])
-async def test_whoever_hangs_up_in_any_call_leaves_a_server_that_goes_on(
+async def test_the_server_goes_on_after_callers_disconnect_in_any_call(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging_up = HangingUp(monkeypatch)

@@ -62,7 +62,7 @@ async def office(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 @pytest.mark.parametrize("sort", ["", *SORTS, *(f"-{name}" for name in SORTS)])
-async def test_pages_together_are_everything_once(office: Office, sort: str) -> None:
+async def test_all_pages_together_contain_each_item_once(office: Office, sort: str) -> None:
     async with office.local() as local:
         stub = pb.MachineServiceStub(local)
         whole = await stub.list_machines(pb.ListMachinesRequest(page_size=1000, sort=sort))
@@ -135,7 +135,7 @@ async def more(transaction: Transaction) -> None:
         pb.ListMachinesRequest(filter=pb.MachineFilter(selector="\0=\n")),
     ],
 )
-async def test_what_cannot_be_is_refused_with_a_line(office: Office, request_: pb.ListMachinesRequest) -> None:
+async def test_invalid_requests_are_refused_in_one_line(office: Office, request_: pb.ListMachinesRequest) -> None:
     async with office.local() as local:
         with pytest.raises(GRPCError) as caught:
             await pb.MachineServiceStub(local).list_machines(request_)
@@ -145,7 +145,7 @@ async def test_what_cannot_be_is_refused_with_a_line(office: Office, request_: p
 
 
 @given(st.text(max_size=80))
-def test_no_text_breaks_a_parser(text: str) -> None:
+def test_parsers_accept_or_refuse_any_text(text: str) -> None:
     said: list[str] = []
     for parse in (Selector, check_name, check_note, lambda text: changed_labels({}, {text: text}, ())):
         try:
@@ -156,7 +156,7 @@ def test_no_text_breaks_a_parser(text: str) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.text("ab", max_size=2)), unique=True), st.integers(1, 5), st.booleans())
-def test_pages_of_anything(items: list[tuple[int, str]], size: int, descending: bool) -> None:
+def test_pages_of_any_size_contain_each_item_once(items: list[tuple[int, str]], size: int, descending: bool) -> None:
     ordered = sorted(items, reverse=descending)
     found, token = list[tuple[int, str]](), ""
     while True:
@@ -182,19 +182,19 @@ def test_pages_of_anything(items: list[tuple[int, str]], size: int, descending: 
         ("example.com/a=b", {"example.com/a": "b"}, True),
     ],
 )
-def test_selectors_are_those_of_kubectl(selector: str, labels: dict[str, str], matches: bool) -> None:
+def test_selectors_have_kubectls_syntax(selector: str, labels: dict[str, str], matches: bool) -> None:
     assert Selector(selector).matches(labels) == matches
 
 
 @pytest.mark.parametrize(
     "name", ["", "-a", "a-", "a b", "ä", "0" * 16, "3e1d4b52-0f8b-4d4d-9a34-1d4e3b7c6a51", "a" * 64, "a\n"]
 )
-def test_names_that_cannot_be(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigurationError):
         check_name(name)
 
 
-async def test_a_machine_is_found_by_the_hostname_that_it_tells(office: Office) -> None:
+async def test_a_machine_is_found_by_its_reported_hostname(office: Office) -> None:
     told = ["Edge-7.example.com", "bad name", "", "x" * 300, "\u202eevil"]
     link = office.manager.links.get(machine(3).id)
     assert link is not None

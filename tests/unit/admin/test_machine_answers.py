@@ -65,7 +65,7 @@ async def machine_api(*services: Servable) -> AsyncIterator[GrpcChannel]:
             yield channel
 
 
-async def test_a_machine_says_what_it_is_and_has() -> None:
+async def test_a_machine_reports_its_version_and_resources() -> None:
     async with machine_api(MachineFace("v1.13.0"), StateFace("no sync"), StorageFace("a disk")) as channel:
         found = await query_machine(channel)
     assert (found.version, found.platform, found.stage, found.is_ready) == ("v1.13.0", "metal", "running", False)
@@ -74,7 +74,7 @@ async def test_a_machine_says_what_it_is_and_has() -> None:
     assert (set(found.addresses), len(found.disks)) == ({"192.0.2.7/24"}, 64)
 
 
-async def test_what_a_hostile_machine_says_is_short_and_printable() -> None:
+async def test_answers_of_a_hostile_machine_are_cut_and_made_printable() -> None:
     async with machine_api(MachineFace(HOSTILE), StateFace(HOSTILE), StorageFace(HOSTILE)) as channel:
         found = await query_machine(channel)
     for text in (found.version, found.hostname, found.unmet[0], found.disks[0].model):
@@ -83,7 +83,7 @@ async def test_what_a_hostile_machine_says_is_short_and_printable() -> None:
 
 
 @pytest.mark.parametrize("spec", [b"\x08\x05", b"\x0a\x02\xff\xff"])
-async def test_a_resource_that_is_none_is_an_invalid_answer(spec: bytes) -> None:
+async def test_a_malformed_resource_is_an_invalid_answer(spec: bytes) -> None:
     class OddState(StateBase):
         async def get(self, message: GetRequest) -> GetResponse:
             return GetResponse(resource=Resource(spec=Spec(proto_spec=spec if message.id == "hostname" else b"")))
@@ -93,14 +93,14 @@ async def test_a_resource_that_is_none_is_an_invalid_answer(spec: bytes) -> None
             await query_machine(channel)
 
 
-async def test_what_it_does_not_answer_is_noted() -> None:
+async def test_unanswered_queries_are_listed() -> None:
     async with machine_api(StorageFace("a disk")) as channel:
         found = await query_machine(channel)
     assert found.refused == [f"{name}: UNIMPLEMENTED" for name in ("version", "stage", "hostname", "addresses")]
     assert found.disks[0].model == "a disk"
 
 
-async def test_an_answer_that_is_too_long_ends_it() -> None:
+async def test_a_too_long_answer_ends_the_query() -> None:
     async with machine_api(MachineFace("x" * (2 << 20))) as channel:
         try:
             found = await query_machine(channel)
@@ -109,7 +109,7 @@ async def test_an_answer_that_is_too_long_ends_it() -> None:
         assert found.refused[0] == "version: RESOURCE_EXHAUSTED"
 
 
-async def test_a_machine_without_a_link_is_not_asked(tmp_path: Path) -> None:
+async def test_a_machine_without_a_link_is_not_queried(tmp_path: Path) -> None:
     async with open_office(tmp_path) as office:
         machine = FakeMachine()
         await office.manager.join(machine)

@@ -150,7 +150,7 @@ async def check(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("role", [*Role, None])
-async def test_remotely(role: Role | None, kind: str) -> None:
+async def test_each_role_remotely(role: Role | None, kind: str) -> None:
     async with served(kind) as office, grpc.aio.insecure_channel(f"127.0.0.1:{office.port}") as channel:
         metadata: list[tuple[str, str]] = []
         refusal = grpc.StatusCode.UNAUTHENTICATED
@@ -164,7 +164,7 @@ async def test_remotely(role: Role | None, kind: str) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("role", [ADMIN, VIEWER, None])
-async def test_on_the_local_socket(role: Role | None, kind: str) -> None:
+async def test_each_role_on_the_local_socket(role: Role | None, kind: str) -> None:
     async with served(kind) as office:
         path = office.path
         if role is ADMIN:

@@ -123,7 +123,7 @@ async def test_a_machine_that_is_gone_is_found_until_its_records_are_deleted_whi
         assert '"entries": 3' in audit.entries[0].before
 
 
-async def test_what_is_older_is_deleted_and_how_much_is_kept_is_told(tmp_path: Path) -> None:
+async def test_old_records_are_deleted_and_the_kept_size_is_reported(tmp_path: Path) -> None:
     async with reporting(tmp_path) as (office, archive, _, machine), office.local() as channel:
         row, other = await office.manager.row(machine), FakeMachine()
         await office.manager.join(other)
@@ -151,7 +151,7 @@ async def test_what_is_older_is_deleted_and_how_much_is_kept_is_told(tmp_path: P
         assert '"until": 8000000000.0' in audit.entries[0].before
 
 
-async def test_a_viewer_may_look_and_not_delete(tmp_path: Path) -> None:
+async def test_a_viewer_may_read_records_but_not_delete_them(tmp_path: Path) -> None:
     async with reporting(tmp_path) as (office, _, _, machine):
         async with office.local() as local:
             request = pb.CreateApiKeyRequest(name="viewer", role="viewer")

@@ -230,7 +230,7 @@ def test_json_and_yaml_are_read_back_and_hold_nothing_that_steers_a_terminal(sid
     assert out.replace("\n", "").isprintable()
 
 
-def test_what_changes_is_watched(siderolink: Fixture) -> None:
+def test_watch_prints_changes(siderolink: Fixture) -> None:
     status, out, _ = siderolink("machine", "list", "--watch", "-o", "json")
     assert status == 0
     changes = [json.loads(line) for line in out.splitlines()]
@@ -284,7 +284,7 @@ def test_a_refusal_is_one_line_and_a_status(siderolink: Fixture, name: str, stat
     assert err[:-1].isprintable()
 
 
-def test_usage_and_a_server_that_is_away(siderolink: Fixture) -> None:
+def test_usage_errors_and_an_unreachable_server_have_their_exit_statuses(siderolink: Fixture) -> None:
     assert siderolink("machine", "list", "--transport", "pigeon")[0] == 2
     for arguments in (
         ("token", "create", "x", "--expires", "soon"),
@@ -318,14 +318,14 @@ def test_several_names_are_all_tried_and_the_first_failure_is_the_status(siderol
     assert err == "siderolink: missing: no such machine\n"
 
 
-def test_nothing_is_destroyed_without_a_yes(siderolink: Fixture) -> None:
+def test_destructive_commands_need_yes(siderolink: Fixture) -> None:
     status, _, err = siderolink("machine", "remove", "a")
     assert (status, siderolink.machines.removed) == (ExitStatus.USAGE, [])
     assert "add --yes" in err
 
 
 @pytest.mark.parametrize(("answer", "removed"), [("n", []), ("y", ["a"])])
-def test_a_terminal_is_asked(siderolink: Fixture, answer: str, removed: list[str]) -> None:
+def test_a_terminal_is_asked_for_confirmation(siderolink: Fixture, answer: str, removed: list[str]) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "siderolink", "machine", "remove", "a"]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ) as process:
@@ -397,7 +397,7 @@ def test_contexts_name_servers_for_this_user_alone(siderolink: Fixture) -> None:
         ("a: [\n", ":2: not YAML: "),
     ],
 )
-def test_a_wrong_contexts_file_is_told_by_line_and_key(tmp_path: Path, text: str, problem: str) -> None:
+def test_a_malformed_contexts_file_is_reported_with_line_and_key(tmp_path: Path, text: str, problem: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)
     file.chmod(0o600)
@@ -441,7 +441,7 @@ def test_bash_completes_commands_options_and_names(siderolink: Fixture) -> None:
     assert complete(siderolink, "siderolink machine list --context pl") == ["plant"]
 
 
-def test_what_answers_a_shell_imports_neither_end_of_a_link() -> None:
+def test_shell_completion_imports_neither_client_nor_server() -> None:
     """Each press of the tab key starts a process."""
     absent = ("siderolink.server", "siderolink.client", "pyroute2", "structlog", "numpy", "sqlalchemy", "uvloop", "rich")
     program = "import sys, siderolink.cli.admin.machines, siderolink.cli.admin.tokens, siderolink.cli.admin.audit\n"
@@ -450,7 +450,7 @@ def test_what_answers_a_shell_imports_neither_end_of_a_link() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(siderolink: Fixture) -> None:
+def test_a_closed_output_pipe_is_no_error(siderolink: Fixture) -> None:
     command = f"{sys.executable} -m siderolink machine list --watch -o wide | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=os.environ, capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.stderr) == ("", "")

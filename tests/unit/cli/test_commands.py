@@ -65,7 +65,7 @@ def siderolink(*arguments: str, **environment: str) -> "subprocess.CompletedProc
 # --- secrets
 
 
-def test_a_secret_by_argument_file_or_credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_secret_comes_by_argument_file_or_credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token"
     file.write_text("from file\n")
     (tmp_path / "siderolink.join-token").write_text("from systemd")
@@ -95,7 +95,7 @@ def test_a_file_that_holds_no_secret_is_refused_without_showing_it(tmp_path: Pat
 # --- events and status
 
 
-def test_every_event_of_a_link_has_words() -> None:
+def test_every_event_of_a_link_has_a_text() -> None:
     examples: list[events.LinkEvent] = [
         events.KeyCreated(public_key=KEY),
         events.Joined(
@@ -155,7 +155,7 @@ def test_status_for_programs() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_status_of_ten_thousand_peers_comes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_status_of_ten_thousand_peers_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Crowd(Source):
         async def status(self) -> AsyncIterator[StatusResponse]:
             yield StatusResponse(role="server", peers=STATUS.peers * 10_000)
@@ -168,7 +168,7 @@ async def test_the_status_of_ten_thousand_peers_comes_whole(tmp_path: Path, monk
 
 
 @pytest.mark.anyio
-async def test_the_control_socket_is_for_its_owner_and_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_control_socket_is_private_and_removed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "run"))
     async with (
         control_socket("siderolink", [ControlService(Source())]) as one,
@@ -187,7 +187,7 @@ async def test_the_control_socket_is_for_its_owner_and_vanishes(tmp_path: Path, 
 
 
 @pytest.mark.anyio
-async def test_a_socket_without_a_process_is_told_once_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stale_socket_is_reported_once_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
     for name in ("dead", "starting"):
         with socket.socket(socket.AF_UNIX) as left:
@@ -357,7 +357,7 @@ def test_help_names_every_command_and_shows_no_secret() -> None:
     assert "s3cret" not in siderolink("serve", "--help", SIDEROLINK_JOIN_TOKEN="s3cret").stdout
 
 
-def test_without_the_extra_one_line_says_so() -> None:
+def test_a_missing_extra_is_reported_in_one_line() -> None:
     hidden = "import sys; sys.modules['typer'] = None; sys.argv = ['siderolink']; from siderolink.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")

@@ -11,12 +11,12 @@ from siderolink.cli.admin.formats import age, change, until
     ("seconds", "told"),
     [(7 * 86_400 - 5, "7d"), (2 * 86_400 - 5, "2d"), (86_400, "24h"), (7_200 - 5, "2h"), (90, "2m"), (45, "45s"), (-5, "0s")],
 )
-def test_what_was_asked_for_is_what_is_left_right_after(seconds: float, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_expiry_is_shown_as_it_was_requested(seconds: float, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)
     assert until(1_800_000_000.0 + seconds) == told
 
 
-def test_an_age_is_not_more_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ages_are_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)
     assert age(1_800_000_000.0 - 3 * 86_400 + 5) == "2d"
 
@@ -35,5 +35,5 @@ def test_an_age_is_not_more_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"expires_at": 1e400, "list": ["a"]}', "", 'expires_at=Infinity list=["a"]'),
     ],
 )  # fmt: skip
-def test_a_change_is_read_at_a_glance(side: str, other: str, told: str) -> None:
+def test_changes_are_formatted_for_people(side: str, other: str, told: str) -> None:
     assert change(side, other) == told

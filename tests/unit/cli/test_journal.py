@@ -104,7 +104,7 @@ def test_a_record_that_is_too_large_for_a_datagram_travels_in_a_sealed_file(jour
             os.pwrite(descriptors[0], b"changed", 0)
 
 
-def test_a_journal_that_does_not_read_costs_records_and_holds_nothing(
+def test_a_stuck_journal_loses_records_and_blocks_nothing(
     journal: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "STOP_SECONDS", 0.1)
@@ -119,9 +119,7 @@ def test_a_journal_that_does_not_read_costs_records_and_holds_nothing(
             journal.recv(65_536)
 
 
-def test_a_journal_that_is_away_is_told_once_and_used_again_when_it_is_back(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_absent_journal_is_reported_once_and_used_again_later(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with log_to(tmp_path / "socket") as log:
         logs.log_event("event", "lost")
         while not log.writer.lost:

@@ -72,7 +72,7 @@ def test_a_full_queue_refuses_and_counts() -> None:
     assert queue.dropped == 4
 
 
-def test_a_writer_whose_reader_is_stuck_never_blocks_and_tells_what_it_lost_when_the_reader_is_back(
+def test_a_writer_with_a_stuck_reader_never_blocks_and_later_reports_its_losses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(output, "MAX_ITEMS", 100)

@@ -9,7 +9,7 @@ from siderolink.cli.memory import CALM, GROWTH, FreeMemory, give_memory_back, re
 
 
 @pytest.mark.anyio
-async def test_memory_is_given_back_once_after_a_flood() -> None:
+async def test_memory_is_returned_to_the_system_once_after_a_flood() -> None:
     sizes = iter(
         [
             100,  # at the start

@@ -52,7 +52,7 @@ async def ask(port: int, request: bytes) -> bytes:
         writer.close()
 
 
-async def test_pages_answer_and_refuse() -> None:
+async def test_metrics_pages_answer_and_refuse_other_requests() -> None:
     async def broken() -> PageAnswer:
         raise ValueError("secret detail")
 
@@ -71,7 +71,7 @@ async def test_pages_answer_and_refuse() -> None:
         assert b"secret" not in failed
 
 
-async def test_idle_clients_cost_a_bounded_number_of_connections_and_keep_no_one_out() -> None:
+async def test_idle_clients_hold_few_connections_and_exclude_nobody() -> None:
     async with serve_pages(LOOPBACK, {"/hello": hello}) as port:
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(http.MAX_CONNECTIONS)]
         await asyncio.sleep(0)
@@ -137,7 +137,7 @@ async def test_idle_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) ->
         assert await ask(port, b"GET /hello HTTP/1.1\r\n") == b""
 
 
-async def test_a_port_in_use_is_an_error_of_ours() -> None:
+async def test_a_port_in_use_raises_our_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(AddressInUseError):
         async with serve_pages(HostPort("127.0.0.1", taken.getsockname()[1]), {}):
             raise AssertionError
@@ -147,7 +147,7 @@ async def test_a_port_in_use_is_an_error_of_ours() -> None:
     ("given", "host", "port"),
     [("9180", "127.0.0.1", 9180), (":9180", "127.0.0.1", 9180), ("[::1]:1", "::1", 1), ("0.0.0.0:9180", "0.0.0.0", 9180)],
 )
-async def test_a_port_alone_is_on_the_loopback(given: str, host: str, port: int) -> None:
+async def test_a_port_without_a_host_means_the_loopback(given: str, host: str, port: int) -> None:
     assert metrics_options(given) == MetricsOptions(listen=HostPort(host, port))
 
 
@@ -285,7 +285,7 @@ async def test_a_store_is_measured() -> None:
     assert found.seconds > 0
 
 
-async def test_what_machines_say_cannot_break_the_text() -> None:
+async def test_labels_from_machines_are_escaped() -> None:
     async with open_crowd(1) as crowd:
         found = await crowd.machines.find(crowd.members[0].node_uuid)
     assert found is not None
@@ -333,7 +333,7 @@ async def at_date(monkeypatch: pytest.MonkeyPatch, moment: float) -> AsyncIterat
         yield
 
 
-async def test_who_drains_takes_no_new_machines_and_fails_nowhere() -> None:
+async def test_a_draining_server_is_healthy_but_not_ready() -> None:
     source = Fixed(lambda: (), HealthCheck(name="store", is_good=True, text=""))
     source.is_leaving = True
     pages = Pages(source)
@@ -343,7 +343,7 @@ async def test_who_drains_takes_no_new_machines_and_fails_nowhere() -> None:
     assert b'check="drain"' not in (await pages.metrics()).body
 
 
-async def test_health_says_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_names_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(name: str, good: bool) -> HealthCheck:
         return HealthCheck(name=name, is_good=good, text=f"{name} is {good}")
 

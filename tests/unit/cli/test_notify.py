@@ -24,7 +24,7 @@ run_until_stopped(work)
 """
 
 
-def test_stopping_is_told_before_anything_is_taken_down(tmp_path: Path) -> None:
+def test_systemd_is_told_stopping_before_anything_ends(tmp_path: Path) -> None:
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(path))

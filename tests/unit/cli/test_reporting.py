@@ -21,7 +21,7 @@ async def three_records() -> AsyncIterator[KernelMessage]:
     await anyio.sleep_forever()
 
 
-async def test_each_destination_gets_the_log_once_also_when_others_come(
+async def test_each_destination_gets_each_line_once_also_after_others_are_added(
     monkeypatch: pytest.MonkeyPatch, no_leaks: None
 ) -> None:
     monkeypatch.setattr("siderolink.cli.reporting.read_kernel_log", three_records)

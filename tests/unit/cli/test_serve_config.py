@@ -79,7 +79,7 @@ def test_every_option_of_the_server_reaches_it(tmp_path: Path) -> None:
     assert read("tunnel-only: true\nevent-sink-port: 0\nlog-port: 0\n", tmp_path).reports is None
 
 
-def test_a_choice_of_several_at_one_place_replaces_that_of_another(tmp_path: Path) -> None:
+def test_an_exclusive_option_replaces_those_of_weaker_sources(tmp_path: Path) -> None:
     text = "wireguard-endpoint: a:1\nstate: /nowhere\njoin-token: in-the-file\n"
     settings = read(text, tmp_path, tunnel_only=True, store="postgresql://db/x", join_token_file=tmp_path)
     assert (settings.wireguard_endpoint, settings.state, settings.join_token) == ([], None, None)
@@ -117,7 +117,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
-def test_a_wrong_file_is_told_by_line_and_key_without_secrets(text: str, tmp_path: Path) -> None:
+def test_a_malformed_file_is_reported_with_line_and_key_without_secrets(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as refused:
         read(text, tmp_path)
     file = tmp_path / "serve.yaml"
@@ -125,7 +125,7 @@ def test_a_wrong_file_is_told_by_line_and_key_without_secrets(text: str, tmp_pat
     assert SECRET not in str(refused.value)
 
 
-def test_all_problems_are_told_and_nothing_is_served(tmp_path: Path) -> None:
+def test_all_problems_are_reported_and_nothing_starts(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("device: gpu\nlog-port: -1\n")
     done = siderolink("serve", "--config", str(file), "--join-token", SECRET, SIDEROLINK_API_LISTEN="nowhere")
@@ -166,7 +166,7 @@ def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
             ServeConfig.model_validate(needed | given)
 
 
-def test_what_machines_are_told_is_where_the_server_listens() -> None:
+def test_machines_get_the_ports_on_which_the_server_listens() -> None:
     settings = ServeConfig.model_validate({"tunnel-only": True})
     told = siderolink("kernel-args", "grpc://a:8090?jointoken=t").stdout
     assert re.search(r"talos\.events\.sink=\S+:(\d+)", told)[1] == str(settings.event_sink_port)  # type: ignore[index]
@@ -181,7 +181,7 @@ def test_what_machines_are_told_is_where_the_server_listens() -> None:
         ), page
 
 
-def test_the_reference_is_fresh() -> None:
+def test_the_generated_reference_is_current() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/generate_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )

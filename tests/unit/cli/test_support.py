@@ -133,7 +133,7 @@ def test_a_secret_in_any_part_is_masked(host: Path, monkeypatch: pytest.MonkeyPa
         assert "machine 00000000-0000-4000-8000-000000000001" in text
 
 
-def test_a_secret_that_was_not_masked_keeps_the_bundle_back(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unmasked_secret_prevents_the_bundle(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Redactor, "clean", lambda self, text: text)
     with pytest.raises(ConfigurationError, match="would contain a secret"):
         run_support_bundle(host / "bundle", unit="x", log=host / "log", metrics_at=None, secret_files=())
@@ -162,7 +162,7 @@ def answer(*peers: Peer) -> StatusResponse:
     return StatusResponse(role="server", interface="siderolink", state="serving", peers=list(peers))
 
 
-def test_rates_are_from_look_to_look() -> None:
+def test_rates_are_computed_between_two_samples() -> None:
     rates = Rates()
     (first,) = rates.rows([answer(peer("a", 1000, 0))], 10.0)
     assert (first.received_rate, first.sent_rate) == (0.0, 0.0)
@@ -188,13 +188,13 @@ def test_rows_are_sorted_and_filtered() -> None:
     assert (names(Order.NAME, "B"), names(Order.RATE, count=1)) == ("b", "b")
 
 
-def test_a_sparkline_is_as_high_as_its_highest() -> None:
+def test_a_sparkline_is_scaled_to_its_maximum() -> None:
     assert sparkline([]) == ""
     assert sparkline([0.0, 0.0]) == "  "
     assert sparkline([0.0, 4.0, 8.0]) == " ▄█"
 
 
-def test_what_a_machine_says_does_not_reach_the_terminal_raw() -> None:
+def test_text_from_machines_is_made_printable() -> None:
     rows = Rates().rows([answer(peer("evil\x1b[2J\u202e[bold]x", 0, 0, path="tunnel \x07", handshake=1.0))], 1.0)
     asked = ControlAnswers(answers=[answer()], failures=["broken \x1b[31m"])
     console = Console(width=200, record=True, file=io.StringIO())

@@ -22,7 +22,7 @@ def press(view: ViewState, *keys: str, rows: list[str] = ROWS) -> ViewState:
     return view
 
 
-def test_keys_are_told_from_what_a_terminal_sends() -> None:
+def test_terminal_input_is_parsed_into_keys() -> None:
     assert list(split_keys("s/ab\x7f\r\x1b[A\x1b[B\x1bOA\x1b[5~\x1b[6~\x1b")) == [
         *("s", "/", "a", "b", Key.BACKSPACE, Key.ENTER, Key.UP, Key.DOWN, Key.UP, Key.PAGE_UP, Key.PAGE_DOWN, Key.ESCAPE)
     ]
@@ -30,7 +30,7 @@ def test_keys_are_told_from_what_a_terminal_sends() -> None:
 
 
 @given(st.text(max_size=50))
-def test_any_input_is_keys_in_bounded_steps(text: str) -> None:
+def test_any_terminal_input_is_parsed_in_bounded_steps(text: str) -> None:
     view = ViewState()
     keys = list(split_keys(text))
     assert len(keys) <= len(text)
@@ -39,7 +39,7 @@ def test_any_input_is_keys_in_bounded_steps(text: str) -> None:
     assert len(view.containing) <= MAX_FILTER
 
 
-def test_sorting_goes_round_and_by_name() -> None:
+def test_sorting_cycles_through_columns_and_goes_by_name() -> None:
     view = ViewState()
     assert [press(view, "s").order for _ in range(3)] == [Order.HANDSHAKE, Order.NAME, Order.RATE]
     assert [press(view, key).order for key in "nhr"] == [Order.NAME, Order.HANDSHAKE, Order.RATE]
@@ -68,7 +68,7 @@ def test_a_row_is_selected_and_its_timeline_opened_scrolled_and_closed() -> None
     assert not press(ViewState(), Key.ENTER, rows=[]).is_timeline
 
 
-def test_a_machine_that_a_limit_holds_back_is_marked() -> None:
+def test_a_limited_machine_is_marked() -> None:
     peers = [Peer(public_key=name, name=name, last_handshake=100.0) for name in ("free", "held")]
     peers[1].limits_biting = ["bandwidth_in", "line rate limited"]
     asked = ControlAnswers(answers=[StatusResponse(role="server", interface="siderolink", peers=peers)])

@@ -21,7 +21,7 @@ def notes(folder: Path) -> list[Path]:
     return sorted(folder.glob("trial-*"))
 
 
-async def test_a_note_is_found_by_the_next_process_for_these_settings_alone(tmp_path: Path) -> None:
+async def test_the_note_of_a_trial_is_found_for_the_same_settings_only(tmp_path: Path) -> None:
     folder = tmp_path / "identity"
     await SettingsTrial(folder, "m").begin(NEW, OLD)
     [note] = notes(folder)
@@ -58,7 +58,7 @@ async def test_the_end_of_a_trial_leaves_nothing_of_this_machine_behind(tmp_path
         b"[" * 100_000,
     ],
 )
-async def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, data: bytes) -> None:
+async def test_an_unreadable_note_counts_as_none(tmp_path: Path, data: bytes) -> None:
     trial = SettingsTrial(tmp_path, "m")
     await trial.begin(NEW, OLD)
     [note] = notes(tmp_path)

@@ -9,7 +9,7 @@ from siderolink.cli import watching
 
 
 @pytest.mark.anyio
-async def test_a_folder_that_may_not_be_listed_is_told_once(
+async def test_an_unreadable_folder_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object, **__: object) -> None:

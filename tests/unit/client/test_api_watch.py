@@ -74,7 +74,7 @@ async def test_a_server_that_ends_moments_after_a_machine_joined_is_noticed(serv
         await bench.until(lambda: bench.told == [signals.ApiLost(), signals.ApiBack()])
 
 
-async def test_a_health_call_that_ends_after_its_time_is_no_end_of_the_server() -> None:
+async def test_a_health_call_that_ends_regularly_does_not_mean_that_the_server_ended() -> None:
     calls: list[int] = []
 
     class Counted(HealthService):
@@ -92,7 +92,7 @@ async def test_a_health_call_that_ends_after_its_time_is_no_end_of_the_server() 
         await bench.until(lambda: bench.told == [signals.ApiLost()])
 
 
-async def test_a_machine_hears_of_other_servers_deaths_by_its_health_call() -> None:
+async def test_the_health_call_tells_a_machine_of_failed_servers() -> None:
     health = HealthService()
     async with background_tasks() as tasks, watched(health) as bench:
         tasks.start_soon(health.run)
@@ -104,7 +104,7 @@ async def test_a_machine_hears_of_other_servers_deaths_by_its_health_call() -> N
         assert set(bench.told) == {signals.ServerDied()}
 
 
-async def test_a_machine_hears_which_servers_failed_and_which_one_it_asks() -> None:
+async def test_the_health_call_names_failed_servers_and_the_answering_one() -> None:
     health, failed = HealthService(), list[str]()
     health.own_endpoints, health.failed_endpoints = (lambda: ["192.0.2.1:51820"]), (lambda: failed)
     async with background_tasks() as tasks, watched(health) as bench:
@@ -122,7 +122,7 @@ async def test_a_machine_hears_which_servers_failed_and_which_one_it_asks() -> N
         await bench.until(lambda: bench.told[-1] == gone)  # with the first message, too: it may have happened meanwhile
 
 
-async def test_a_machine_hears_of_failures_however_many_and_long_endpoints_there_are() -> None:
+async def test_the_health_call_names_failures_within_the_message_limit() -> None:
     health = HealthService()
     long = [f"{number:02}{'a' * 60}.{'b' * 63}.{'c' * 63}.{'d' * 60}:51820" for number in range(32)]
     health.own_endpoints, health.failed_endpoints = (lambda: long), (lambda: long)
@@ -145,7 +145,7 @@ async def test_a_malformed_health_message_names_no_servers() -> None:
         assert set(bench.told) == {signals.ServerDied()}
 
 
-async def test_a_server_that_ends_each_connection_soon_is_told_of_once() -> None:
+async def test_a_server_that_ends_connections_early_is_reported_once() -> None:
     async with watched() as bench:
         await bench.stop()
         await bench.start()
@@ -156,7 +156,7 @@ async def test_a_server_that_ends_each_connection_soon_is_told_of_once() -> None
         assert bench.told == [signals.ApiLost(), signals.ApiBack()]
 
 
-async def test_a_proxy_that_cuts_idle_connections_is_learned_and_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_that_cuts_idle_connections_is_recognised_and_then_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three cuts at one age, each followed by a successful dial; afterwards no connection is made any more."""
     monkeypatch.setattr("siderolink.client.link.watch.RegularCuts.SHORTEST", 0.0)
     monkeypatch.setattr("siderolink.client.link.watch.RegularCuts.TOLERANCE", 100.0)  # a host that stalls cuts late

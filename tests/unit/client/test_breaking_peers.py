@@ -88,7 +88,7 @@ def moment(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_provision(run: Run, moment: str) -> None:
+def test_a_broken_server_during_provision(run: Run, moment: str) -> None:
     async def test(way: str) -> None:
         async with breaking_peer(way, moment) as peer:
             url = JoinURL("127.0.0.1", peer.port, tls=False)
@@ -100,7 +100,7 @@ def test_provision(run: Run, moment: str) -> None:
     run(test)
 
 
-def test_a_tunnels_stream(run: Run, moment: str) -> None:
+def test_a_broken_server_during_a_tunnels_stream(run: Run, moment: str) -> None:
     async def test(way: str) -> None:
         async with breaking_peer(way, moment) as peer, background_tasks() as tasks:
             retry, reasons = RetryTrigger(), list[str]()
@@ -123,7 +123,7 @@ def test_a_tunnels_stream(run: Run, moment: str) -> None:
     run(test)
 
 
-def test_events(run: Run, moment: str) -> None:
+def test_a_broken_sink_during_the_delivery_of_events(run: Run, moment: str) -> None:
     async def test(way: str) -> None:
         sender = EventSender()
         sender.publish(AddressEvent(hostname="a"))
@@ -135,7 +135,7 @@ def test_events(run: Run, moment: str) -> None:
     run(test)
 
 
-def test_the_watched_api(run: Run, moment: str) -> None:
+def test_a_broken_server_during_the_health_call(run: Run, moment: str) -> None:
     async def test(way: str) -> None:
         retry = RetryTrigger()
         # who stays silent, or answers in an unknown way and stays, is watched for as long as the connection stands
@@ -147,7 +147,9 @@ def test_the_watched_api(run: Run, moment: str) -> None:
     run(test)
 
 
-def test_the_control_socket(run: Run, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_process_behind_the_control_socket(
+    run: Run, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(control, "directory", lambda: folder.get())
     folder: ContextVar[Path] = ContextVar("folder")
 

@@ -82,7 +82,7 @@ async def until(bench: Bench, checks: int) -> None:
             await anyio.sleep(0.005)
 
 
-async def test_a_silent_server_is_pinged_while_no_api_connection_tells_of_its_death(bench: Bench) -> None:
+async def test_a_silent_server_is_pinged_while_there_is_no_api_connection(bench: Bench) -> None:
     async with bench.running():
         bench.device.silent_for = 1.0
         await until(bench, 3)
@@ -107,7 +107,7 @@ async def test_a_server_that_never_answered_an_echo_is_not_suspected_for_its_sil
 
 
 @pytest.mark.parametrize(("may_move", "has_api"), [(True, True), (False, False)])
-async def test_silence_alone_is_no_reason_otherwise_and_the_kernel_is_not_looked_at(
+async def test_otherwise_silence_causes_no_echo_and_the_kernel_is_not_polled(
     bench: Bench, may_move: bool, has_api: bool
 ) -> None:
     bench.has_api, bench.device.silent_for = has_api, 1.0

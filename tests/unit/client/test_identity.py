@@ -34,20 +34,20 @@ def test_the_firmwares_uuid_in_lower_case(tmp_path: Path) -> None:
     assert uuid_from(tmp_path, "4C4C4544-004A-3510-8052-B4C04F4A3132\n", MACHINE_ID) == "4c4c4544-004a-3510-8052-b4c04f4a3132"
 
 
-def test_a_placeholder_or_nonsense_counts_as_none(tmp_path: Path) -> None:
+def test_a_placeholder_or_malformed_uuid_counts_as_none(tmp_path: Path) -> None:
     stable = uuid_from(tmp_path, None, MACHINE_ID)
     for smbios in (*PLACEHOLDERS, "FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF", "Not Specified", "\xff"):
         assert uuid_from(tmp_path, smbios, MACHINE_ID) == stable
 
 
-def test_the_machine_id_gives_a_stable_uuid_and_is_not_told(tmp_path: Path) -> None:
+def test_the_machine_id_gives_a_stable_uuid_and_is_not_sent(tmp_path: Path) -> None:
     found = uuid_from(tmp_path, None, MACHINE_ID)
     assert found == uuid_from(tmp_path, None, MACHINE_ID + "\n")
     assert found != uuid_from(tmp_path, None, MACHINE_ID[::-1])
     assert UUID(found).hex != MACHINE_ID
 
 
-def test_a_random_one_where_there_is_nothing(tmp_path: Path) -> None:
+def test_without_any_source_the_uuid_is_random(tmp_path: Path) -> None:
     assert UUID(uuid_from(tmp_path, None, None)) != UUID(uuid_from(tmp_path, None, "too short"))
 
 
@@ -84,7 +84,7 @@ async def test_each_server_knows_the_machine_by_a_token_of_its_own_which_is_kept
 
 
 @pytest.mark.anyio
-async def test_a_token_that_cannot_be_kept_lasts_for_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_token_that_cannot_be_stored_lasts_for_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     tokens = UniqueTokens(blocked / "state")

@@ -21,7 +21,7 @@ MACHINE = NodeInfo(uuid="4c4c4544-0000-4000-8000-000000000001", unique_token="un
 VIRTUAL = "[fdae:41e4:649b:9304::5]:50888"
 
 
-def test_a_request_says_all_there_is_to_say() -> None:
+def test_a_request_has_all_fields() -> None:
     request = make_request(replace(URL, tunnel=True), MACHINE, OWN)
     assert request == ProvisionRequest(
         node_uuid=MACHINE.uuid,
@@ -33,7 +33,7 @@ def test_a_request_says_all_there_is_to_say() -> None:
     )
 
 
-def test_a_request_leaves_out_what_is_not_there_but_the_unique_token() -> None:
+def test_a_request_omits_missing_fields_except_the_unique_token() -> None:
     request = make_request(replace(URL, join_token=None), NodeInfo(uuid="u"), OWN)
     assert request.join_token is None
     assert request.node_unique_token == ""
@@ -100,7 +100,7 @@ def test_an_answer_that_breaks_the_protocol_is_refused(field: str, value: object
 
 
 @given(st.builds(ProvisionResponse, *[st.lists(st.text()), st.text(), st.text(), st.text(), st.text()]))
-def test_no_answer_raises_anything_else(answer: ProvisionResponse) -> None:
+def test_any_answer_is_accepted_or_raises_the_one_error(answer: ProvisionResponse) -> None:
     with pytest.raises(InvalidAnswerError):
         read_response(answer, OWN)
 
@@ -149,7 +149,7 @@ async def test_a_server_that_never_answers_is_given_up() -> None:
 
 
 @pytest.mark.anyio
-async def test_nobody_listens() -> None:
+async def test_a_closed_port_is_unreachable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(ServerUnreachableError):

@@ -248,7 +248,7 @@ async def test_a_device_that_gives_up_means_the_link_is_down() -> None:
         assert (await bench.saw(events.Disconnected)).reason == "handshakes go unanswered"
 
 
-async def test_a_handshake_ends_the_asking_while_the_api_is_away() -> None:
+async def test_a_handshake_ends_the_calls_to_an_unreachable_api() -> None:
     server = new_key()
     async with running(response(server, ONE), attempt_timeout=1.0, down_after=0.05) as bench:
         await bench.saw(events.Connecting)
@@ -265,7 +265,7 @@ async def test_a_handshake_ends_the_asking_while_the_api_is_away() -> None:
         assert len([event for event in bench.events if isinstance(event, events.Joined)]) == 1
 
 
-async def test_a_refusal_later_on_is_not_asked_about_soon_again() -> None:
+async def test_a_later_refusal_is_retried_after_a_long_pause() -> None:
     async with running(response(new_key(), ONE), attempt_timeout=0.03) as bench:
         await bench.saw(events.Connecting)
         bench.service.answer = GRPCError(Status.PERMISSION_DENIED, "invalid join token")
@@ -273,7 +273,7 @@ async def test_a_refusal_later_on_is_not_asked_about_soon_again() -> None:
 
 
 @pytest.mark.parametrize("status", [Status.INTERNAL, Status.UNKNOWN, Status.CANCELLED, Status.ABORTED])
-async def test_what_went_wrong_over_there_is_asked_about_soon_again(status: Status) -> None:
+async def test_a_server_error_is_retried_soon(status: Status) -> None:
     async with running(response(new_key(), ONE), attempt_timeout=0.03) as bench:
         await bench.saw(events.Connecting)
         bench.service.answer = GRPCError(status, "internal server error")
@@ -308,7 +308,7 @@ async def test_another_address_or_transport_needs_another_device() -> None:
         assert bench.configs[2].private_key == bench.configs[0].private_key
 
 
-async def test_an_answer_that_this_host_cannot_use_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_an_unusable_answer_the_api_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another link of this host may have the overlay that an answer names; the next answer need not name it."""
     server, taken = new_key(), "fdae:41e4:649b:9399::43/64"
 
@@ -330,7 +330,7 @@ async def test_an_answer_that_this_host_cannot_use_is_asked_for_again(monkeypatc
         await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {TWO}")
 
 
-async def test_udp_is_tried_with_the_key_that_the_server_has_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_retry_by_udp_uses_the_servers_new_key(monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = new_key(), new_key()
     tried: list[Callable[[], PublicKey]] = []
 

@@ -37,7 +37,7 @@ async def begun(bench: Bench, more_than: int) -> None:
             await anyio.sleep(0.01)
 
 
-async def test_a_lost_api_is_answered_by_a_handshake_and_by_no_transition() -> None:
+async def test_a_lost_api_connection_causes_a_handshake_and_no_change_of_state() -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
@@ -50,7 +50,7 @@ async def test_a_lost_api_is_answered_by_a_handshake_and_by_no_transition() -> N
         assert not any(isinstance(event, events.Disconnected) for event in bench.events)
 
 
-async def test_a_dead_server_costs_an_echo_where_the_link_carries_and_a_call_where_it_does_not() -> None:
+async def test_a_dead_server_causes_an_echo_while_the_link_works_and_a_call_otherwise() -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
@@ -194,7 +194,7 @@ async def test_the_server_that_has_the_link_may_be_another_one_than_was_dialled(
 
 @pytest.mark.usefixtures("patient", "echo_seconds")
 @pytest.mark.parametrize("is_alive", [False, True])
-async def test_an_api_that_ends_with_the_links_own_server_is_left_unless_that_answers(is_alive: bool) -> None:
+async def test_if_the_api_and_the_links_server_end_the_link_moves_unless_that_server_answers(is_alive: bool) -> None:
     server, one = new_key(), HostPort.parse(ONE)
     async with running(response(server, TWO, ONE)) as bench:
         await connect(bench, server)
@@ -261,7 +261,7 @@ async def test_no_route_is_trouble_and_its_return_a_handshake() -> None:
         assert bench.state() is ConnectionState.CONNECTED
 
 
-async def test_a_network_change_that_leaves_the_way_as_it_was_is_no_news() -> None:
+async def test_a_network_change_without_a_new_route_causes_nothing() -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
@@ -275,7 +275,7 @@ async def test_a_network_change_that_leaves_the_way_as_it_was_is_no_news() -> No
 
 
 @pytest.mark.parametrize("is_answering", [True, False])
-async def test_a_doubt_costs_a_session_of_the_kernel_only_where_the_server_does_not_answer(is_answering: bool) -> None:
+async def test_a_suspicion_resets_the_kernels_session_only_if_the_server_does_not_answer(is_answering: bool) -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         bench.device_type = FakeKernelDevice
@@ -295,7 +295,7 @@ async def test_a_doubt_costs_a_session_of_the_kernel_only_where_the_server_does_
         assert bench.state() is ConnectionState.CONNECTED
 
 
-async def test_a_server_of_another_key_is_taken_up_while_the_link_is_in_doubt() -> None:
+async def test_a_new_server_key_is_used_while_the_link_is_suspect() -> None:
     old, new = new_key(), new_key()
     async with running(response(old, ONE)) as bench:
         await connect(bench, old)
@@ -344,7 +344,7 @@ async def test_the_same_answer_and_other_endpoints_change_nothing_on_a_good_link
         assert bench.state() is ConnectionState.CONNECTED
 
 
-async def test_lost_large_packets_are_said_and_forgotten() -> None:
+async def test_lost_large_packets_are_reported_until_they_pass_again() -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
@@ -359,7 +359,7 @@ async def test_lost_large_packets_are_said_and_forgotten() -> None:
         assert bench.state() is ConnectionState.CONNECTED
 
 
-async def test_a_repaired_interface_is_told_and_tried() -> None:
+async def test_a_repaired_interface_is_reported_and_probed() -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
@@ -373,7 +373,7 @@ async def test_a_repaired_interface_is_told_and_tried() -> None:
         assert bench.state() is ConnectionState.CONNECTED
 
 
-async def test_a_deleted_interface_is_another_device_with_the_same_key() -> None:
+async def test_a_deleted_interface_is_created_again_with_the_same_key() -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
@@ -387,7 +387,7 @@ async def test_a_deleted_interface_is_another_device_with_the_same_key() -> None
         assert bench.configs[0].timestamps is bench.configs[1].timestamps, "or a clock set back would end it"
 
 
-async def test_the_peer_is_the_server_alone_whatever_happens() -> None:
+async def test_the_devices_only_peer_is_always_the_server() -> None:
     server = new_key()
     async with running(response(server, VIRTUAL, virtual=VIRTUAL)) as bench:
         await bench.saw(events.Connecting)
@@ -396,14 +396,14 @@ async def test_the_peer_is_the_server_alone_whatever_happens() -> None:
         assert bench.device.configs[server].allowed_ips == (IPv6Network(SERVER_ADDRESS),)
 
 
-async def test_a_route_that_does_not_exist_is_given_up_at_once_and_says_so() -> None:
+async def test_a_missing_route_fails_at_once_with_its_reason() -> None:
     async with running(response(new_key(), ONE), attempt_timeout=60.0) as bench:
         bench.out = None
         failed = await bench.saw(events.RouteFailed)
         assert failed.reason == "this host has no route to 192.0.2.1"
 
 
-async def test_a_stream_that_is_cut_regularly_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_regular_cuts_of_a_stream_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siderolink.client.link.watch.RegularCuts.SHORTEST", 0.0)
     server = new_key()
     async with running(response(server, ONE)) as bench:
@@ -430,7 +430,7 @@ class FailsOnce(FakeDevice):
         await super().set_peer(peer)
 
 
-async def test_an_error_that_nobody_foresaw_is_a_failed_try(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_error_counts_as_a_failed_try(caplog: pytest.LogCaptureFixture) -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         bench.device_type = FailsOnce

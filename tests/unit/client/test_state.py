@@ -26,7 +26,7 @@ def test_each_transition_has_a_reason_and_a_time() -> None:
     assert machine.is_up
 
 
-def test_what_is_not_in_the_table_is_a_mistake() -> None:
+def test_a_transition_outside_the_table_is_an_error() -> None:
     machine = StateMachine(lambda *_: None)
     with pytest.raises(AssertionError, match="provisioning is not followed by degraded"):
         machine.go(ConnectionState.DEGRADED, "")
@@ -37,7 +37,7 @@ def test_every_state_can_be_left_and_leads_to_the_end() -> None:
     assert all(ConnectionState.LEFT in after or state is ConnectionState.LEFT for state, after in TRANSITIONS.items())
 
 
-def test_the_picture_and_the_table_of_the_documentation_are_the_machine() -> None:
+def test_the_picture_and_the_table_in_the_documentation_match_the_state_machine() -> None:
     expected = {(old, new) for old, after in TRANSITIONS.items() for new in after if new is not ConnectionState.LEFT}
     arrow = re.findall(r'data-from="([a-z-]+)" data-to="([a-z-]+)"', (DOCS / "pictures" / "link.svg").read_text())
     assert {(old, new) for old, new in arrow if new != "left"} == expected
@@ -45,7 +45,7 @@ def test_the_picture_and_the_table_of_the_documentation_are_the_machine() -> Non
     assert {(old, new) for old, new in row} == expected
 
 
-def test_a_link_that_another_server_has_already_moves_and_was_never_down() -> None:
+def test_a_link_taken_by_another_server_moves_without_going_down() -> None:
     told: list[LinkEvent] = []
     progress = Progress(told.append)
     progress.connecting("udp a:1")

@@ -40,7 +40,7 @@ def with_token(bench: Bench, token: str = "of META") -> LinkOptions:
     return replace(options, machine=replace(options.machine, unique_token=token))
 
 
-async def test_a_change_that_the_answer_does_not_show_touches_no_session() -> None:
+async def test_a_change_with_the_same_answer_keeps_the_session() -> None:
     server = new_key()
     async with connected(server) as (bench, supervisor):
         assert bench.device is not None
@@ -53,7 +53,7 @@ async def test_a_change_that_the_answer_does_not_show_touches_no_session() -> No
         assert bench.state() is ConnectionState.CONNECTED
 
 
-async def test_another_server_key_is_taken_up_on_the_same_interface() -> None:
+async def test_a_new_server_key_is_used_on_the_same_interface() -> None:
     server, other = new_key(), new_key()
     async with connected(server) as (bench, supervisor):
         bench.service.answer = response(other, TWO)
@@ -86,7 +86,7 @@ async def test_a_failed_handshake_silences_the_link_and_brings_it_back() -> None
         assert not any(isinstance(event, events.Disconnected) for event in bench.events)
 
 
-async def test_a_refusal_is_told_and_the_settings_are_dropped_unless_they_are_to_be_kept() -> None:
+async def test_a_refusal_is_reported_and_the_settings_are_dropped_unless_kept() -> None:
     async with connected(new_key()) as (bench, supervisor):
         bench.service.answer = WRONG
         before = bench.runner.options
@@ -99,7 +99,7 @@ async def test_a_refusal_is_told_and_the_settings_are_dropped_unless_they_are_to
         assert supervisor.refusal == ""
 
 
-async def test_what_was_refused_last_is_known_until_something_is_applied() -> None:
+async def test_the_last_refusal_is_kept_until_settings_are_applied() -> None:
     async with connected(new_key()) as (bench, supervisor):
         answer, bench.service.answer = bench.service.answer, WRONG
         await supervisor.apply(with_token(bench))
@@ -116,7 +116,7 @@ async def test_what_was_refused_last_is_known_until_something_is_applied() -> No
         assert supervisor.last_refused == ""
 
 
-async def test_a_server_that_waits_for_the_callers_answer_gets_it() -> None:
+async def test_a_trial_is_pending_when_the_server_waits_for_its_answer() -> None:
     """Some servers answer the new Provision only when their META write has returned: it is pending, and goes on."""
     async with connected(new_key()) as (bench, supervisor):
         bench.service.hold = anyio.Event()
@@ -127,7 +127,7 @@ async def test_a_server_that_waits_for_the_callers_answer_gets_it() -> None:
         assert bench.runner.options.machine.unique_token == "of META"
 
 
-async def test_a_verdict_comes_in_time_and_later_settings_replace_slow_ones() -> None:
+async def test_a_trial_ends_in_time_and_later_settings_replace_slow_ones() -> None:
     async with connected(new_key()) as (bench, supervisor):
         bench.service.hold = anyio.Event()
         slow = await supervisor.apply(with_token(bench, "slow"), timeout=0.1)
@@ -148,7 +148,7 @@ async def test_a_verdict_comes_in_time_and_later_settings_replace_slow_ones() ->
         assert bench.runner.options.machine.unique_token == "second"
 
 
-async def test_whoever_orders_another_uuid_is_answered_before_its_handshake_and_told_of_a_refusal() -> None:
+async def test_a_change_of_uuid_is_answered_before_its_handshake_and_reports_a_refusal() -> None:
     server = new_key()
     async with connected(server) as (bench, supervisor):
         assert bench.device is not None
@@ -179,7 +179,7 @@ async def test_settings_that_worked_before_a_crash_are_not_replaced_by_untested_
         assert "invalid join token" in supervisor.refusal
 
 
-async def test_settings_that_stop_working_in_the_moment_of_the_switch_give_way_to_the_old_ones(
+async def test_settings_that_fail_during_the_switch_are_rolled_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("siderolink.client.link.supervisor._TAKEOVER", 0.2)
@@ -198,7 +198,7 @@ async def test_settings_that_stop_working_in_the_moment_of_the_switch_give_way_t
         await bench.saw(events.Connected, 2)
 
 
-async def test_an_order_in_the_moment_of_the_switch_does_not_take_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_change_during_the_switch_does_not_prevent_the_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siderolink.client.link.supervisor._TAKEOVER", 0.2)
     server, other = new_key(), new_key()
     async with connected(server) as (bench, supervisor):
@@ -226,7 +226,7 @@ async def test_an_unforeseen_error_is_a_failed_try(monkeypatch: pytest.MonkeyPat
         assert (await supervisor.apply(with_token(bench))).outcome == "applied"
 
 
-async def test_a_link_that_never_was_is_not_kept_for_what_is_to_be_kept() -> None:
+async def test_settings_to_be_kept_replace_a_link_that_was_never_up() -> None:
     async with running(response(new_key(), ONE)) as bench, background_tasks() as tasks:
         supervisor = LinkSupervisor(bench.runner, bench.emit)
         tasks.start_soon(supervisor.run)

@@ -28,7 +28,7 @@ def probes(watch: HandshakeWatch, now: float) -> tuple[list[float], float, str]:
             now = watch.deadline
 
 
-def test_a_new_way_is_tried_later_and_later_and_then_given_up() -> None:
+def test_a_new_route_is_retried_with_backoff_and_then_given_up() -> None:
     watch = HandshakeWatch(100.0)
     assert not watch.is_up
     assert probes(watch, 100.0) == ([101.0, 102.4, 104.36, 107.104], 108.0, "no handshake")
@@ -51,7 +51,7 @@ def test_an_older_handshake_changes_nothing() -> None:
     assert watch.deadline == 135.0
 
 
-def test_a_doubt_is_settled_within_fifteen_seconds() -> None:
+def test_a_suspicion_is_decided_within_fifteen_seconds() -> None:
     watch = up_at(0.0)
     assert watch.suspect(20.0, "something looks wrong")
     assert not watch.suspect(21.0, "another thing"), "it is in doubt already"
@@ -61,7 +61,7 @@ def test_a_doubt_is_settled_within_fifteen_seconds() -> None:
     assert reason == "something looks wrong, and 15 handshakes went unanswered"
 
 
-def test_a_handshake_ends_the_doubt() -> None:
+def test_a_handshake_ends_the_suspicion() -> None:
     watch = up_at(0.0)
     watch.suspect(20.0, "something looks wrong")
     assert watch.take_probe(20.0)
@@ -71,7 +71,7 @@ def test_a_handshake_ends_the_doubt() -> None:
     assert watch.deadline == 55.5
 
 
-def test_a_handshake_with_a_server_that_is_ending_is_not_the_last_word() -> None:
+def test_a_handshake_with_a_stopping_server_does_not_end_the_suspicion() -> None:
     watch = up_at(0.0)
     watch.suspect_twice(10.0, "the API broke")
     assert watch.take_probe(10.0)
@@ -123,7 +123,7 @@ def test_cuts_at_the_same_age_are_regular_from_the_third_on() -> None:
     assert [quick.note(0.5) for _ in range(4)] == [None] * 4, "that is no timeout"
 
 
-def test_news_brings_the_next_handshake_forward() -> None:
+def test_a_network_change_hastens_the_next_handshake() -> None:
     watch = HandshakeWatch(0.0)
     watch.probe_now(0.3)
     assert watch.take_probe(0.3)
@@ -133,7 +133,7 @@ def test_news_brings_the_next_handshake_forward() -> None:
 
 
 @pytest.mark.parametrize("was_in_doubt", [False, True])
-def test_a_host_that_slept_gets_another_chance(was_in_doubt: bool) -> None:
+def test_a_link_gets_new_time_after_the_host_slept(was_in_doubt: bool) -> None:
     watch = up_at(0.0)
     if was_in_doubt:
         watch.suspect(10.0, "something looked wrong")
@@ -144,7 +144,7 @@ def test_a_host_that_slept_gets_another_chance(was_in_doubt: bool) -> None:
     assert watch.check(9016.0) is not None
 
 
-def test_a_new_way_gets_its_whole_time_after_a_sleep() -> None:
+def test_a_new_route_gets_its_whole_time_after_a_sleep() -> None:
     watch = HandshakeWatch(0.0)
     watch.slept(5000.0)
     assert watch.check(5007.0) is None
@@ -199,7 +199,7 @@ def live(wire: Wire, machine: Machine, until: float, *, packet_every: float | No
 
 @pytest.mark.parametrize("packet_every", [None, 1.0, 33.0], ids=["idle", "busy", "now and then"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_two_hours_at_a_fifth_lost_each_way_are_no_reason(packet_every: float | None, seed: int) -> None:
+def test_two_hours_with_20_percent_loss_do_not_end_a_link(packet_every: float | None, seed: int) -> None:
     node, server, wire = pair(seed, drop=0.2)
     machine = Machine(node, server)
     server.add(node, dial=False, keepalive=25)
@@ -209,7 +209,7 @@ def test_two_hours_at_a_fifth_lost_each_way_are_no_reason(packet_every: float | 
     assert machine.doubts > 0 or packet_every == 1.0, "there was something to judge"
 
 
-def test_an_idle_night_is_no_reason_not_even_for_a_doubt() -> None:
+def test_an_idle_night_causes_no_suspicion() -> None:
     node, server, wire = pair()
     machine = Machine(node, server)
     server.add(node, dial=False, keepalive=25)
@@ -217,7 +217,7 @@ def test_an_idle_night_is_no_reason_not_even_for_a_doubt() -> None:
     assert (machine.downs, machine.doubts) == ([], 0)
 
 
-def test_a_wire_that_is_cut_under_traffic_is_noticed_within_half_a_minute() -> None:
+def test_a_cut_under_traffic_is_noticed_within_half_a_minute() -> None:
     node, server, wire = pair()
     machine = Machine(node, server)
     server.add(node, dial=False, keepalive=25)
@@ -227,7 +227,7 @@ def test_a_wire_that_is_cut_under_traffic_is_noticed_within_half_a_minute() -> N
     assert len(machine.downs) == 1
 
 
-def test_a_wire_that_is_cut_while_idle_is_noticed_within_two_minutes() -> None:
+def test_a_cut_while_idle_is_noticed_within_two_minutes() -> None:
     node, server, wire = pair()
     machine = Machine(node, server)
     server.add(node, dial=False, keepalive=25)

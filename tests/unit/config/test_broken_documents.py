@@ -49,7 +49,7 @@ STREAMS = [file for file in BROKEN if is_text(file) and file.stem != "too-many-d
 
 @pytest.mark.parametrize("file", STREAMS, ids=lambda file: file.stem)
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_broken_document_costs_no_other_of_its_stream(file: Path, is_first: bool, tmp_path: Path) -> None:
+def test_a_broken_document_does_not_affect_others_in_its_stream(file: Path, is_first: bool, tmp_path: Path) -> None:
     good = b"apiVersion: v1alpha1\nkind: KmsgLogConfig\nname: kept\nurl: tcp://kept.example:1\n"
     broken = file.read_bytes()
     stream = tmp_path / "stream.yaml"
@@ -59,7 +59,7 @@ def test_a_broken_document_costs_no_other_of_its_stream(file: Path, is_first: bo
     assert settings.problems
 
 
-def test_a_folder_with_one_of_them_is_told_by_the_command_which_shows_the_rest(tmp_path: Path) -> None:
+def test_the_command_reports_a_broken_document_of_a_folder_and_shows_the_rest(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("apiVersion: v1alpha1\nkind: SideroLinkConfig\napiUrl: https://siderolink.example\n")
     (tmp_path / "b.yaml").write_bytes(BROKEN[0].read_bytes())
     command = [sys.executable, "-m", "siderolink", "config", "show", "--config", str(tmp_path)]
@@ -78,7 +78,7 @@ def refused(client: MachineClient, data: bytes) -> tuple[str, str]:
 
 
 @pytest.mark.anyio
-async def test_the_api_refuses_each_and_goes_on() -> None:
+async def test_the_api_refuses_each_broken_document() -> None:
     async def hook(request: ApplyRequest) -> ApplyAnswer:
         parse_documents([(request.data, "the configuration")])
         return ApplyAnswer()

@@ -26,7 +26,7 @@ def run(*args: str, status: int = 0, **environment: str) -> str:
     return done.stderr if status else done.stdout
 
 
-def test_what_is_written_for_machines_is_read_back_and_shown_without_secrets(tmp_path: Path) -> None:
+def test_written_documents_are_read_back_and_shown_without_secrets(tmp_path: Path) -> None:
     documents, line = tmp_path / "machine.yaml", tmp_path / "cmdline"
     documents.write_text(run("machine-config", URL))
     line.write_text(run("kernel-args", URL.replace("example", "other"), "--log-port", "4001"))
@@ -50,7 +50,7 @@ def test_what_is_written_for_machines_is_read_back_and_shown_without_secrets(tmp
         assert f"{each['value']}  ({each['source']})" in text
 
 
-def test_an_argument_is_stronger_and_alone_keeps_the_host_out(tmp_path: Path) -> None:
+def test_an_argument_overrides_documents_and_the_hosts_settings(tmp_path: Path) -> None:
     documents = tmp_path / "machine.yaml"
     documents.write_text("apiVersion: v1alpha1\nkind: SideroLinkConfig\napiUrl: grpc://h\nuniqueToken: a\n---\nkind: Other\n")
     shown = json.loads(run("config", "show", "grpc://argument", "--config", str(documents), "--json"))
@@ -64,7 +64,7 @@ def test_an_argument_is_stronger_and_alone_keeps_the_host_out(tmp_path: Path) ->
     assert alone["notes"] == []
 
 
-def test_in_a_container_the_hosts_kernel_command_line_is_passed_over() -> None:
+def test_in_a_container_the_kernel_command_line_is_ignored() -> None:
     for arguments in ([], ["--kernel-cmdline"], ["--kernel-cmdline", "grpc://h"]):
         shown = json.loads(run("config", "show", *arguments, "--json", container="podman"))
         assert any("this is a container" in note for note in shown["notes"])
@@ -91,5 +91,5 @@ def test_the_join_token_comes_by_file_and_the_prefix_by_the_installation_id(tmp_
         (["kernel-args", URL, "--join-token-file", "/dev/null"], "must contain one line"),
     ],
 )
-def test_complaints(arguments: list[str], said: str) -> None:
+def test_invalid_arguments_are_reported(arguments: list[str], said: str) -> None:
     assert said in run(*arguments, status=1)

@@ -229,7 +229,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert settings.url is not None
 
 
-def test_what_is_stronger_counts_and_logs_are_united(tmp_path: Path) -> None:
+def test_stronger_sources_override_and_log_destinations_are_merged(tmp_path: Path) -> None:
     file, line = tmp_path / "f.yaml", tmp_path / "cmdline"
     file.write_text(
         JOIN + "---\napiVersion: v1alpha1\nkind: KmsgLogConfig\nname: a\nurl: tcp://h:1\n"
@@ -255,7 +255,7 @@ def test_what_is_stronger_counts_and_logs_are_united(tmp_path: Path) -> None:
     assert [str(log.value) for log in weaker.kernel_logs] == ["tcp://h:2", "tcp://h:1"]
 
 
-def test_a_pipe_is_read_once_and_counts_for_good(tmp_path: Path) -> None:
+def test_a_pipe_is_read_once_and_its_settings_stay(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.write(writing, JOIN.encode())
     os.close(writing)
@@ -280,7 +280,7 @@ parameters = st.builds(
 
 
 @given(parameters)
-def test_what_is_written_for_machines_reads_back(wanted: JoinParameters) -> None:
+def test_written_documents_are_read_back(wanted: JoinParameters) -> None:
     line = kernel_arguments(wanted)
     assert line.isascii()
     text = machine_documents(wanted)
@@ -291,7 +291,7 @@ def test_what_is_written_for_machines_reads_back(wanted: JoinParameters) -> None
         assert [log.value for log in found.kernel_logs] == ([wanted.kernel_log] if wanted.kernel_log else [])
 
 
-def test_roots_are_written_as_a_block() -> None:
+def test_certificates_are_written_as_block_text() -> None:
     pem = make_certificate("root").certificate_pem
     text = machine_documents(JoinParameters(url=JoinURL("h"), roots_pem=pem))
     assert "certificates: |\n" in text

@@ -38,7 +38,7 @@ TOKEN = "s3cr3t-t0k3n"
         ("a=1 --x=2", [("a", "1"), ("--x", "2")]),
     ],
 )
-def test_splitting(line: str, arguments: list[tuple[str, str | None]]) -> None:
+def test_kernel_arguments_are_split_like_the_kernel_does(line: str, arguments: list[tuple[str, str | None]]) -> None:
     assert list(split_arguments(line)) == arguments
 
 
@@ -56,12 +56,12 @@ def test_the_first_occurrence_counts() -> None:
     assert TOKEN not in repr(settings)
 
 
-def test_an_empty_first_occurrence_says_nothing() -> None:
+def test_an_empty_first_occurrence_counts_as_missing() -> None:
     assert parse_kernel_arguments("siderolink.api= siderolink.api=grpc://two").url is None
 
 
 @pytest.mark.parametrize(("text", "tls"), [("http://h", True), ("https://h", True), ("h:1", False), ("grpc://h", False)])
-def test_schemes_are_as_in_a_join_url(text: str, tls: bool) -> None:
+def test_the_schemes_of_a_join_url_apply(text: str, tls: bool) -> None:
     found = parse_kernel_arguments(f"siderolink.api={text}").url
     assert found is not None
     assert found.value.tls is tls
@@ -89,7 +89,7 @@ def test_refusals_name_the_argument_and_keep_the_token(line: str) -> None:
     assert TOKEN not in said
 
 
-def test_a_file_is_read_wherever_this_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_file_is_read_in_a_container_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "cmdline"
     file.write_text("siderolink.api=grpc://h\n")
     monkeypatch.setenv("container", "podman")
@@ -98,14 +98,14 @@ def test_a_file_is_read_wherever_this_is(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.url.source == f"{file}: siderolink.api"
 
 
-def test_in_a_container_the_hosts_line_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_container_the_hosts_line_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("container", "podman")
     found = read_kernel_arguments()
     assert found == MachineSettings(notes=found.notes)
     assert "container" in found.notes[0]
 
 
-def test_what_a_container_is(tmp_path: Path) -> None:
+def test_how_a_container_is_recognised(tmp_path: Path) -> None:
     assert not in_container(tmp_path, {})
     assert in_container(tmp_path, {"container": "lxc"})
     assert in_container(tmp_path, {"PLATFORM": "container"})
@@ -124,7 +124,7 @@ def test_what_a_container_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"a" * (MAX_BYTES + 1), b"siderolink.api=grpc://\xff", b"siderolink.api=grpc://h\0"])
-def test_files_that_no_kernel_wrote(tmp_path: Path, content: bytes) -> None:
+def test_malformed_files_are_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "cmdline"
     file.write_bytes(content)
     if len(content) > MAX_BYTES:
@@ -145,7 +145,7 @@ quoted = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_char
 
 
 @given(st.lists(st.tuples(words, quoted), max_size=6))
-def test_what_is_quoted_comes_back(arguments: list[tuple[str, str]]) -> None:
+def test_quoted_arguments_are_read_back(arguments: list[tuple[str, str]]) -> None:
     inside = " ".join(f'{name}="{value}"' for name, value in arguments)
     around = " ".join(f'"{name}={value}"' for name, value in arguments)
     assert list(split_arguments(inside)) == arguments

@@ -17,7 +17,7 @@ from tests.support.provision import FakeProvision, new_key, response
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
 
-async def test_a_server_whose_root_the_documents_name(tmp_path: Path) -> None:
+async def test_a_server_is_verified_with_the_documents_certificates(tmp_path: Path) -> None:
     root, other = make_certificate("root"), make_certificate("other")
     chain = tmp_path / "server.pem"
     chain.write_text(root.sign("127.0.0.1").pem)
@@ -48,6 +48,6 @@ async def test_plaintext_needs_no_roots() -> None:
 
 
 @pytest.mark.parametrize("pem", ["", "x", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ä"])
-async def test_roots_that_are_none(pem: str) -> None:
+async def test_malformed_certificates_are_refused(pem: str) -> None:
     with pytest.raises(ConfigurationError, match="trusted roots"):
         client_tls(extra_roots=pem)

@@ -94,7 +94,7 @@ def test_documents_that_are_fine(documents: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("documents", ODD.values(), ids=ODD)
-def test_an_odd_value_costs_its_own_part_and_one_line(documents: tuple[str, ...]) -> None:
+def test_an_invalid_value_disables_its_own_part_and_is_one_line(documents: tuple[str, ...]) -> None:
     settings = read(*documents)
     assert summary(settings) == WHOLE
     assert settings.unique_token is None
@@ -103,13 +103,13 @@ def test_an_odd_value_costs_its_own_part_and_one_line(documents: tuple[str, ...]
     assert "\n" not in problem
 
 
-def test_what_cannot_be_used_at_all_leaves_the_rest() -> None:
+def test_an_unusable_document_leaves_the_rest_in_force() -> None:
     assert summary(read(JOIN, SINK.replace(":8091", ""), LOG)) == (WHOLE[0], None, WHOLE[2])
     assert summary(read(JOIN, SINK, LOG.replace("tcp", "http"))) == (WHOLE[0], WHOLE[1], [])
     assert summary(read(JOIN.replace("https", "ftp"), SINK, LOG)) == (None, WHOLE[1], WHOLE[2])
 
 
-def test_a_kind_in_another_case_is_told_with_the_right_one() -> None:
+def test_a_kind_in_the_wrong_case_is_reported_with_the_right_one() -> None:
     settings = read(JOIN.replace("SideroLink", "Siderolink"))
     assert settings.url is None
     assert settings.problems == ("f:1: unknown kind 'SiderolinkConfig'; did you mean SideroLinkConfig?",)
@@ -125,20 +125,18 @@ def test_a_kind_in_another_case_is_told_with_the_right_one() -> None:
         (("name: apid", "name: 5"), ["192.0.2.0/24", "198.51.100.0/24"]),
     ],
 )
-def test_a_rule_with_an_odd_value_lets_nobody_in_who_may_be_meant_to_stay_out(
-    change: tuple[str, str], subnets: list[str]
-) -> None:
+def test_a_firewall_rule_with_an_invalid_value_admits_nobody(change: tuple[str, str], subnets: list[str]) -> None:
     (rule,) = read(RULE.replace(*change)).ingress_rules
     assert [str(subnet) for subnet in rule.value.subnets] == subnets
 
 
-def test_an_action_that_cannot_be_read_blocks() -> None:
+def test_an_invalid_default_action_blocks() -> None:
     settings = read("apiVersion: v1alpha1\nkind: NetworkDefaultActionConfig\ningress: deny\n")
     assert settings.ingress == Ingress("block")
     assert "taken as block" in settings.problems[0]
 
 
-def test_what_was_in_force_stays_while_there_are_problems() -> None:
+def test_earlier_settings_stay_in_force_while_there_are_problems() -> None:
     before = read(JOIN, SINK, LOG, RULE)
     damaged = read(JOIN.replace("https", "ftp"), SINK.replace("8091", "x"), LOG, RULE.replace("50000", "x"))
     assert summary(damaged.keeping(before)) == WHOLE
@@ -161,7 +159,7 @@ def from_line(tmp_path: Path, line: str | bytes) -> MachineSettings:
     return Sources(kernel_cmdline=file, host_documents=False).read()
 
 
-def test_each_argument_fails_alone(tmp_path: Path) -> None:
+def test_an_invalid_argument_does_not_affect_others(tmp_path: Path) -> None:
     settings = from_line(
         tmp_path, "siderolink.api=https://omni.example talos.events.sink=h talos.logging.kernel=tcp://h:1/?a=b"
     )
@@ -171,13 +169,13 @@ def test_each_argument_fails_alone(tmp_path: Path) -> None:
     assert summary(settings) == (None, "h:1", [])
 
 
-def test_a_byte_order_mark_before_a_line(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     settings = from_line(tmp_path, b"\xef\xbb\xbfsiderolink.api=https://omni.example")
     assert summary(settings)[0] == "omni.example"
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_inline_documents_are_stronger_than_arguments(tmp_path: Path, compressed: bool) -> None:
+def test_inline_documents_override_arguments(tmp_path: Path, compressed: bool) -> None:
     text = inline(JOIN, SINK, compressed=compressed)
     line = f"siderolink.api=grpc://k talos.config.inline={text[:40]} talos.config.inline={text[40:]} talos.events.sink=k:1"
     settings = from_line(tmp_path, line)
@@ -199,19 +197,19 @@ def test_inline_documents_are_stronger_than_arguments(tmp_path: Path, compressed
     ],
     ids=["no base64", "cut", "damaged", "not zstd", "a bomb", "no text"],
 )
-def test_inline_documents_that_cannot_be_read_cost_nothing_else(tmp_path: Path, value: str) -> None:
+def test_unreadable_inline_documents_affect_nothing_else(tmp_path: Path, value: str) -> None:
     settings = from_line(tmp_path, f"siderolink.api=https://omni.example talos.config.inline={value}")
     assert summary(settings)[0] == "omni.example"
     assert len(settings.problems) == 1
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_give_settings(data: bytes) -> None:
+def test_any_bytes_give_settings_without_an_error(data: bytes) -> None:
     found = salvage_documents(JOIN.encode() + b"---\n" + data, "f").settings
     assert all("\n" not in problem for problem in found.problems)
 
 
-def test_keeping_is_for_files_alone() -> None:
+def test_settings_are_kept_for_files_only() -> None:
     url = Setting(JoinURL("a"), "argument")
     sink = Setting(HostPort("b", 1), "f:1")
     assert MachineSettings(event_sink=sink).keeping(MachineSettings(url=url)) == MachineSettings(event_sink=sink)

@@ -20,7 +20,7 @@ def refusal(text: str) -> str:
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# a comment\n", "---\n---\n", "null\n", "~\n---\n# nothing\n", "\ufeff"])
-def test_nothing_is_refused(text: str) -> None:
+def test_an_empty_configuration_is_refused(text: str) -> None:
     assert refusal(text) == "config not found"
 
 
@@ -59,7 +59,7 @@ def test_nothing_is_refused(text: str) -> None:
         (f"{JOIN}---\n42\n", "expected a YAML document at line 5"),
     ],
 )
-def test_what_is_refused_is_told_by_the_known_texts(text: str, expected: str) -> None:
+def test_refusals_have_the_texts_of_existing_machines(text: str, expected: str) -> None:
     assert refusal(text) == expected
 
 
@@ -94,7 +94,7 @@ def test_values_that_cannot_be_used_are_named(text: str, part: str) -> None:
     assert part in refusal(text)
 
 
-def test_kinds_that_machines_know_are_taken_with_a_warning_each() -> None:
+def test_other_known_kinds_are_accepted_with_a_warning_each() -> None:
     kinds = ("HostnameConfig", "RegistryAuthConfig")
     text = SINK + "".join(f"---\napiVersion: v1alpha1\nkind: {kind}\nname: a\n" for kind in kinds)
     found = decode(text.encode())
@@ -118,7 +118,7 @@ def test_null_is_absent_and_a_byte_order_mark_is_skipped() -> None:
         (f"{JOIN}uniqueToken: ~\nextra:\n    inner: ~\n", "extra:\n    inner: null\n"),
     ],
 )
-def test_an_unknown_key_is_named_although_it_says_nothing(text: str, unknown: str) -> None:
+def test_an_unknown_key_without_a_value_is_named(text: str, unknown: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         decode(text.encode())
     assert str(caught.value) == f"unknown keys found during decoding:\n{unknown}"
@@ -136,6 +136,6 @@ def test_the_join_of_another_configuration_can_be_kept() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=80) | st.text("apiVersion:kndSroLCfg \n-[]{}&*!|>'\"1~#%@", max_size=60).map(str.encode))
-def test_whatever_is_sent_is_taken_or_refused(data: bytes) -> None:
+def test_any_configuration_is_accepted_or_refused(data: bytes) -> None:
     with suppress(ConfigurationError):
         decode(data)

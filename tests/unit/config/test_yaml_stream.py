@@ -62,7 +62,7 @@ def refusal(text: str | bytes) -> str:
         ("a: " + "9" * 5000, {"a": "9" * 5000}),
     ],
 )
-def test_values(text: str, value: Value) -> None:
+def test_scalars_are_read_as_their_types(text: str, value: Value) -> None:
     assert [document.value for document in read(text)] == [value]
 
 
@@ -110,7 +110,7 @@ def test_refusals_name_the_line(text: str | bytes, line: int, words: str) -> Non
     assert int(re.match(r"f\.yaml:(\d+):", said)[1]) in (line, line + 1)  # type: ignore[index]
 
 
-def test_aliases_cannot_make_a_little_into_a_lot() -> None:
+def test_aliases_cannot_expand_without_bound() -> None:
     rows = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     assert "including those of aliases" in refusal("a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(rows))
 
@@ -128,7 +128,7 @@ def test_a_long_file_is_not_parsed_at_all() -> None:
 @pytest.mark.parametrize(
     "text", ["[" * 500_000, "{" * 500_000, "a: &" + "b" * 500_000, "? " * 250_000, '"' + "\\" * 400_000, "- " * 250_000]
 )
-def test_what_is_made_to_take_long_does_not(text: str) -> None:
+def test_hostile_yaml_does_not_take_long(text: str) -> None:
     started = time.process_time()
     try:
         read(text)
@@ -147,7 +147,7 @@ values = st.recursive(
 
 
 @given(st.lists(st.dictionaries(plain, values, min_size=1, max_size=4), max_size=3))
-def test_what_another_writer_writes_reads_back(documents: list[dict[str, Value]]) -> None:
+def test_output_of_another_yaml_writer_is_read(documents: list[dict[str, Value]]) -> None:
     text = yaml.safe_dump_all(documents, allow_unicode=True, default_style='"')
     assert [document.value for document in read(text)] == documents
 

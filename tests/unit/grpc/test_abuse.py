@@ -119,7 +119,7 @@ async def test_a_flood_of_frames(refusal: Refusal) -> None:
         assert peer.goaway.error_code == ErrorCodes.ENHANCE_YOUR_CALM
 
 
-async def test_header_lists_that_unpack_to_too_much() -> None:
+async def test_header_lists_that_expand_too_much_are_refused() -> None:
     async with attack() as (server, peer):
         big = peer.request(ECHO, bomb="x" * 1500)
         refer = bytes((0x80 | 62,)) * 50  # the newest entry of the table, again and again
@@ -252,7 +252,7 @@ async def test_a_request_message_that_breaks_a_rule(payload: bytes, refusal: Ref
         ({"grpc_encoding": "gzip"}, Refusal.MESSAGE_COMPRESSED),
     ],
 )
-async def test_a_call_that_is_none(fields: dict[str, str], refusal: Refusal) -> None:
+async def test_malformed_requests_are_refused(fields: dict[str, str], refusal: Refusal) -> None:
     async with attack() as (server, peer):
         headers = peer.request(CALL, **fields)
         peer.send(headers)
@@ -281,7 +281,7 @@ async def test_an_unknown_method() -> None:
         assert server.refusals == {Refusal.UNKNOWN_METHOD: 1}
 
 
-async def test_an_answer_that_is_never_taken() -> None:
+async def test_an_answer_that_nobody_reads() -> None:
     limits = Limits(request_timeout=SOON)
     async with (
         serving(limits, Service(lambda _: bytes(1000))) as server,
@@ -365,7 +365,7 @@ async def test_a_stream_that_is_ended_amid_a_frame_costs_the_connection_none_of_
         assert returned >= streams * size - TIGHT.connection_window_bytes // 4
 
 
-async def test_a_goaway_is_the_end_of_a_connection_and_nothing_else() -> None:
+async def test_a_goaway_ends_the_connection_only() -> None:
     async with attack() as (server, peer):
         peer.send(peer.request(ECHO), GoAwayFrame(0, last_stream_id=0, error_code=11))
         await peer.until_closed()
@@ -395,7 +395,7 @@ async def test_a_client_that_vanishes_half_way() -> None:
         await service.cancelled.wait()
 
 
-async def test_pings_that_measure_our_own_data_are_no_flood() -> None:
+async def test_pings_that_follow_our_data_are_not_a_flood() -> None:
     async with attack() as (server, peer):
         headers = peer.request(ECHO)
         peer.send(headers)

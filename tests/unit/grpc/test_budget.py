@@ -53,7 +53,7 @@ def test_one_address_may_hold_more_than_its_limit_while_there_is_room_for_all() 
     assert not door.closed
 
 
-def test_one_stranger_with_all_connections_keeps_nobody_out() -> None:
+def test_a_stranger_with_all_connections_excludes_nobody() -> None:
     door = Door()
     door.fill("192.0.2.1", 40)
     assert door.enter("192.0.2.1") is Refusal.TOO_MANY_CONNECTIONS
@@ -63,7 +63,7 @@ def test_one_stranger_with_all_connections_keeps_nobody_out() -> None:
     assert len(door.budget) == 40
 
 
-def test_known_addresses_have_what_strangers_cannot_take() -> None:
+def test_connections_are_reserved_for_known_addresses() -> None:
     door = Door()
     for number in range(200):
         door.enter(f"198.51.100.{number}")
@@ -93,7 +93,7 @@ def test_a_call_with_a_valid_token_makes_all_of_its_address_known() -> None:
     assert len(door.budget) == 40
 
 
-def test_who_is_known_by_other_means_is_no_stranger() -> None:
+def test_an_address_known_by_its_machine_is_no_stranger() -> None:
     """A tunnel that comes back after a restart carries no token; its machine is heard by it."""
     heard = {"192.0.2.1"}
     closed: list[str] = []
@@ -117,7 +117,7 @@ def test_who_is_known_by_other_means_is_no_stranger() -> None:
     assert closed[0].startswith("198.51.100.")
 
 
-def test_strangers_have_little_time_while_many_are_there() -> None:
+def test_strangers_have_less_time_while_there_are_many() -> None:
     door = Door()
     first = door.fill("192.0.2.1", 21)
     assert len(first) == 21
@@ -132,7 +132,7 @@ def test_strangers_have_little_time_while_many_are_there() -> None:
     assert not door.closed, "no more than half of what strangers may have is in use"
 
 
-def test_without_tokens_time_costs_nobody_a_connection() -> None:
+def test_without_tokens_no_connection_ends_by_time() -> None:
     door = Door(has_tokens=False)
     for number in range(100):
         door.fill(f"198.51.100.{number}", 1)
@@ -141,7 +141,7 @@ def test_without_tokens_time_costs_nobody_a_connection() -> None:
     assert [refusal for _, refusal in door.closed] == [Refusal.CROWDED_OUT]
 
 
-def test_four_addresses_do_not_keep_the_administrator_out() -> None:
+def test_four_addresses_cannot_exclude_the_administrator() -> None:
     door = Door(Limits(max_connections=64, max_connections_per_address=16), ("fd00::1/128",), has_tokens=False)
     for number in range(4):
         for _ in range(100):
@@ -154,7 +154,7 @@ def test_four_addresses_do_not_keep_the_administrator_out() -> None:
     assert isinstance(door.enter("fd00::1/128"), Held)
 
 
-def test_who_meets_a_limit_is_logged_once_a_minute_with_the_options_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reached_limit_is_logged_once_a_minute_with_its_option(caplog: pytest.LogCaptureFixture) -> None:
     door = Door()
     door.budget.know("192.0.2.1")
     door.fill("192.0.2.1", 51)
@@ -170,7 +170,7 @@ def test_who_meets_a_limit_is_logged_once_a_minute_with_the_options_name(caplog:
     assert len(caplog.messages) == 2
 
 
-def test_the_counts_hold_whatever_comes_and_goes() -> None:
+def test_the_counts_are_right_after_any_sequence() -> None:
     """A thousand random steps against a plain list; nothing the budget closed counts any more."""
     chance = random.Random(1)
     door = Door()
@@ -194,7 +194,7 @@ def test_the_counts_hold_whatever_comes_and_goes() -> None:
         assert len(door.budget) == len(inside) <= 100
 
 
-def test_a_flood_of_connections_costs_the_same_for_each() -> None:
+def test_the_cost_of_a_connection_does_not_grow_in_a_flood() -> None:
     """Counted in steps of the interpreter, not in time."""
 
     def steps(count: int) -> int:
@@ -250,7 +250,7 @@ async def holding(port: int, source: str, count: int) -> AsyncIterator[list[RawP
 
 
 @pytest.mark.anyio
-async def test_a_stranger_with_all_connections_keeps_no_machine_out() -> None:
+async def test_a_stranger_with_all_connections_excludes_no_machine() -> None:
     limits = Limits(max_connections=60, max_unproven_connections=20)
     async with serve([Tokens()], host="127.0.0.1", limits=limits, has_tokens=True) as server:
         async with holding(server.port, "127.0.0.2", 20) as peers:
@@ -267,7 +267,7 @@ async def test_a_stranger_with_all_connections_keeps_no_machine_out() -> None:
 
 
 @pytest.mark.anyio
-async def test_room_is_made_of_connections_in_their_tls_handshake_too(tmp_path: Path) -> None:
+async def test_connections_in_their_tls_handshake_are_evicted_too(tmp_path: Path) -> None:
     root = make_certificate("root")
     (tmp_path / "pem").write_text(root.sign("127.0.0.1").pem)
     limits = Limits(max_connections=60, max_unproven_connections=5)
@@ -338,6 +338,6 @@ async def test_a_thousand_machines_behind_one_address_join_again_at_once(no_leak
     )
 
 
-def test_the_service_is_what_it_says() -> None:
+def test_the_helpers_of_this_file_fit_the_interfaces() -> None:
     assert CALL in Tokens().__mapping__()
     assert TrustedProxies().forwarded_for("192.0.2.1", ["198.51.100.1"]) == "192.0.2.1"

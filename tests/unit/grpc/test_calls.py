@@ -57,7 +57,7 @@ async def test_a_handlers_status_reaches_the_caller_exactly() -> None:
         assert (caught.value.status, caught.value.message) == (Status.PERMISSION_DENIED, "invalid join token: é")
 
 
-async def test_what_a_handler_did_not_foresee_is_internal_without_detail(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_error_of_a_handler_is_internal_without_detail(caplog: pytest.LogCaptureFixture) -> None:
     def fail(_: bytes) -> bytes:
         raise ValueError("what only the log may say")
 
@@ -161,7 +161,7 @@ async def answering(headers: dict[str, str], body: bytes = b"") -> AsyncIterator
 
 
 @pytest.mark.parametrize("value", ["A", "ü"])
-async def test_binary_metadata_that_is_none_is_an_invalid_answer(value: str) -> None:
+async def test_malformed_binary_metadata_is_an_invalid_answer(value: str) -> None:
     async with answering({":status": "200", "content-type": "application/grpc", "x-bin": value}) as port:
         with pytest.raises(InvalidAnswerError), translate_errors():
             async with open_channel("127.0.0.1", port) as channel:
@@ -176,7 +176,7 @@ async def test_binary_metadata_that_is_none_is_an_invalid_answer(value: str) -> 
         ({":status": "200", "content-type": "text/html"}, Status.UNKNOWN, "a response of type 'text/html', which is not gRPC"),
     ],
 )
-async def test_a_page_in_place_of_a_stream_is_told_as_what_it_is(headers: dict[str, str], status: Status, says: str) -> None:
+async def test_an_html_page_instead_of_a_stream_is_reported_as_such(headers: dict[str, str], status: Status, says: str) -> None:
     async with answering(headers, b"<html>no</html>") as port, open_channel("127.0.0.1", port) as channel:
         async with open_byte_stream(channel, ECHO) as stream:
             got: list[bytes] = []
@@ -290,7 +290,7 @@ async def test_an_answer_of_many_frames() -> None:
 
 
 @pytest.mark.parametrize("ends_late", [False, True])
-async def test_an_answer_comes_in_one_piece_or_as_the_window_lets_it(ends_late: bool) -> None:
+async def test_an_answer_is_one_write_unless_the_window_is_smaller(ends_late: bool) -> None:
     async with serving(None, Service(lambda _: bytes(500))) as server, RawPeer.greeted(server.port) as peer:
         for window in (65_535, 10):
             settings = SettingsFrame(0)
@@ -316,7 +316,7 @@ async def test_an_answer_comes_in_one_piece_or_as_the_window_lets_it(ends_late: 
         assert not server.refusals
 
 
-async def test_a_smaller_header_table_is_taken_note_of_in_the_next_header_block() -> None:
+async def test_a_smaller_header_table_applies_from_the_next_header_block() -> None:
     """RFC 7541, 4.2: what shrinks the table has to be said at the beginning of the block that follows."""
     async with serving(None, Service()) as server, RawPeer.greeted(server.port) as peer:
         settings = SettingsFrame(0)
@@ -335,7 +335,7 @@ async def test_a_smaller_header_table_is_taken_note_of_in_the_next_header_block(
 
 
 @pytest.mark.parametrize("uvloop", [False, True])
-def test_an_answer_far_longer_than_what_may_wait_for_a_peer(uvloop: bool) -> None:
+def test_an_answer_longer_than_the_send_limit_is_delivered(uvloop: bool) -> None:
     """It leaves as the peer takes it, and never waits here whole."""
 
     async def run() -> None:

@@ -41,7 +41,7 @@ def in_records(message: bytes, size: int) -> bytes:
 
 
 @given(st.integers(1, 600), st.integers(0, 4000), st.binary(max_size=9))
-def test_a_hello_is_whole_when_all_of_its_records_are(record: int, cut: int, more: bytes) -> None:
+def test_a_client_hello_is_complete_with_its_last_record(record: int, cut: int, more: bytes) -> None:
     wire = in_records(HELLO[5:], record)
     assert hello_bytes(wire + more) == len(wire)
     if cut < len(wire):
@@ -49,7 +49,7 @@ def test_a_hello_is_whole_when_all_of_its_records_are(record: int, cut: int, mor
 
 
 @given(st.binary(max_size=40_000))
-def test_what_is_no_hello_is_not_waited_for(data: bytes) -> None:
+def test_other_bytes_are_not_waited_for(data: bytes) -> None:
     if data[:1] != b"\x16":
         assert hello_bytes(data) <= max(len(data), 5)
     assert hello_bytes(data) < 40_000
@@ -65,7 +65,7 @@ def connected() -> tuple[socket.socket, socket.socket]:
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
-async def test_it_is_waited_for_without_being_taken(size: int) -> None:
+async def test_waiting_leaves_the_bytes_in_the_socket(size: int) -> None:
     ours, theirs = connected()
     with ours, theirs:
         waiting = asyncio.create_task(wait_for_hello(ours))
@@ -78,7 +78,7 @@ async def test_it_is_waited_for_without_being_taken(size: int) -> None:
         assert ours.recv(10_000) == HELLO
 
 
-async def test_a_peer_that_goes_is_not_waited_for() -> None:
+async def test_a_closed_connection_ends_the_wait() -> None:
     ours, theirs = connected()
     with ours:
         theirs.sendall(HELLO[:20])
@@ -117,7 +117,7 @@ async def test_a_burst_of_handshakes_takes_turns(tmp_path: Path, monkeypatch: py
             assert (await method(channel)(Raw(b"x"))).data == b"x"
 
 
-async def test_half_a_hello_ends_in_time(tmp_path: Path) -> None:
+async def test_an_incomplete_hello_times_out(tmp_path: Path) -> None:
     (tmp_path / "server.pem").write_text(make_certificate("localhost").pem)
     context = server_tls(tmp_path / "server.pem")
     async with serve([Service()], host="127.0.0.1", tls=context, limits=Limits(preface_timeout=0.2)) as server:
@@ -150,7 +150,7 @@ NO_SHARE = changed(HELLO, 51, b"\0\0")
 """It asks which group the server wants."""
 
 
-def test_which_hellos_may_need_another() -> None:
+def test_which_hellos_may_need_a_retry() -> None:
     ordinary = changed(HELLO, 10, b"\0\4\0\x1d\0\x17")
     assert not may_need_another(ordinary)
     assert not may_need_another(in_records(ordinary[5:], 50))
@@ -161,7 +161,7 @@ def test_which_hellos_may_need_another() -> None:
 
 
 @given(st.binary(max_size=2000), st.integers(0, 600))
-def test_any_bytes_are_judged(data: bytes, cut: int) -> None:
+def test_any_bytes_are_classified(data: bytes, cut: int) -> None:
     may_need_another(data)
     may_need_another(HELLO[:cut] + data)
 

@@ -86,20 +86,20 @@ async def test_the_second_family_is_tried_when_the_first_is_refused(monkeypatch:
         "\ud800",
     ],
 )
-async def test_a_host_that_is_none_is_refused_before_anything_is_dialled(host: str) -> None:
+async def test_an_invalid_host_is_refused_before_a_connection_is_opened(host: str) -> None:
     with pytest.raises(ConfigurationError, match="is neither a host name nor an IP address"):
         async with open_channel(host, 1):
             raise AssertionError("it must not come to this")
 
 
-async def test_hosts_as_they_are_sent() -> None:
+async def test_host_names_are_normalised() -> None:
     assert check_host("siderolink.example") == "siderolink.example"
     assert check_host("b\u00fccher.example") == "xn--bcher-kva.example"
     assert authority(check_host("fe80::1%eth0"), 443) == "[fe80::1]:443"
     assert authority(check_host("192.0.2.1"), 443) == "192.0.2.1:443"
 
 
-async def test_a_name_with_a_line_break_sends_no_header_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_host_with_a_line_break_injects_no_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
     for host in ("a\r\nProxy-Authorization: x", "a\r\n\r\nGET / HTTP/1.1"):
         with pytest.raises(ConfigurationError):

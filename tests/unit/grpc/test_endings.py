@@ -130,7 +130,7 @@ async def one(port: int, point: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("use_uvloop", [False, True])
-def test_each_ending_at_each_point(use_uvloop: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_connections_ended_in_each_way_at_each_point(use_uvloop: bool, caplog: pytest.LogCaptureFixture) -> None:
     assert not anyio.run(everything, backend_options={"use_uvloop": use_uvloop})
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -141,7 +141,7 @@ class Boom(Exception):
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("where", ["process_request_received", "process_data_received", "process_window_updated"])
-async def test_an_error_of_ours_is_logged_and_ends_one_connection(
+async def test_an_internal_error_is_logged_and_ends_one_connection(
     where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real = getattr(Processor, where)
@@ -169,7 +169,7 @@ async def test_an_error_of_ours_is_logged_and_ends_one_connection(
 
 
 @pytest.mark.anyio
-async def test_a_call_on_a_connection_that_has_just_gone_says_so() -> None:
+async def test_a_call_on_a_just_closed_connection_fails_clearly() -> None:
     """grpclib's close() deletes what its own create_stream reads."""
     async with serving() as server, open_channel("127.0.0.1", server.port) as channel:
         protocol = await channel.connected()

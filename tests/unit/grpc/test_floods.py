@@ -70,7 +70,7 @@ ENTRIES = st.tuples(st.integers(0, 2**16 - 1) | st.integers(0, 9), st.integers(0
 
 
 @given(st.lists(ENTRIES, max_size=MAX_SETTINGS_ENTRIES))
-def test_the_engine_sees_known_settings_only_and_a_small_header_table(entries: list[tuple[int, int]]) -> None:
+def test_h2_sees_only_known_settings_and_a_small_header_table(entries: list[tuple[int, int]]) -> None:
     seen = scanned(found := scanner(), settings(entries))
     known = {name: value for name, value in entries if 1 <= name <= 6}
     if 1 in known:
@@ -83,7 +83,7 @@ def test_the_engine_sees_known_settings_only_and_a_small_header_table(entries: l
 # --- frames that cost
 
 
-def test_frames_that_nobody_needs_never_reach_the_engine() -> None:
+def test_ignored_frames_never_reach_h2() -> None:
     found = scanner()
     unknown = frame_header(60_000, 0xEE, 0, 1) + bytes(60_000)
     priority = frame_header(5, 2, 0, 3) + bytes(5)
@@ -93,7 +93,7 @@ def test_frames_that_nobody_needs_never_reach_the_engine() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 100, 60_009])
-def test_what_is_begun_of_a_frame_is_known(cut: int) -> None:
+def test_the_size_of_an_unfinished_frame_is_known(cut: int) -> None:
     found = scanner()
     wire = frame_header(60_000, 0, 0, 1) + bytes(60_000)
     for start in range(0, len(wire) - 1, cut):
@@ -131,7 +131,7 @@ async def swallow(stream: ByteStream) -> None:
 
 
 @pytest.mark.parametrize("kind", FLOODS)
-async def test_frames_that_cost_are_counted(kind: str) -> None:
+async def test_costly_frames_are_counted(kind: str) -> None:
     refusal, flood = FLOODS[kind]
     services: list[Servable] = [Service(), ByteStreamService({SINK: swallow})]
     async with serve(services, host="127.0.0.1", limits=TIGHT) as server, RawPeer.greeted(server.port) as peer:
@@ -141,7 +141,7 @@ async def test_frames_that_cost_are_counted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("change", [b"\x20", b"\x3f\x00", b"\x3f\xe1\x1f", b"\x3f\x80\x80\x00"])
-def test_changes_of_the_header_tables_size_are_counted_before_they_cost(change: bytes) -> None:
+def test_changes_of_the_header_tables_size_are_counted_before_they_are_applied(change: bytes) -> None:
     block = bytes(Encoder().encode([(":method", "POST")]))
     assert HeaderDecoder(1000).decode(change * 2 + block, raw=True) == Decoder(1000).decode(change * 2 + block, raw=True)
     with pytest.raises(HPACKDecodingError, match="more than 2"):
@@ -149,7 +149,7 @@ def test_changes_of_the_header_tables_size_are_counted_before_they_cost(change: 
 
 
 @pytest.mark.parametrize("server", [False, True])
-def test_both_ends_count_them(server: bool) -> None:
+def test_client_and_server_count_floods(server: bool) -> None:
     assert isinstance(new_h2_connection(Limits(), server=server).decoder, HeaderDecoder)
 
 

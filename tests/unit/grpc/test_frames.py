@@ -60,7 +60,7 @@ FRAMES = st.lists(
 
 
 @given(frames=FRAMES, cuts=st.lists(st.integers(0, 900)), server=st.booleans())
-def test_every_byte_goes_where_it_belongs_however_it_is_cut(
+def test_frames_are_parsed_the_same_however_they_are_cut(
     frames: list[tuple[int, int, int, bytes]], cuts: list[int], server: bool
 ) -> None:
     wire, engine, raw = PREFACE if server else b"", b"", b""
@@ -76,7 +76,7 @@ def test_every_byte_goes_where_it_belongs_however_it_is_cut(
     assert scan(scanner(server=server), pieces) == (engine, raw)
 
 
-def test_byte_by_byte() -> None:
+def test_frames_are_parsed_byte_by_byte() -> None:
     wire = PREFACE + frame(HEADERS, 4, RAW, b"h") + frame(DATA, 0, RAW, b"some data") + frame(DATA, 1, RAW, b"end")
     engine, raw = scan(scanner(server=True), [wire[index : index + 1] for index in range(len(wire))])
     assert raw == b"some data"
@@ -103,7 +103,7 @@ def test_counts_begin_again_after_the_interval() -> None:
         clock.now += 10
 
 
-def test_data_of_ours_allows_for_answers_but_not_for_resets() -> None:
+def test_sent_data_permits_acknowledgements_but_not_resets() -> None:
     guard = FloodGuard(Limits(max_pings=0, max_resets=0), Clock())
     guard.sent_data()
     guard.spend(Refusal.PING_FLOOD)
@@ -111,7 +111,7 @@ def test_data_of_ours_allows_for_answers_but_not_for_resets() -> None:
         guard.count(Refusal.RESET_FLOOD)
 
 
-def test_a_reset_is_counted_wherever_it_is_cut() -> None:
+def test_a_reset_is_counted_however_it_is_cut() -> None:
     found = scanner(Limits(max_resets=1))
     wire = frame(RST_STREAM, 0, 1, bytes(4)) * 2
     with pytest.raises(Refused) as caught:

@@ -19,7 +19,7 @@ def kept() -> int:
     return sum(isinstance(thing, Http2Protocol | Connection | MessageBuffer) for thing in gc.get_objects())
 
 
-async def test_connections_are_freed_at_once() -> None:
+async def test_closed_connections_are_freed_without_the_garbage_collector() -> None:
     async with serving() as server:
         gc.collect()
         gc.disable()

@@ -127,7 +127,7 @@ async def test_streams_that_received_less_than_they_acknowledge_leave_the_connec
 # --- bytes that wait
 
 
-def test_a_source_has_its_share_of_a_budget_that_is_half_used() -> None:
+def test_one_source_is_limited_once_half_of_a_budget_is_used() -> None:
     budget = CallBudget(Limits(max_call_bytes=100, max_call_bytes_per_address=20))
     assert budget.take("a", 50)  # alone, up to the half
     assert not budget.take("a", 1)
@@ -141,7 +141,7 @@ def test_a_source_has_its_share_of_a_budget_that_is_half_used() -> None:
     assert budget.used == 51
 
 
-def test_a_connection_gives_back_what_it_took() -> None:
+def test_a_closed_connection_returns_its_memory() -> None:
     limits = Limits()
     budget = CallBudget(limits)
     account = Account(limits, budget, "a")
@@ -213,7 +213,7 @@ async def hold_frame(port: int) -> None:
         await anyio.sleep_forever()
 
 
-async def test_early_raw_bytes_count() -> None:
+async def test_unread_bytes_of_a_raw_stream_are_counted() -> None:
     async def deaf(stream: ByteStream) -> None:
         stream.accept()
         await stream.wait_ended()
@@ -263,7 +263,7 @@ async def test_answers_that_nobody_reads_end_the_connection(limits: Limits) -> N
 
 
 @pytest.mark.parametrize("path", [REFLECT, WATCH])
-async def test_calls_without_an_end_have_one(path: str) -> None:
+async def test_endless_calls_are_ended(path: str) -> None:
     limits = Limits(request_timeout=1.0, stream_idle_timeout=1.0)
     services: list[Servable] = [HealthService(), ReflectionService()]
     async with serve(services, host="127.0.0.1", limits=limits) as server, RawPeer.greeted(server.port) as peer:
@@ -373,7 +373,7 @@ LONGEST_PROVISION = bytes(ProvisionRequest(node_uuid="u" * 36, join_token="t" * 
         (ReflectionService, "ServerReflectionInfo", b""),
     ],
 )
-def test_each_method_for_strangers_has_its_bounds(service: Any, name: str, ordinary: bytes) -> None:
+def test_each_method_open_to_strangers_has_its_own_bounds(service: Any, name: str, ordinary: bytes) -> None:
     limits = service.call_limits[name]
     assert len(ordinary) < limits.max_message_bytes <= 8 * 1024
     assert count_fields(ordinary, limits.max_fields) <= limits.max_fields <= 64
@@ -382,7 +382,7 @@ def test_each_method_for_strangers_has_its_bounds(service: Any, name: str, ordin
 # --- one connection's input leaves the others their turn
 
 
-async def test_a_long_read_is_dealt_with_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_read_is_processed_in_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a turn of no time, each piece has its own: the loop runs other callbacks between them."""
     monkeypatch.setattr("siderolink.common.grpc.turns.TURN_SECONDS", -1.0)
     turns = [0]
@@ -456,7 +456,7 @@ def test_a_source_that_takes_most_of_a_busy_processor_waits() -> None:
     assert budget.charge("a", 10.0, now) == 0.0
 
 
-async def test_input_of_a_source_that_has_to_wait_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_input_of_a_delayed_source_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     charged: list[float] = []
 
     def charge(_: Account, seconds: float, now: float) -> float:
@@ -475,7 +475,7 @@ async def test_input_of_a_source_that_has_to_wait_is_not_read(monkeypatch: pytes
         assert not server.refusals
 
 
-async def test_a_peer_that_is_not_read_is_not_taken_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_delayed_peer_does_not_count_as_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer to a ping may be among what waits for a turn."""
     monkeypatch.setattr(Account, "charge", lambda *_: 1.0)
     limits = Limits(server_ping_interval=0.05, ping_timeout=0.05)

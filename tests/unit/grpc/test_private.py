@@ -28,7 +28,7 @@ def h2_by() -> Iterator[None]:
 
 
 @pytest.mark.skipif(h2.__version__ < "4.3", reason="an older h2 is used by its public API")
-def test_the_installed_version_has_them() -> None:
+def test_the_installed_h2_has_the_private_names() -> None:
     assert REAL()
 
 
@@ -86,12 +86,12 @@ def test_another_h2_is_used_by_its_public_api(other: type[H2Connection], monkeyp
     assert not private.spend_window(engine, 1, 1)
 
 
-def test_a_step_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_private_name_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(private, "ANSWER_STEPS", ("SEND_EVERYTHING",))
     assert not REAL()
 
 
-def test_an_encoder_that_hides_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_without_its_private_table_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hidden(H2Connection):
         def __init__(self, config: H2Configuration) -> None:
             super().__init__(config)
@@ -128,7 +128,7 @@ def told(decoder: Decoder, blocks: list[bytes]) -> tuple[list[object], dict[str,
 
 
 @given(st.lists(st.tuples(FIELDS, FIELDS, st.sampled_from([4096, 4096, 64, 0]), st.binary(max_size=3)), max_size=5))
-def test_a_block_that_began_like_another_is_decoded_like_any(connections: list[tuple[Any, Any, int, bytes]]) -> None:
+def test_header_blocks_with_a_common_prefix_are_decoded_correctly(connections: list[tuple[Any, Any, int, bytes]]) -> None:
     beginnings: list[Any] = []
     for first, second, table, rubbish in connections:
         encoder = Encoder()
@@ -142,7 +142,7 @@ def test_a_block_that_began_like_another_is_decoded_like_any(connections: list[t
     assert not any(b"secret" in repr(known).encode() for known in beginnings)
 
 
-def test_what_is_remembered_has_bounds() -> None:
+def test_the_header_cache_is_bounded() -> None:
     beginnings: list[Any] = []
     for number in range(100):
         block = bytes(Encoder().encode([(":path", f"/{number}"), (":authority", "a" * number * 10)]))
@@ -151,7 +151,7 @@ def test_what_is_remembered_has_bounds() -> None:
     assert max(len(known.block) for known in beginnings) <= 512
 
 
-def test_the_name_of_a_timeout_is_decoded_without_its_huffman_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_grpc_timeout_header_is_decoded_without_huffman(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[bytes] = []
 
     def decode(data: Any) -> bytes:

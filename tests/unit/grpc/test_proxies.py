@@ -52,7 +52,7 @@ async def test_calls_and_streams_pass(kind: str, inner: str, certificate: Path, 
     await pass_through(kind, inner, certificate, monkeypatch)
 
 
-def test_they_pass_on_uvloop(kind: str, inner: str, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_and_streams_pass_on_uvloop(kind: str, inner: str, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = descriptor_kinds()
     anyio.run(pass_through, kind, inner, certificate, monkeypatch, backend_options={"use_uvloop": True})
     assert not opened_since(before)
@@ -115,7 +115,7 @@ async def test_an_absent_proxy_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("answer", [b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 5000, b""])
-async def test_what_is_no_proxy_at_all_is_one_line(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_is_no_proxy_is_reported_in_one_line(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(answer)
         if answer:

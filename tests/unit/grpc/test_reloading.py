@@ -54,7 +54,7 @@ def test_a_rotation_between_the_certificate_and_its_key_leaves_the_old_pair_in_u
     assert presented(certificate, root) == "192.0.2.2"
 
 
-def test_what_is_loaded_is_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loaded_certificate_is_the_one_that_was_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files change while the pair is being loaded."""
     root, cert, key = make_certificate("root"), tmp_path / "cert", tmp_path / "key"
     old, new = pair(root, "192.0.2.1"), pair(root, "192.0.2.2")

@@ -58,7 +58,7 @@ async def test_calls_over_tls(certificate: Path) -> None:
                 assert (await method(channel)(Raw(b"x"))).data == b"x"
 
 
-async def test_a_context_of_the_callers_own_is_made_to_offer_http2(certificate: Path) -> None:
+async def test_a_given_tls_context_is_set_to_offer_http2(certificate: Path) -> None:
     async with serve([Service()], host="127.0.0.1", tls=server_tls(certificate)) as server:
         async with open_channel("127.0.0.1", server.port, ssl.create_default_context(cafile=certificate)) as channel:
             assert (await method(channel)(Raw(b"x"))).data == b"x"
@@ -124,7 +124,7 @@ async def test_a_port_that_is_taken() -> None:
                 pass
 
 
-async def test_an_address_that_is_not_here() -> None:
+async def test_a_foreign_listen_address_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="192.0.2.1"):
         async with serve([Service()], host="192.0.2.1"):
             pass
@@ -138,7 +138,7 @@ async def test_several_hosts_share_one_port() -> None:
 
 
 @pytest.mark.parametrize("host", [None, "", "::"])
-async def test_every_address_means_both_families(host: str | None) -> None:
+async def test_the_unspecified_address_listens_on_ipv4_and_ipv6(host: str | None) -> None:
     async with serve([Service()], host=host) as server:
         for target in ("127.0.0.1", "::1"):
             async with open_channel(target, server.port) as channel:
@@ -188,13 +188,13 @@ async def test_a_server_that_accepts_and_says_nothing() -> None:
                 await method(channel)(Raw(b"x"))
 
 
-async def test_an_unencrypted_channel_is_no_tls_context() -> None:
+async def test_tls_false_means_plaintext() -> None:
     assert client_tls().verify_mode is ssl.CERT_REQUIRED
     async with serving() as server, bystander(server), open_channel("127.0.0.1", server.port, False) as channel:
         assert (await method(channel)(Raw(b"x"))).data == b"x"
 
 
-def test_limits_that_http2_cannot_express() -> None:
+def test_limits_beyond_http2s_range_are_refused() -> None:
     for wrong in ({"max_frame_bytes": 16_383}, {"connection_window_bytes": 65_534}, {"stream_window_bytes": 0}):
         with pytest.raises(ConfigurationError):
             Limits(**wrong)

@@ -113,7 +113,7 @@ def cut(whole: bytes, places: list[int]) -> list[bytes]:
 @example([WindowUpdateFrame(0, 2**31 - 1).serialize()], [])
 @example([headers(1, True, False, True, None).serialize(), WindowUpdateFrame(1, 1000).serialize()], [])
 @example([headers(1, False, False, True, None).serialize(), WindowUpdateFrame(1, 2**31 - 1).serialize()], [])
-def test_shortcuts_lead_to_the_same_place(frames: list[bytes], places: list[int]) -> None:
+def test_shortcuts_and_h2_reach_the_same_state(frames: list[bytes], places: list[int]) -> None:
     whole = b"".join(frames)
     for pieces in ([whole], cut(whole, places)):
         assert outcome(new_h2_connection(LIMITS, server=True), pieces) == outcome(

@@ -57,7 +57,9 @@ def v2(source: str, port: int, extra: bytes = b"", command: int = 0x21) -> bytes
 
 
 @given(st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)), ports, st.binary(max_size=400))
-def test_what_is_written_is_read(address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int, extra: bytes) -> None:
+def test_a_written_proxy_header_is_read_back(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int, extra: bytes
+) -> None:
     source = str(address)
     if "%" not in source:
         assert parse_header(v1(source, port)) == (source, port)
@@ -66,7 +68,7 @@ def test_what_is_written_is_read(address: ipaddress.IPv4Address | ipaddress.IPv6
 
 
 @given(st.binary(max_size=600))
-def test_anything_else_is_refused_and_nothing_else_is_raised(data: bytes) -> None:
+def test_any_other_bytes_raise_the_one_error(data: bytes) -> None:
     for header in (data, b"PROXY " + data + b"\r\n", SIGNATURE + data):
         with contextlib.suppress(BadHeaderError):
             found = parse_header(header)
@@ -99,12 +101,12 @@ def test_anything_else_is_refused_and_nothing_else_is_raised(data: bytes) -> Non
         SIGNATURE,
     ],
 )
-def test_headers_that_are_wrong(header: bytes) -> None:
+def test_malformed_proxy_headers_are_refused(header: bytes) -> None:
     with pytest.raises(BadHeaderError):
         parse_header(header)
 
 
-def test_connections_of_the_proxy_itself() -> None:
+def test_local_connections_of_the_proxy_have_no_client_address() -> None:
     for header in (b"PROXY UNKNOWN\r\n", b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n", SIGNATURE + b"\x20\x00\x00\x00"):
         assert parse_header(header) is None
     assert parse_header(SIGNATURE + b"\x21\x31\x00\xd8" + bytes(216)) is None
@@ -152,7 +154,7 @@ async def test_not_a_byte_beyond_the_header_is_read(header: bytes, pace: int) ->
         SIGNATURE + b"\x21\x11\xff\xff",
     ],
 )
-async def test_what_is_no_header_is_refused_within_536_bytes(data: bytes) -> None:
+async def test_a_missing_header_is_refused_within_536_bytes(data: bytes) -> None:
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
@@ -197,7 +199,7 @@ async def test_a_server_behind_proxies_that_speak_the_protocol(tmp_path: Path, m
 
 
 @pytest.mark.anyio
-async def test_who_is_no_proxy_is_refused_where_the_protocol_is_required() -> None:
+async def test_clients_other_than_the_proxy_are_refused() -> None:
     proxies = TrustedProxies(protocol_from=parse_networks(["192.0.2.0/24", "::1"], "an option"))
     async with serve([Service()], host="127.0.0.1", proxies=proxies) as server:
         async with RawPeer.connect(server.port) as peer:
@@ -207,7 +209,7 @@ async def test_who_is_no_proxy_is_refused_where_the_protocol_is_required() -> No
 
 
 @pytest.mark.anyio
-async def test_limits_per_address_are_the_clients_behind_a_proxy() -> None:
+async def test_limits_per_address_apply_to_clients_behind_a_proxy() -> None:
     limits = Limits(max_connections_per_address=2, crowded_from=0)
     async with serve([Service()], host="127.0.0.1", limits=limits, proxies=PROXIES) as server:
         async with contextlib.AsyncExitStack() as stack:
@@ -273,17 +275,17 @@ FORWARDED = TrustedProxies(forwarded_from=parse_networks(["127.0.0.0/8", "10.0.0
         ("192.0.2.77", ["198.51.100.1"], "192.0.2.77"),
     ],
 )
-def test_the_rightmost_address_that_is_no_proxy_counts(peer: str, fields: list[str], address: str) -> None:
+def test_the_rightmost_address_outside_the_proxies_counts(peer: str, fields: list[str], address: str) -> None:
     assert FORWARDED.forwarded_for(peer, fields) == address
 
 
 @given(st.lists(st.text(max_size=80), max_size=5))
-def test_no_field_makes_it_raise_or_give_what_is_no_address(fields: list[str]) -> None:
+def test_any_forwarded_field_gives_an_address_or_none(fields: list[str]) -> None:
     ipaddress.ip_address(FORWARDED.forwarded_for("127.0.0.1", fields))
 
 
 @given(st.text(max_size=60), st.ip_addresses(v=4))
-def test_what_a_client_writes_itself_counts_for_nothing(forged: str, client: ipaddress.IPv4Address) -> None:
+def test_forwarded_fields_of_clients_are_ignored(forged: str, client: ipaddress.IPv4Address) -> None:
     """A proxy appends the address it saw; whatever stood there before is left of it."""
     if not contains(FORWARDED.forwarded_from, str(client)):
         assert FORWARDED.forwarded_for("127.0.0.1", [f"{forged}, {client}"]) == str(client)
@@ -314,7 +316,7 @@ async def test_calls_and_streams_by_a_proxy_that_forwards() -> None:
 
 
 @pytest.mark.anyio
-async def test_limits_per_address_are_those_of_forwarded_callers() -> None:
+async def test_limits_per_address_apply_to_forwarded_callers() -> None:
     """The proxy's own connections meet no limit; the calls of one address behind it do, and tokens make it known."""
     limits = Limits(max_connections=20, max_connections_per_address=2, max_unproven_connections=6, crowded_from=0)
     service = Tokens()
@@ -351,7 +353,7 @@ async def test_limits_per_address_are_those_of_forwarded_callers() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_forwarded_calls_take_is_charged_to_those_that_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_forwarded_calls_are_charged_to_their_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory and turns of the loop: one behind the proxy meets its limit, the others and the proxy do not."""
     waited: list[str] = []
     real = Turns.wait
@@ -401,12 +403,12 @@ def quiet() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "192.0.2.1/24", "proxy.example", "192.0.2.0/33", "*"])
-def test_what_is_no_network_is_refused_with_the_options_name(text: str) -> None:
+def test_an_invalid_network_is_refused_with_the_option_name(text: str) -> None:
     with pytest.raises(ConfigurationError, match="forwarded_from takes a network"):
         parse_networks([text], "forwarded_from")
 
 
-def test_networks() -> None:
+def test_networks_are_parsed() -> None:
     networks = parse_networks(["192.0.2.0/24", "2001:db8::1"], "an option")
     assert contains(networks, "192.0.2.255")
     assert contains(networks, "::ffff:192.0.2.1")

@@ -43,7 +43,7 @@ def noting(done: list[str], name: str) -> Callable[[float], float]:
 
 
 @pytest.mark.usefixtures("one_by_one")
-async def test_sources_have_their_turns_one_after_the_other() -> None:
+async def test_sources_are_served_in_turns() -> None:
     turns, done = Turns(), list[str]()
 
     for source in ("a", "a", "a", "b", "c"):
@@ -55,7 +55,7 @@ async def test_sources_have_their_turns_one_after_the_other() -> None:
 
 
 @pytest.mark.usefixtures("one_by_one")
-async def test_calls_that_took_long_cost_their_class_a_turn() -> None:
+async def test_processor_time_delays_the_class_that_used_it() -> None:
     turns, done = Turns(), list[str]()
     turns.spend(1.0, is_known=False)
     for source in ("stranger", "known"):
@@ -97,7 +97,7 @@ async def test_known_sources_do_not_wait_while_their_share_lasts() -> None:
     assert done == ["in the same turn"]
 
 
-async def test_a_metered_coroutine_behaves_like_any() -> None:
+async def test_a_metered_coroutine_behaves_like_a_plain_one() -> None:
     steps = list[float]()
     seen = list[BaseException]()
 
@@ -145,7 +145,7 @@ class Collector:
 
 
 @pytest.mark.usefixtures("one_by_one")
-async def test_a_call_that_reads_much_leaves_others_their_turn() -> None:
+async def test_a_call_that_reads_much_yields_to_others() -> None:
     collector = Collector()
     loop_turns = 0
 
@@ -232,7 +232,7 @@ async def stand_by(port: int, address: str, *, task_status: anyio.abc.TaskStatus
 # --- strangers have less than known sources
 
 
-def test_strangers_share_a_part_of_the_memory() -> None:
+def test_strangers_share_a_part_of_the_memory_budget() -> None:
     limits = Limits(max_call_bytes=400, max_call_bytes_per_address=300, max_unproven_call_bytes=80)
     budget = CallBudget(limits, has_tokens=True)
     assert budget.take("a", 20)
@@ -250,7 +250,7 @@ def test_strangers_share_a_part_of_the_memory() -> None:
     assert CallBudget(limits).take("a", 200)  # where nobody can show a token, nobody has less for that
 
 
-async def test_a_stranger_has_fewer_calls_at_a_time() -> None:
+async def test_strangers_have_a_lower_limit_of_concurrent_calls() -> None:
     service = Tokens()
     service.hold.clear()
     limits = Limits(max_streams=8, max_unproven_streams=3)
@@ -315,7 +315,7 @@ async def no_http2(peer: RawPeer) -> None:
 
 
 @pytest.mark.parametrize("leave", [too_long, unfinished, gave_up, cut_stream, flooded, no_http2])
-async def test_a_connection_that_ends_leaves_nothing_for_the_collector(leave: Callable[[RawPeer], Awaitable[None]]) -> None:
+async def test_an_ended_connection_leaves_no_reference_cycle(leave: Callable[[RawPeer], Awaitable[None]]) -> None:
     """A server's collector looks at old objects seldom: what lies in cycles would stay for minutes."""
     async with serving() as server:
         gc.collect()

@@ -189,7 +189,7 @@ async def serve_all() -> list[str]:
 
 
 @pytest.mark.parametrize("use_uvloop", [False, True])
-def test_a_server_ends_or_answers_each(use_uvloop: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_answers_or_ends_each_malformed_exchange(use_uvloop: bool, caplog: pytest.LogCaptureFixture) -> None:
     assert anyio.run(serve_all, backend_options={"use_uvloop": use_uvloop}) == []
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -271,6 +271,6 @@ async def call_all() -> list[str]:
 
 
 @pytest.mark.parametrize("use_uvloop", [False, True])
-def test_a_client_tells_why_each_failed(use_uvloop: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_reports_why_each_malformed_exchange_failed(use_uvloop: bool, caplog: pytest.LogCaptureFixture) -> None:
     assert anyio.run(call_all, backend_options={"use_uvloop": use_uvloop}) == []
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -54,7 +54,7 @@ def test_a_peer_is_read_as_it_was_written() -> None:
     assert messages.format_endpoint(peer.endpoint) == "192.0.2.1:51820"
 
 
-def test_what_the_kernel_tells_of_a_device() -> None:
+def test_a_device_is_read_from_the_kernels_message() -> None:
     peer = nested(
         0,
         attribute(1, b"k" * 32),
@@ -75,7 +75,7 @@ def test_what_the_kernel_tells_of_a_device() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_do_harm(data: bytes) -> None:
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     for _, start, end in attributes(data):
         assert 0 < start <= end <= len(data)
     messages.read_allowed_ips(nested(0, attribute(2, data)))

@@ -143,7 +143,7 @@ async def test_a_stream_of_another_headroom_gets_copies() -> None:
         assert path.received == numbered(3, FULL)
 
 
-async def test_no_other_user_gets_a_word_in() -> None:
+async def test_datagrams_of_other_users_are_dropped() -> None:
     program = """
 import socket, sys
 address, relay, device = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -174,7 +174,7 @@ print(said)
         assert path.received == [b"\4genuine"]
 
 
-async def test_the_device_on_another_port_is_the_only_one_heard_then() -> None:
+async def test_after_a_port_change_only_the_new_port_is_accepted() -> None:
     async with relaying() as kernel, relaying() as other:
         path = Stream()
         kernel.relay.set_device_port(other.port)
@@ -200,7 +200,7 @@ async def test_a_stream_that_follows_an_ended_one_gets_its_address() -> None:
         assert first.received == []
 
 
-async def test_responses_and_replies_at_a_new_place_are_hints() -> None:
+async def test_responses_and_packets_on_a_new_stream_cause_a_poll() -> None:
     async with relaying() as kernel:
         path = Stream(b"the key")
         kernel.send(path, *numbered(1, 64, kind=3))  # a cookie proves nothing
@@ -216,7 +216,7 @@ async def test_responses_and_replies_at_a_new_place_are_hints() -> None:
         assert len(kernel.hints) == 2  # it is where the kernel was known to send
 
 
-async def test_a_barred_stream_carries_nothing() -> None:
+async def test_a_blocked_stream_carries_nothing() -> None:
     async with relaying() as kernel:
         path = Stream()
         kernel.relay.slot(path).is_barred = True
@@ -227,7 +227,7 @@ async def test_a_barred_stream_carries_nothing() -> None:
         assert path.received == []
 
 
-async def test_a_lone_full_stream_is_waited_for() -> None:
+async def test_a_single_full_stream_stops_reading() -> None:
     async with relaying() as kernel:
         path = Stream()
         kernel.relay.slot(path)

@@ -48,7 +48,7 @@ def test_roaming_is_told_before_the_handshake_that_proves_it() -> None:
     assert peer.view.last_received == UNIX + 6
 
 
-def test_a_handshake_alone_is_something_received() -> None:
+def test_a_handshake_counts_as_received() -> None:
     peer = Watched()
     peer.look(5, handshake_ns=int((UNIX + 4) * 1e9))
     assert peer.view.last_received == pytest.approx(UNIX + 4)
@@ -85,7 +85,7 @@ def test_attempts_that_go_unanswered_are_given_up_once() -> None:
 
 
 @pytest.mark.parametrize("keepalive", [0, 25])
-def test_keepalives_and_answers_want_no_answer(keepalive: int) -> None:
+def test_keepalives_and_responses_need_no_response(keepalive: int) -> None:
     peer = Watched(keepalive)
     peer.look(0, received=148, sent=92)
     peer.look(10, sent=124)  # the passive keepalive
@@ -95,7 +95,7 @@ def test_keepalives_and_answers_want_no_answer(keepalive: int) -> None:
         assert peer.look(now, sent=sent) == []
 
 
-def test_it_looks_often_while_somebody_is_expected_and_seldom_otherwise() -> None:
+def test_polls_are_frequent_while_a_handshake_is_expected_and_rare_otherwise() -> None:
     schedule = PollSchedule(0.0)
     assert schedule.next_at() == PollSchedule.IDLE
     schedule.expect(KEY, 0.0)
@@ -113,7 +113,7 @@ def test_it_looks_often_while_somebody_is_expected_and_seldom_otherwise() -> Non
     assert schedule.next_at() == now + PollSchedule.IDLE
 
 
-def test_costly_looks_are_rationed() -> None:
+def test_expensive_polls_are_limited() -> None:
     schedule = PollSchedule(0.0)
     schedule.polled(0.3, 10.0)
     assert schedule.next_at() == pytest.approx(10 + 30)
@@ -123,7 +123,7 @@ def test_costly_looks_are_rationed() -> None:
     assert not schedule.is_fresh(10.0, 16.1)
 
 
-def test_cheap_looks_are_always_fresh() -> None:
+def test_cheap_polls_are_always_fresh() -> None:
     schedule = PollSchedule(0.0)
     schedule.polled(0.001, 10.0)
     assert not schedule.is_fresh(9.99, 10.0)

@@ -85,13 +85,13 @@ def applying(hook: Callable[[ApplyRequest], Awaitable[ApplyAnswer]]) -> MachineH
     return MachineHooks(apply_configuration=hook)
 
 
-async def test_the_version_is_what_the_embedder_says() -> None:
+async def test_the_version_is_set_by_the_embedder() -> None:
     async with serving(MachineHooks(version=MachineVersion(tag="v1.2.3", platform="cloud"))) as api:
         [answer] = (await ask(api, MachineClient.version)).messages
         assert (answer.version.tag, answer.version.os, answer.platform.name) == ("v1.2.3", "linux", "cloud")
 
 
-async def test_what_has_no_hook_and_what_is_not_served_is_unimplemented() -> None:
+async def test_methods_without_a_hook_are_unimplemented() -> None:
     async with serving() as api:
         assert (await refusal(api, apply()))[0] == "UNIMPLEMENTED"
         for name in ("Upgrade", "Bootstrap", "NoSuchMethod"):  # the role comes first
@@ -205,7 +205,7 @@ def kinds(events: list[cosi.Event]) -> list[tuple[str, str]]:
     ]
 
 
-async def test_a_watch_begins_with_an_empty_answer_and_with_what_was_asked_for() -> None:
+async def test_a_watch_begins_with_an_empty_answer_and_then_the_requested_resources() -> None:
     async with serving() as api:
         api.resources.define(WIDGET)
         api.resources.put(WIDGET, "one", ResourceSpec(b"", {}))
@@ -240,7 +240,7 @@ async def test_a_watch_begins_with_an_empty_answer_and_with_what_was_asked_for()
         ({"id": "one", "options": cosi.WatchOptions(id_query=cosi.IdQuery(regexp="a"))}, "UNIMPLEMENTED"),
     ],
 )
-async def test_what_a_watch_cannot_do_is_said(fields: dict[str, Any], status: str) -> None:
+async def test_unsupported_watch_options_are_refused(fields: dict[str, Any], status: str) -> None:
     async with serving() as api:
         api.resources.define(WIDGET)
         assert (await refusal(api, partial(watched, count=1, **fields)))[0] == status
@@ -271,7 +271,7 @@ async def test_tls_is_1_3_with_http2_and_a_leaf_of_a_day() -> None:
     assert certificates.leaf.serial_number != leaf.serial_number
 
 
-async def test_a_call_that_moves_the_api_is_answered_first() -> None:
+async def test_a_call_that_moves_the_api_to_another_address_is_answered_first() -> None:
     moved = anyio.Event()
     place: list[MaintenanceApi] = []
 
@@ -294,7 +294,7 @@ async def test_a_call_that_moves_the_api_is_answered_first() -> None:
         assert await ask(api, MachineClient.version)
 
 
-async def test_a_taken_port_is_said_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_used_port_is_reported_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as first:
         assert first.port is not None
         async with serve_maintenance(node_uuid="", port=first.port) as second:
@@ -324,7 +324,7 @@ def test_only_the_servers_own_address_by_its_own_socket_is_admin(admin: str | No
     assert Admittance(admin=None if admin is None else IPv6Address(admin)).role(source) is role
 
 
-def test_places_are_compared_by_value() -> None:
+def test_listen_addresses_are_compared_by_value() -> None:
     one, other = (OnOverlay(address=IPv6Address("fdae::1"), interface="a", server=IPv6Address("fdae::2")) for _ in range(2))
     assert one == other
     assert len({Everywhere(), Nowhere(), Everywhere(), one, other}) == 3
@@ -334,7 +334,7 @@ def place_of(api: MaintenanceApi) -> object:
     return api.place
 
 
-async def test_an_interface_that_was_made_anew_is_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_recreated_interface_is_another_listen_address(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"siderolink": 7}
     monkeypatch.setattr("socket.if_nametoindex", numbers.__getitem__)
     async with serving(place=Nowhere()) as api:
@@ -359,7 +359,7 @@ async def test_an_interface_that_was_made_anew_is_another_place(monkeypatch: pyt
         assert place_of(api) == Everywhere()
 
 
-async def test_leaving_takes_everything_along_though_connections_are_open(no_leaks: None) -> None:
+async def test_leaving_closes_everything_although_connections_are_open(no_leaks: None) -> None:
     async with serving() as api:
         assert api.port is not None
         await anyio.to_thread.run_sync(fetch_certificate, "127.0.0.1", api.port)

@@ -77,7 +77,7 @@ async def running(machine: Machine) -> AsyncIterator[Machine]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "reboot", "no-reboot"])
-async def test_a_configuration_is_in_force_and_what_the_next_start_begins_with(mode: ApplyMode) -> None:
+async def test_an_applied_configuration_is_in_force_and_stored(mode: ApplyMode) -> None:
     machine = Machine()
     assert machine.shown("v1alpha1") is None
     _, chosen, details = await machine.apply(JOIN, mode)
@@ -89,7 +89,7 @@ async def test_a_configuration_is_in_force_and_what_the_next_start_begins_with(m
     assert dict(found.annotations) == {"talos.dev/yaml-spec": "1"}
 
 
-async def test_what_is_refused_changes_nothing_and_is_told() -> None:
+async def test_a_refused_configuration_changes_nothing_and_is_reported() -> None:
     machine = Machine()
     await machine.apply(JOIN)
     assert await machine.refusal(b"# nothing") == (Status.INVALID_ARGUMENT, "config not found")
@@ -105,7 +105,7 @@ async def test_what_is_refused_changes_nothing_and_is_told() -> None:
     assert [event.error for event in machine.refusals] == ["config not found", "unknown keys found during decoding:"]
 
 
-async def test_a_configuration_that_does_not_speak_of_the_manager_keeps_it() -> None:
+async def test_a_configuration_without_a_join_url_keeps_the_current_one() -> None:
     machine = Machine()
     await machine.apply(JOIN)
     warnings, _, _ = await machine.apply(SINK)
@@ -287,7 +287,7 @@ async def test_meta_is_bounded_and_what_cannot_be_written_down_changes_nothing(t
         b'{"version": 1, "values": []}',
     ],
 )
-def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path, data: bytes) -> None:
+def test_a_foreign_file_is_named_in_the_error(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "meta"
     path.write_bytes(data)
     with pytest.raises(ConfigurationError, match=str(path)):

@@ -86,7 +86,7 @@ def call_all(stubs: Stubs) -> None:
     assert stubs.call(f"{MACHINE}ServiceStop", id="mine").messages[0].resp == "stop mine"
 
 
-async def test_embedders_hooks_are_called_with_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hooks_are_called_with_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     embedder = Embedder()
     async with serving(monkeypatch, CallerRole.ADMIN, embedder.hooks()) as api:
         await ask(api, call_all)

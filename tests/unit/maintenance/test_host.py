@@ -68,7 +68,7 @@ def test_the_firmwares_table_gives_processors_and_memory(tmp_path: Path) -> None
     assert modules["DIMM-A1-BANK-0"].speed == 3200
 
 
-def test_without_a_table_the_kernel_tells_of_both(tmp_path: Path) -> None:
+def test_without_a_firmware_table_the_kernel_gives_both(tmp_path: Path) -> None:
     blocks = [
         f"processor\t: {number}\nvendor_id\t: Maker\nmodel name\t: A Model\ncpu MHz\t\t: 2400.5\n"
         f"physical id\t: {number // 4}\ncore id\t\t: {number // 2 % 2}\n"
@@ -98,7 +98,7 @@ FILES = ("loadavg", "meminfo", "stat", "cpuinfo", "net/dev", "diskstats", "mount
 
 @settings(max_examples=100, deadline=None)
 @given(st.text("cpu0123456789 :%()\n-kBMemTotal\\/", max_size=200))
-def test_whatever_the_kernels_files_hold_is_read(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_any_content_of_the_kernels_files_is_read(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("proc")
     (folder / "net").mkdir()
     (folder / "7").mkdir()
@@ -127,7 +127,7 @@ def test_a_process_may_be_called_anything_and_its_secrets_are_masked(tmp_path: P
     assert found.args == "siderolink join grpc://h?jointoken=…&grpc_tunnel=true --unique-token …"
 
 
-def test_disks_are_those_of_sysfs(tmp_path: Path) -> None:
+def test_disks_are_read_from_sysfs(tmp_path: Path) -> None:
     for name, files in {
         "nvme0n1": {"size": "2000409264", "queue/rotational": "0", "device/model": "A Model  ", "wwid": "eui.1", "ro": "0"},
         "sda": {"size": "7814037168", "queue/rotational": "1", "queue/logical_block_size": "4096"},
@@ -167,7 +167,7 @@ def test_a_route_is_named_as_existing_machines_name_it() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_part_of_the_host_that_cannot_be_read_costs_itself(
+async def test_an_unreadable_part_of_the_host_affects_nothing_else(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = 0
@@ -218,7 +218,7 @@ anyio.run(main, backend_options={"use_uvloop": %s})
 
 
 @pytest.mark.parametrize("uvloop", [False, True])
-def test_a_change_of_the_hosts_name_is_told(uvloop: bool) -> None:
+def test_a_changed_host_name_is_reported(uvloop: bool) -> None:
     command = ["unshare", "--uts", sys.executable, "-c", HOSTNAME_PROGRAM % uvloop]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if "unshare failed" in done.stderr:

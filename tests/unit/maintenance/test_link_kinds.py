@@ -42,7 +42,7 @@ def test_a_vlan_has_a_number_and_a_protocol() -> None:
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_a_bridge_says_what_is_switched_on(on: bool) -> None:
+def test_a_bridge_has_its_enabled_features(on: bool) -> None:
     decoded, text = shown(read("bridge", ("IFLA_BR_STP_STATE", int(on)), ("IFLA_BR_VLAN_FILTERING", int(on))))
     assert decoded.HasField("bridge_master")
     assert (decoded.bridge_master.stp.enabled, decoded.bridge_master.vlan.filtering_enabled) == (on, on)
@@ -54,7 +54,7 @@ def test_a_vrf_has_a_table() -> None:
     assert (decoded.vrf_master.table, text["vrfMaster"]) == (254, {"table": "main"})
 
 
-def test_a_bond_says_how_it_shares_its_links() -> None:
+def test_a_bond_has_its_mode() -> None:
     link = read(
         "bond",
         ("IFLA_BOND_MODE", 4),
@@ -77,7 +77,7 @@ def test_a_bond_says_how_it_shares_its_links() -> None:
     assert (text["bondMaster"]["xmitHashPolicy"], text["bondMaster"]["lacpRate"]) == ("layer3+4", "fast")
 
 
-def test_other_kinds_and_kinds_without_anything_have_nothing() -> None:
+def test_other_kinds_have_no_details() -> None:
     for link in (read("dummy"), read("vlan"), read("nobody knows it")):
         decoded, text = shown(link)
         assert not any(decoded.HasField(name) for name in ("vlan", "bridge_master", "bond_master", "vrf_master"))

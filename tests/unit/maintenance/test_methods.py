@@ -108,7 +108,7 @@ OTHER_ADMINS = [
 ]
 
 
-async def test_readers_get_as_far_as_existing_machines_let_them(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_readers_have_the_rights_of_existing_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     def look(stubs: Stubs) -> None:
         for path in [f"{MACHINE}{name}" for name in READERS] + OTHER_READERS:
             status, text = outcome(stubs, path)
@@ -218,7 +218,7 @@ async def test_the_hosts_figures_are_those_of_its_kernel(monkeypatch: pytest.Mon
         await ask(api, look)
 
 
-async def test_disks_have_none_that_is_a_system_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_disk_is_marked_as_system_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def look(stubs: Stubs) -> None:
         [answer] = stubs.call("/storage.StorageService/Disks").messages
         for disk in answer.disks:

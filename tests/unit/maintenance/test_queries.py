@@ -110,11 +110,11 @@ LABELS = {"colour": "red", "size": "10", "empty": ""}
         (LabelTerm(key="size", op=Operation.LT_NUMERIC, value=["1" * 5000]), False),
     ],
 )
-def test_terms(term: LabelTerm, holds: bool) -> None:
+def test_which_labels_a_term_matches(term: LabelTerm, holds: bool) -> None:
     assert selected(LabelQuery(terms=[term])).holds(resource(LABELS)) is holds
 
 
-def test_any_query_will_do_and_each_wants_all_its_terms() -> None:
+def test_one_matching_query_is_enough_and_needs_all_its_terms() -> None:
     red, large = (
         LabelTerm(key="colour", op=Operation.EQUAL, value=["red"]),
         LabelTerm(key="size", op=Operation.EQUAL, value=["99"]),
@@ -139,7 +139,7 @@ def test_queries_that_cannot_be_answered(queries: list[LabelQuery], ids: IdQuery
     assert caught.value.status.name == status
 
 
-def test_a_change_is_seen_as_by_someone_who_sees_a_part() -> None:
+def test_a_filtered_watch_sees_changes_into_and_out_of_its_filter() -> None:
     red = selected(LabelQuery(terms=[LabelTerm(key="colour", op=Operation.EQUAL, value=["red"])]))
     inside, outside = resource({"colour": "red"}), resource({"colour": "blue"})
 

@@ -43,7 +43,7 @@ VALUES = SCALARS | PLAIN | st.lists(SCALARS | PLAIN, max_size=3) | st.dictionari
 
 @settings(max_examples=100)
 @given(st.dictionaries(KEYS, VALUES, max_size=4))
-def test_yaml_says_what_the_fields_say(fields: dict[str, object]) -> None:
+def test_yaml_and_fields_have_the_same_content(fields: dict[str, object]) -> None:
     assert yaml.safe_load(ResourceSpec(b"", fields).yaml()) == fields
 
 
@@ -101,12 +101,12 @@ def test_a_spec_never_shows_its_values() -> None:
     ],
     ids=["status", "config", "tunnel", "machine config", "address"],
 )
-def test_specs_travel_in_the_known_form(spec: ResourceSpec, proto: bytes, text: object) -> None:
+def test_specs_are_encoded_as_existing_machines_do(spec: ResourceSpec, proto: bytes, text: object) -> None:
     assert spec.proto == proto
     assert yaml.safe_load(spec.yaml()) == text
 
 
-def test_a_link_says_what_the_kernel_says_and_a_link_spec_holds_the_key_that_is_given() -> None:
+def test_a_link_has_the_kernels_values_and_a_link_spec_the_given_key() -> None:
     link = link_status(LinkFacts(index=2, type=1, flags=69699, mtu=1500, state=6, hardware=b"\x02\xfc\0\0\0\x01", carrier=True))
     assert link.proto.startswith(
         b"\x08\x02\x10\x01\x20\xc3\xa0\x04\x2a\x06\x02\xfc\x00\x00\x00\x01\x38\xdc\x0b\x50\x06\xb0\x01\x01"

@@ -48,7 +48,7 @@ def test_an_impossible_length_ends_the_walk_and_keeps_what_came_before(length: i
     assert [found.kind for found in parse(good + bad + good)] == [20]
 
 
-def test_a_message_shorter_than_its_structure_has_none() -> None:
+def test_a_truncated_message_has_no_structure() -> None:
     layout = struct.Struct("=II")
     assert message(16, bytes(7)).fixed(layout) is None
     assert message(16, bytes(8)).fixed(layout) == (0, 0)
@@ -56,7 +56,7 @@ def test_a_message_shorter_than_its_structure_has_none() -> None:
     assert next(parse(follower)).fixed(layout) is None  # not read out of the next message
 
 
-def test_attributes_do_not_leave_their_bounds() -> None:
+def test_attributes_beyond_the_message_are_not_read() -> None:
     data = attribute(1, b"abc") + attribute(2, b"")
     assert list(attributes(data)) == [(1, 4, 7), (2, 12, 12)]
     assert list(attributes(data, 0, 8)) == [(1, 4, 7)]
@@ -66,7 +66,7 @@ def test_attributes_do_not_leave_their_bounds() -> None:
 
 
 @given(st.binary(max_size=300))
-def test_no_bytes_do_harm(data: bytes) -> None:
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     for found in parse(data):
         assert 16 <= found.start <= found.end <= len(data)
         error_of(found)
@@ -81,7 +81,7 @@ def test_no_bytes_do_harm(data: bytes) -> None:
     number(data)
 
 
-def test_an_error_comes_with_the_kernels_words() -> None:
+def test_an_error_has_the_kernels_message() -> None:
     request = encode(16, bytes(16))
     plain = struct.pack("=i", -errno.EINVAL) + request
     assert error_of(message(ERROR, plain)) == (errno.EINVAL, "Invalid argument")
@@ -93,7 +93,7 @@ def test_an_error_comes_with_the_kernels_words() -> None:
     assert error_of(message(ERROR, plain[:6], 0x200))[0] == errno.EINVAL
 
 
-def test_a_route_with_several_ways() -> None:
+def test_a_multipath_route_is_read() -> None:
     head = struct.pack("=BBBBBBBBI", socket.AF_INET, 8, 0, 0, 254, 3, 0, 1, 0)
     hop = struct.pack("=HBBi", 16, 0, 4, 7) + attribute(5, bytes([192, 0, 2, 1]))
     broken = struct.pack("=HBBi", 500, 0, 0, 8)
@@ -111,7 +111,7 @@ def test_a_route_of_a_large_table_by_a_gateway_of_the_other_family() -> None:
     assert (route.destination, route.table, route.gateway) == (ip_network("0.0.0.0/0"), 51820, ip_address("fe80::1"))
 
 
-def test_a_refusal_says_what_the_kernel_says() -> None:
+def test_a_refusal_has_the_kernels_message() -> None:
     with closing(RequestSocket()) as requests:
         with pytest.raises(NetlinkRefusal) as caught:
             read_link(requests, 2**31 - 1)

@@ -45,7 +45,7 @@ def test_a_preshared_key_on_one_side_only_makes_no_session() -> None:
     assert dropped(a)[Drop.BAD_HANDSHAKE] == 1
 
 
-def test_both_begin_at_once() -> None:
+def test_both_ends_begin_at_the_same_time() -> None:
     a, b, wire = pair()
     a.add(b)
     b.add(a)
@@ -111,7 +111,7 @@ def test_sessions_that_are_kept_are_few_and_none_has_expired() -> None:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_a_bad_wire_ends_in_a_session_and_alters_nothing(seed: int) -> None:
+def test_a_lossy_link_gets_a_session_and_packets_are_unchanged(seed: int) -> None:
     a, b, wire = pair(seed, drop=0.1, duplicate=0.1, delay=0.1, corrupt=0.01)
     a.add(b, keepalive=25)
     b.add(a, dial=False)
@@ -225,7 +225,7 @@ def test_a_reflected_message_is_refused() -> None:
     assert dropped(a) == Counter([Drop.BAD_MAC1])
 
 
-def test_inner_packets_that_are_not_the_peers_to_send() -> None:
+def test_inner_packets_with_another_source_are_dropped() -> None:
     a, b, wire = joined()
     peer = a.engine.peers[b.engine.public_key]
     session = peer.current
@@ -273,7 +273,7 @@ def networks(*texts: str) -> list:  # type: ignore[type-arg]
     return [ip_network(text) for text in texts]
 
 
-def test_what_the_interface_gives_is_checked_too() -> None:
+def test_outgoing_packets_are_checked_too() -> None:
     a, b, wire = joined()
     for packet, reason in [
         (b"", Drop.OUTBOUND_MALFORMED),

@@ -25,7 +25,7 @@ from tests.support.virtual import VirtualPath, dropped, inner_packet, joined, pa
 A_TO_B = inner_packet("fd00::a", "fd00::b", b"from a")
 
 
-def test_under_load_a_cookie_is_asked_for_and_the_handshake_passes_at_once() -> None:
+def test_under_load_a_cookie_is_required_and_the_handshake_then_succeeds() -> None:
     a, b, wire = pair()
     wire.latency = 0.0
     a.add(b)
@@ -70,7 +70,7 @@ def test_under_load_ends_that_begin_at_the_same_moment_shake_hands_at_once() -> 
         assert not {Drop.BAD_COOKIE, Drop.UNEXPECTED_RESPONSE} & {*dropped(a), *dropped(b)}
 
 
-def test_a_response_that_nobody_waits_for_needs_a_cookie_under_load() -> None:
+def test_under_load_an_unexpected_response_needs_a_cookie() -> None:
     a, b, _ = pair()
     a.add(b)
     b.add(a)

@@ -23,7 +23,7 @@ def passive() -> tuple[Node, Node, Wire]:
     return a, b, wire
 
 
-def test_nothing_is_sent_to_it_for_as_long_as_sessions_last() -> None:
+def test_nothing_is_sent_to_a_passive_peer_during_its_sessions() -> None:
     _, b, wire = passive()
     b.send(B_TO_A)
     (peer,) = b.engine.peers.values()
@@ -38,7 +38,7 @@ def test_nothing_is_sent_to_it_for_as_long_as_sessions_last() -> None:
     assert (peer.current, peer.previous) == (None, ())  # erased in time
 
 
-def test_what_it_sends_in_its_session_is_taken_and_told_and_not_answered() -> None:
+def test_packets_of_a_passive_peer_are_received_and_reported_and_not_answered() -> None:
     a, b, wire = passive()
     a.send(A_TO_B)
     wire.run(14.0)
@@ -49,7 +49,7 @@ def test_what_it_sends_in_its_session_is_taken_and_told_and_not_answered() -> No
 
 
 @pytest.mark.parametrize("is_replayed", [True, False])
-def test_a_session_that_it_begins_makes_it_active_and_a_replayed_initiation_does_not(is_replayed: bool) -> None:
+def test_a_handshake_makes_a_passive_peer_active_and_a_replayed_initiation_does_not(is_replayed: bool) -> None:
     a, b, wire = pair()
     wire.latency = 0.0
     a.add(b)
@@ -80,7 +80,7 @@ def test_a_session_that_it_begins_makes_it_active_and_a_replayed_initiation_does
 # --- a peer that another device may have taken
 
 
-def test_who_may_have_lost_a_peer_sends_for_a_moment_and_then_nothing_until_it_is_heard() -> None:
+def test_after_the_tenure_a_peer_is_sent_to_briefly_and_then_only_when_heard() -> None:
     a, b, wire = joined()
     (peer,) = b.engine.peers.values()
     b.engine.set_persistent_keepalive(peer, 25, 0.0)
@@ -109,7 +109,7 @@ def test_who_may_have_lost_a_peer_sends_for_a_moment_and_then_nothing_until_it_i
     assert [message_type(datagram) for datagram in b.take()][-1] == TRANSPORT
 
 
-def test_a_peer_that_answers_is_sent_to_all_the_time_and_one_that_is_sure_without_an_answer() -> None:
+def test_an_answering_peer_is_always_sent_to_and_during_the_tenure_a_silent_one_too() -> None:
     for until, answers in ((3.0, True), (float("inf"), False)):
         a, b, wire = joined()
         b.engine.tenure.until = until
@@ -125,7 +125,7 @@ def test_a_peer_that_answers_is_sent_to_all_the_time_and_one_that_is_sure_withou
                 b.take()
 
 
-def test_a_handshake_that_is_under_way_is_not_repeated_in_doubt() -> None:
+def test_after_the_tenure_a_handshake_is_not_repeated() -> None:
     a, b, wire = pair()
     b.add(a)
     b.engine.tenure.until = 0.0

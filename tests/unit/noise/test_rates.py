@@ -30,7 +30,7 @@ def test_a_short_last_row_and_a_batch_that_fits_are_taken_whole() -> None:
     assert rows_within((rate,), 0, 1, 0, 0.0) == 1, "a keepalive has no bytes"
 
 
-def test_what_is_beyond_either_bucket_is_dropped_and_counted_where_it_was() -> None:
+def test_packets_beyond_either_bucket_are_dropped_and_counted_for_it() -> None:
     own, shared = Rate(ROW * 10, Drop.BANDWIDTH_OUT), Rate(ROW * 1000, Drop.BANDWIDTH_ALL_OUT)
     assert rows_within((own, shared), ROW, 500, ROW, 0.0) == LEAST_BURST // ROW
     assert own.dropped == 500 - LEAST_BURST // ROW

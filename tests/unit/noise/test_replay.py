@@ -24,7 +24,7 @@ runs = st.builds(lambda first, count: list(range(first, first + count)), st.inte
 
 
 @given(st.lists(counters, max_size=80))
-def test_one_by_one(sequence: list[int]) -> None:
+def test_counters_are_accepted_once(sequence: list[int]) -> None:
     window, obvious = ReplayWindow(), ObviousWindow()
     for counter in sequence:
         assert window.accept(counter) == obvious.accept(counter)
@@ -39,7 +39,7 @@ def test_batches_are_as_good_as_one_by_one(batches: list[list[int]]) -> None:
         assert (accepted or [True] * len(batch)) == expected
 
 
-def test_edges() -> None:
+def test_edges_of_the_replay_window() -> None:
     window = ReplayWindow()
     assert window.accept(0)
     assert not window.accept(0)

@@ -46,7 +46,7 @@ def test_a_peer_that_is_added_a_moment_later_is_answered_without_another_initiat
     assert b.take() == []
 
 
-def test_a_later_one_has_to_come_again() -> None:
+def test_a_peer_added_later_has_to_initiate_again() -> None:
     a, b, wire = come_too_early()
     wire.run(STRANGER_SECONDS + 0.1)
     configure(a, b)

@@ -134,7 +134,7 @@ def test_initiator_rekeys_on_receiving_at_165_seconds_but_not_before() -> None:
             assert a.take() == []  # only once
 
 
-def test_nothing_passes_under_a_session_of_180_seconds() -> None:
+def test_a_session_older_than_180_seconds_carries_nothing() -> None:
     a, b, wire = joined()
     peer = b.engine.peers[a.engine.public_key]
     peer.path = None
@@ -195,7 +195,7 @@ def test_counters_of_a_batch_that_does_not_fit_are_never_used() -> None:
     assert session.reserve(1, 0.0) is None
 
 
-def test_silence_is_told_before_another_initiation() -> None:
+def test_silence_is_reported_before_another_initiation() -> None:
     a, b, wire = joined()
     a.events.clear()
     wire.faults.drop = 1.0

@@ -67,7 +67,7 @@ def reads(draw: st.DrawFn) -> Read:
 
 
 @given(st.lists(st.one_of(reads(), st.none()), max_size=60))
-def test_no_packet_passes_one_of_its_own_flow_and_none_is_lost(steps: list[Read | None]) -> None:
+def test_packets_of_one_flow_keep_their_order_and_none_is_lost(steps: list[Read | None]) -> None:
     """None stands for a turn in which the oldest is sent."""
     backlog, sent, waiting = Backlog(), list[Read](), list[Read]()
     passed = 0
@@ -97,7 +97,7 @@ def test_no_packet_passes_one_of_its_own_flow_and_none_is_lost(steps: list[Read 
             assert [read.frame for read in sent if read.addresses == addresses and read.flow == flow] == same
 
 
-def test_a_packet_of_a_quiet_flow_passes_and_one_of_a_busy_flow_does_not() -> None:
+def test_a_packet_of_a_quiet_flow_overtakes_and_one_of_a_busy_flow_does_not() -> None:
     backlog = Backlog()
     busy, quiet = (Packet(ports=(port, 9), payload=bytes(100)) for port in (1, 2))
     backlog.add(busy.frame(50))

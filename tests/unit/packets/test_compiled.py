@@ -37,7 +37,7 @@ def endless() -> Iterator[tuple[int, int]]:
 
 
 @given(st.integers(0, 300), NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS | st.just(2**64 - 2), NUMBERS)
-def test_numbers_are_taken_or_refused(
+def test_numbers_are_accepted_or_refused(
     functions: Functions,
     endless: tuple[int, int],
     size: int,
@@ -129,7 +129,7 @@ def test_buffers_that_cannot_be_used_are_refused(functions: Functions) -> None:
         functions.open_rows(KEY, array[:, :10].data, 0, 64, 32, 32, 2)
 
 
-def test_what_is_given_for_many_sessions_is_taken_or_refused_as_a_whole(functions: Functions) -> None:
+def test_arguments_for_many_sessions_are_accepted_or_refused_together(functions: Functions) -> None:
     view = memoryview(bytearray(range(200)) * 2)
     for rows in ([(KEY, 0, 31)], [(KEY, 369, 32)], [(KEY, 40, 40), (KEY, 79, 40)], [(KEY, 40, 40), (KEY, 0, 40)]):
         before = bytes(view)
@@ -160,7 +160,7 @@ def test_what_is_given_for_many_sessions_is_taken_or_refused_as_a_whole(function
 
 
 @given(st.data())
-def test_both_find_the_same_frames_malformed(functions: Functions, data: st.DataObject) -> None:
+def test_both_implementations_refuse_the_same_frames(functions: Functions, data: st.DataObject) -> None:
     packet = Packet(
         version=data.draw(st.sampled_from([4, 6])),
         protocol=data.draw(st.sampled_from([TCP, UDP])),
@@ -185,7 +185,7 @@ def test_both_find_the_same_frames_malformed(functions: Functions, data: st.Data
 
 
 @pytest.mark.parametrize("headroom", [0, 8])
-def test_packets_are_sealed_opened_and_merged_where_they_are(functions: Functions, headroom: int) -> None:
+def test_packets_are_sealed_opened_and_merged_in_place(functions: Functions, headroom: int) -> None:
     packet = Packet(payload=bytes(range(250)) * 20, options=bytes(12))
     splitter = CompiledSplitter(functions, 1280)
     splitter.headroom = headroom
@@ -258,7 +258,7 @@ def reload(monkeypatch: pytest.MonkeyPatch, module: object) -> str:
     return compiled.load.__wrapped__()[1]
 
 
-def test_another_seam_or_a_module_that_cannot_be_loaded_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_core_of_another_interface_version_or_a_broken_one_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     other = compiled.SEAM + 1
     wanted = f"seam {other}, and {compiled.SEAM} is needed"
     assert wanted in reload(monkeypatch, SimpleNamespace(SEAM=other, __version__="9"))
@@ -267,7 +267,7 @@ def test_another_seam_or_a_module_that_cannot_be_loaded_is_not_used(monkeypatch:
     assert reload(monkeypatch, SimpleNamespace(SEAM=compiled.SEAM, __version__="9")) == "siderolink-native 9"
 
 
-def test_the_variable_switches_it_off() -> None:
+def test_the_environment_variable_disables_the_compiled_core() -> None:
     program = "from siderolink.common.wireguard.packets import row_functions, row_functions_in_use as use\n"
     program += "print(type(row_functions()).__name__, use())"
     done = subprocess.run(

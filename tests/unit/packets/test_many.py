@@ -137,7 +137,7 @@ def test_each_frame_is_finished_as_if_it_were_alone(functions: Functions, given:
     assert is_odd or len(found) == min(most, len(given))
 
 
-def test_a_frame_that_is_not_taken_keeps_no_other_back(functions: Functions) -> None:
+def test_a_refused_frame_does_not_delay_others(functions: Functions) -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
         far.setblocking(False)

@@ -230,7 +230,7 @@ def test_a_damaged_segment_goes_alone_and_the_others_are_still_merged() -> None:
 
 @pytest.mark.parametrize("last", [100, 60])
 @pytest.mark.parametrize(("version", "protocol"), [(4, TCP), (4, UDP), (6, TCP), (6, UDP)])
-def test_no_damage_is_healed_by_merging(version: int, protocol: int, last: int) -> None:
+def test_merging_does_not_hide_damage(version: int, protocol: int, last: int) -> None:
     packet = Packet(version=version, protocol=protocol, payload=bytes(range(100)) * 4 + bytes(last))
     clean = encoded(packet, 100)
     # A byte of the payload, both bytes of the transport checksum, and of the IPv4 header checksum.
@@ -330,7 +330,7 @@ def test_addresses_are_asked_for_once_and_refused_ones_are_counted() -> None:
     assert [pair[0] for pair in interface.asked] == [good.encode()[8:24], source]
 
 
-def test_what_is_not_ip_or_lies_about_its_length_is_dropped_alone() -> None:
+def test_packets_that_are_not_ip_or_have_a_wrong_length_are_dropped_alone() -> None:
     good = pad(Packet(payload=bytes(30)).encode())
     size = len(good)
     liar = bytearray(good)
@@ -342,7 +342,7 @@ def test_what_is_not_ip_or_lies_about_its_length_is_dropped_alone() -> None:
     assert interface.drops == {Drop.INNER_MALFORMED: 5}
 
 
-def test_keepalives_are_silent() -> None:
+def test_keepalives_are_not_delivered() -> None:
     interface = Interface()
     assert interface.frames([b"", b""]) == []
     assert not interface.drops
@@ -368,7 +368,7 @@ def test_a_run_is_cut_where_a_super_packet_ends() -> None:
 
 
 @given(st.lists(st.binary(min_size=64, max_size=64), min_size=1, max_size=6), st.sampled_from([b"\x60", b"\x45", b"\x46", b""]))
-def test_any_bytes_are_taken(bodies: list[bytes], start: bytes) -> None:
+def test_any_bytes_are_accepted(bodies: list[bytes], start: bytes) -> None:
     rows = [start + body[len(start) :] for body in bodies]
     interface = Interface()
     frames = interface.frames(rows)

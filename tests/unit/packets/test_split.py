@@ -234,7 +234,7 @@ def test_gatherer_takes_a_packet_above_the_mtu_alone() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_gatherer_takes_no_super_packet_and_no_stump(count: int) -> None:
+def test_gatherer_refuses_super_packets_and_truncated_packets(count: int) -> None:
     gatherer = ROWS.gatherer(1280)
     small = Packet(payload=b"small").encode()
     for _ in range(count):

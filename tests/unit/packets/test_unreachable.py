@@ -16,7 +16,7 @@ packets = st.builds(
 
 
 @given(packets)
-def test_whole_and_from_the_address_that_is_not_there(packet: Packet) -> None:
+def test_the_error_is_well_formed_and_from_the_missing_address(packet: Packet) -> None:
     sent = packet.encode()
     error = unreachable(memoryview(sent))
     assert error is not None
@@ -65,7 +65,7 @@ def ipv6(source: str, destination: str, following: int, payload: bytes = b"") ->
         ipv6("fd00::1", "fd00::2", 44, bytes(8)),
     ],
 )
-def test_what_must_not_be_answered_is_not(packet: bytes) -> None:
+def test_packets_that_must_not_be_answered_are_not(packet: bytes) -> None:
     assert unreachable(packet) is None
 
 
@@ -77,5 +77,5 @@ def test_what_must_not_be_answered_is_not(packet: bytes) -> None:
         ipv6("fd00::1", "fd00::2", 58, b"\x80\0"),
     ],
 )
-def test_questions_and_first_parts_are_answered(packet: bytes) -> None:
+def test_echo_requests_and_first_fragments_are_answered(packet: bytes) -> None:
     assert unreachable(packet) is not None

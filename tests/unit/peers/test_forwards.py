@@ -81,7 +81,7 @@ async def echo(relay: Relay, port: int, size: int) -> None:
                 await sending
 
 
-async def test_one_that_stalls_both_ways_holds_little_at_each_server_and_delays_no_other(relay: Relay) -> None:
+async def test_a_stalled_forward_holds_little_memory_at_each_server_and_delays_no_other(relay: Relay) -> None:
     loop, data = asyncio.get_running_loop(), bytes(range(256)) * (64 << 10)
     async with forwarded(relay.channel, relay.machine_id) as stalled:
         with await relay.ports.accept() as far:
@@ -108,7 +108,7 @@ async def test_one_that_stalls_both_ways_holds_little_at_each_server_and_delays_
     assert relay.held() == {"owner": 0, "relay": 0}
 
 
-async def test_no_more_are_relayed_than_may_be(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_relayed_forwards_is_limited(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relays, "MAX_FORWARDS", 1)
     async with forwarded(relay.channel, relay.machine_id):
         with await relay.ports.accept():
@@ -122,7 +122,7 @@ async def test_no_more_are_relayed_than_may_be(relay: Relay, monkeypatch: pytest
     await echo(relay, 22, 1 << 16)
 
 
-async def test_a_key_with_grants_at_several_owners_keeps_nobody_out(
+async def test_a_key_with_grants_at_several_servers_cannot_use_up_all_forwards(
     relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (relays, forwards_module):

@@ -96,7 +96,7 @@ async def test_only_a_living_server_with_the_shared_key_and_its_own_row_is_answe
                 await peers_pb.PeerServiceStub(plain).last_heard(peers_pb.LastHeardRequest(machine_id="x"), timeout=5)
 
 
-async def test_a_server_tells_when_it_heard_a_machine_and_one_that_is_gone_tells_nothing(tmp_path: Path) -> None:
+async def test_a_server_reports_when_it_heard_a_machine_and_a_stopped_one_does_not(tmp_path: Path) -> None:
     async with two(tmp_path) as (a, b):
         machine_id = await a.join(FakeMachine())
         a.registry.time.advance(40)
@@ -111,7 +111,7 @@ async def test_a_server_tells_when_it_heard_a_machine_and_one_that_is_gone_tells
         assert await b.peers.queries.heard_at("a", machine_id) is None
 
 
-async def test_a_silent_server_is_waited_for_a_second(tmp_path: Path) -> None:
+async def test_a_query_to_a_silent_server_ends_after_a_second(tmp_path: Path) -> None:
     registry = Registry()
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=0)
     async with listener, open_sibling(tmp_path, "b", registry) as b:
@@ -121,7 +121,7 @@ async def test_a_silent_server_is_waited_for_a_second(tmp_path: Path) -> None:
             assert await b.peers.queries.heard_at("a", "x") is None
 
 
-async def test_machines_of_another_server_are_shown_as_that_one_has_them(tmp_path: Path) -> None:
+async def test_machines_of_another_server_have_the_state_that_it_reports(tmp_path: Path) -> None:
     async with two(tmp_path) as (a, b):
         here, there = FakeMachine(), FakeMachine()
         mine, its = await b.join(here), await a.join(there)
@@ -168,7 +168,7 @@ async def test_a_call_about_a_machine_is_made_at_its_owner_and_audited_for_the_c
         assert (await b.get("berlin")).admission == "denied"
 
 
-async def test_a_key_that_the_owner_does_not_know_is_refused_there_and_an_ended_one_ends_the_call(tmp_path: Path) -> None:
+async def test_the_owner_refuses_an_unknown_key_and_ends_the_calls_of_a_revoked_one(tmp_path: Path) -> None:
     async with two(tmp_path) as (a, b):
         machine_id = await a.join(FakeMachine())
         await b.knows(machine_id)
@@ -193,7 +193,7 @@ async def test_a_key_that_the_owner_does_not_know_is_refused_there_and_an_ended_
                     await keys.revoke("ops")
 
 
-async def test_a_dead_owner_is_passed_over_and_calls_that_run_end_with_it(tmp_path: Path) -> None:
+async def test_a_dead_owner_is_skipped_and_its_running_calls_end(tmp_path: Path) -> None:
     async with two(tmp_path) as (a, b):
         machine_id = await a.join(FakeMachine())
         await b.knows(machine_id)
@@ -235,7 +235,7 @@ async def archives(folder: Path) -> AsyncIterator[list[tuple[Archive, Reports]]]
         yield found
 
 
-async def test_lines_of_all_servers_are_shown_as_one_and_deleted_everywhere(tmp_path: Path) -> None:
+async def test_lines_kept_by_all_servers_are_merged_and_deleted_everywhere(tmp_path: Path) -> None:
     async with archives(tmp_path) as kept, two(tmp_path, *(reports for _, reports in kept)) as (a, b):
         machine = FakeMachine()
         machine_id = await a.join(machine)
@@ -272,9 +272,7 @@ async def test_lines_of_all_servers_are_shown_as_one_and_deleted_everywhere(tmp_
             assert await shown() == []
 
 
-async def test_a_forward_whose_first_bytes_are_nonsense_is_refused_where_it_comes_in(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_malformed_forward_is_refused_by_the_first_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with two(tmp_path) as (a, b):
         here, there = await b.join(FakeMachine()), await a.join(FakeMachine())
         await b.knows(there)
@@ -300,7 +298,7 @@ async def test_a_forward_whose_first_bytes_are_nonsense_is_refused_where_it_come
 
 
 @pytest.mark.parametrize("told", [b"\x18\x05", b"\x08\x05", b"\xff", b"\x1a\x02\xff\xff", b"\x20\x05"])
-async def test_a_caller_that_cannot_be_read_is_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture, told: bytes) -> None:
+async def test_a_malformed_caller_has_no_rights(tmp_path: Path, caplog: pytest.LogCaptureFixture, told: bytes) -> None:
     async with two(tmp_path) as (a, b):
         machines = pb.MachineServiceStub(a.peers.channels.to(b.registry.rows["b"]))
         with pytest.raises(GRPCError) as refused:
@@ -309,7 +307,7 @@ async def test_a_caller_that_cannot_be_read_is_nobody(tmp_path: Path, caplog: py
     assert not [record for record in caplog.records if record.exc_info]
 
 
-async def test_a_server_whose_process_ended_is_noticed_by_its_connection_and_a_closed_connection_alone_is_none(
+async def test_a_refused_connection_shows_a_dead_server_and_a_closed_one_alone_does_not(
     tmp_path: Path,
 ) -> None:
     registry, stopped = Registry(), list[str]()

@@ -111,7 +111,7 @@ def test_any_event_comes_back_as_it_was(data: bytes, name: str, type_url: str) -
 
 
 @given(st.binary(max_size=200))
-def test_what_is_no_record_is_passed_over(data: bytes) -> None:
+def test_malformed_records_are_skipped(data: bytes) -> None:
     decode_line(data)
     decode_event(data)
 
@@ -163,7 +163,7 @@ def test_a_folder_that_others_could_read_is_closed_and_one_in_use_is_refused(
         pass
 
 
-async def test_foreign_things_in_the_folder_stay_as_they_are(tmp_path: Path) -> None:
+async def test_foreign_files_in_the_folder_are_not_touched(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "machine").write_text('["m-1", "u"]')
@@ -217,7 +217,7 @@ async def test_old_files_go_with_their_machine_s_folder(tmp_path: Path) -> None:
     assert listed(tmp_path) == []
 
 
-async def test_what_a_crash_left_of_a_line_is_cut_off(tmp_path: Path) -> None:
+async def test_a_partial_line_left_by_a_crash_is_removed(tmp_path: Path) -> None:
     with kept(tmp_path) as archive:
         archive.add(line("one"))
     (path,) = files(tmp_path)
@@ -261,7 +261,7 @@ def test_a_killed_process_leaves_whole_lines(tmp_path: Path) -> None:
     assert texts == [str(number) for number in range(len(texts))]
 
 
-def test_a_disk_that_is_full_costs_reports_and_nothing_else_and_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_loses_reports_only_and_is_reported(tmp_path: Path) -> None:
     """A limit of the size of files stands for the disk: the kernel writes a part, and then refuses."""
     program = """
         import logging, resource, signal, sys
@@ -306,7 +306,7 @@ def test_the_loop_never_waits_for_the_disk(tmp_path: Path) -> None:
 # --- found again
 
 
-async def test_a_search_takes_what_it_asks_for(tmp_path: Path) -> None:
+async def test_a_search_finds_what_matches(tmp_path: Path) -> None:
     cafe = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
     texts = [
         'said "no"',
@@ -363,7 +363,7 @@ async def test_a_search_reads_a_bounded_piece_in_each_turn(tmp_path: Path) -> No
         assert turns >= size // CHUNK > 30
 
 
-async def test_what_comes_is_followed_without_a_gap_or_a_repetition(tmp_path: Path) -> None:
+async def test_new_lines_are_followed_without_gap_or_repetition(tmp_path: Path) -> None:
     with kept(tmp_path) as archive:
         ingest = ReportIngest(ReportOptions(lines_per_second=0, line_bytes_per_second=0), lambda address: None)
         ingest.keep = archive.add
@@ -387,7 +387,7 @@ async def test_what_comes_is_followed_without_a_gap_or_a_repetition(tmp_path: Pa
         assert seen == [str(number) for number in range(300)]
 
 
-async def test_what_a_slow_follower_loses_is_read_from_the_files(tmp_path: Path) -> None:
+async def test_a_slow_follower_reads_missed_lines_from_the_files(tmp_path: Path) -> None:
     with kept(tmp_path) as archive:
         options = ReportOptions(reader_limit=10, lines_per_second=0, line_bytes_per_second=0)
         ingest = ReportIngest(options, lambda address: None)
@@ -411,7 +411,7 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*-*"))
 
 
-async def test_what_is_older_is_deleted_of_one_machine_or_of_all(tmp_path: Path) -> None:
+async def test_older_reports_of_one_machine_or_of_all_are_deleted(tmp_path: Path) -> None:
     with kept(tmp_path) as archive:
         for name in ("m-1", "m-2", "m-3"):
             for number in range(6):

@@ -84,7 +84,7 @@ async def test_every_event_arrives_once_and_in_order_though_calls_fail() -> None
         assert [request.id for request in sink.taken] == sorted({request.id for request in sink.taken})
 
 
-async def test_an_event_that_the_sink_calls_invalid_does_not_hold_up_those_behind_it_for_ever() -> None:
+async def test_an_event_refused_as_invalid_does_not_block_later_ones_forever() -> None:
     class Picky(ForeignSink):
         async def publish(self, request: bytes, context: Any) -> bytes:
             if b"odd" in request:
@@ -169,14 +169,14 @@ async def test_an_overlay_address_is_never_reached_by_a_proxy(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("error", "actor"), [("x" * 300_000, ""), ("", "a" * 1000)])
-async def test_an_event_that_no_sink_takes_is_refused_at_once(error: str, actor: str) -> None:
+async def test_an_event_that_no_sink_would_accept_is_refused_at_once(error: str, actor: str) -> None:
     sender = EventSender()
     with pytest.raises(ConfigurationError, match="an event has at most"):
         sender.publish(ConfigLoadErrorEvent(error=error), actor_id=actor)
     assert sender.waiting == 0
 
 
-async def test_more_events_than_may_wait_are_lost_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+async def test_events_beyond_the_queue_are_lost_counted_and_reported(caplog: pytest.LogCaptureFixture) -> None:
     sink, sender = ForeignSink(), EventSender(max_events=3)
     for number in range(10):
         sender.publish(PhaseEvent(phase=str(number)))
@@ -228,7 +228,7 @@ def sender_to(port: int, protocol: Any = "tcp", **options: Any) -> LogSender:
     return LogSender(LogDestination(protocol, HostPort("127.0.0.1", port)), **options)
 
 
-async def test_lines_arrive_and_a_break_loses_none(no_leaks: None) -> None:
+async def test_no_line_is_lost_over_a_broken_connection(no_leaks: None) -> None:
     receiver = Receiver()
     async with background_tasks() as tasks:
         async with receiver.serve() as port:
@@ -281,7 +281,7 @@ async def test_what_was_not_written_when_the_receiver_ended_is_sent_again(no_lea
     assert sorted(set(got)) == list(range(2000))
 
 
-async def test_a_receiver_that_takes_nothing_costs_bounded_memory(no_leaks: None) -> None:
+async def test_a_receiver_that_reads_nothing_costs_bounded_memory(no_leaks: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sender = sender_to(deaf.getsockname()[1], max_lines=100, max_bytes=1_000_000)

@@ -233,7 +233,7 @@ def test_what_is_no_event_is_refused_after_few_fields_and_counted(data: bytes, k
     assert found.taken_events == 0
 
 
-def test_memory_of_what_is_kept_is_what_is_counted() -> None:
+def test_counted_memory_is_the_memory_used() -> None:
     def kept(make: Callable[[int], MachineEvent | LogLine]) -> tuple[int, int]:
         ring: RingBuffers[MachineEvent | LogLine] = RingBuffers(count=10_000, machine_bytes=1 << 30, total_bytes=1 << 30)
         tracemalloc.start()
@@ -296,7 +296,7 @@ async def test_malformed_events_count_against_the_limit_too() -> None:
     assert found.drops_of("m") == {"event malformed": 3, "event rate limited": 2}
 
 
-def test_requests_of_newer_machines_are_taken() -> None:
+def test_requests_of_newer_machines_are_accepted() -> None:
     data = request("PhaseEvent", bytes(pb.PhaseEvent(phase="boot"))) + b"\x98\x06\x01" + field(101, b"new")
     assert read_event(MACHINE, data).payload == pb.PhaseEvent(phase="boot")
     again = EventRequest(data=pack_event(pb.RestartEvent(cmd=-1)), id="i", actor_id="a")
@@ -343,7 +343,7 @@ def log_sockets() -> tuple[socket.socket, socket.socket]:
 
 
 @pytest.mark.anyio
-async def test_a_flood_of_short_lines_is_counted_and_cut_up_in_small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flood_of_short_lines_is_counted_and_split_in_small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[int] = []
 
     class Counting(LineSplitter):

@@ -160,7 +160,7 @@ def test_any_line_has_a_message(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"[" * 100_000, b'{"a":' * 50_000, b'{"msg": ' + b"9" * 10_000 + b"}", b"null", b'"text"'])
-def test_lines_that_are_hard_on_a_parser_are_kept_as_they_are(raw: bytes) -> None:
+def test_lines_that_are_costly_to_parse_are_kept_unparsed(raw: bytes) -> None:
     line = LogLine(machine=machine(), received_at=0, raw=raw)
     assert line.fields() == {}
     assert line.message == raw.decode()
@@ -206,7 +206,7 @@ def test_events_go_out_and_come_back_the_same() -> None:
         (b"\x08" + b"\xff" * 10 + b"\x01", False),
     ],
 )
-def test_a_message_is_whole_or_not(data: bytes, whole: bool) -> None:
+def test_a_complete_message_is_recognised(data: bytes, whole: bool) -> None:
     assert is_whole(data) is whole
 
 

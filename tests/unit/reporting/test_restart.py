@@ -39,7 +39,7 @@ def listening(kind: socket.SocketKind, port: int) -> socket.socket:
     return sock
 
 
-async def test_a_receiver_that_stops_takes_what_has_come_and_loses_nothing(no_leaks: None) -> None:
+async def test_a_stopping_receiver_reads_what_has_arrived_and_loses_nothing(no_leaks: None) -> None:
     unlimited = ReportOptions(recent_lines=20 * LINES, recent_bytes=1 << 30, line_burst_bytes=1 << 30, line_burst=1 << 30)
     ingest = ReportIngest(unlimited, {HERE: MACHINE}.get)  # what is sent twice does not use up the limits of lines
     tcp, udp = listening(socket.SOCK_STREAM, 0), listening(socket.SOCK_DGRAM, 0)

@@ -71,7 +71,7 @@ async def send_lines(ingest: ReportIngest, taken: Callable[[], bool]) -> None:
             await until(taken)
 
 
-async def test_what_comes_from_no_machine_is_refused_and_counted() -> None:
+async def test_reports_from_strangers_are_refused_and_counted() -> None:
     ingest = ReportIngest(ReportOptions(), lambda address: None)
     await send_lines(ingest, lambda: ingest.drops[ReportDrop.UNKNOWN_SOURCE] == 2)
     assert await publish(ingest) == "PERMISSION_DENIED"
@@ -79,7 +79,7 @@ async def test_what_comes_from_no_machine_is_refused_and_counted() -> None:
     assert (ingest.taken_events, ingest.taken_lines) == (0, 0)
 
 
-async def test_the_same_from_a_machine_is_taken() -> None:
+async def test_the_same_reports_from_a_machine_are_accepted() -> None:
     ingest = ReportIngest(ReportOptions(), {MACHINE.overlay_address: MACHINE}.get)
     await send_lines(ingest, lambda: ingest.taken_lines == 2)
     assert await publish(ingest) == "OK"

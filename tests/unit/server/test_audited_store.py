@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 __all__ = ["store"]
 
 
-async def test_a_name_is_one_machines(store: Store) -> None:
+async def test_a_name_belongs_to_one_machine(store: Store) -> None:
     async def work(transaction: Transaction) -> None:
         await transaction.insert(replace(machine(1, 1, overlay=1), name="edge", labels={"rack": "7"}, note="north"))
         with pytest.raises(UniqueViolationError) as caught:
@@ -55,7 +55,7 @@ async def test_a_name_is_one_machines(store: Store) -> None:
     assert (found.id, found.tunnel_setting) == ("2", TunnelSetting.FORBID)
 
 
-async def test_the_grounds_of_a_ban_are_those_of_the_first_time(store: Store) -> None:
+async def test_a_repeated_ban_keeps_its_first_reason(store: Store) -> None:
     ban, grounds = Ban(value="uuid-9"), BanGrounds(reason="stolen", created_by="alice", created_at=5.0)
     await store.transact(lambda transaction: transaction.set_banned(ban, True, grounds))
     await store.transact(lambda transaction: transaction.set_banned(ban, True, BanGrounds(reason="again")))
@@ -109,7 +109,7 @@ async def test_audit_entries_are_added_with_their_transaction_or_not_at_all(stor
 GRANTS = (Grant("a1b2"), Grant("c3d4", 50000))
 
 
-async def test_principals_are_kept_by_name(store: Store) -> None:
+async def test_principals_are_stored_by_name(store: Store) -> None:
     one = Principal(id="1", name="ci", role=Role.VIEWER, key_digest=b"1" * 32, created_at=1.0, grants=GRANTS)
 
     async def clash(transaction: Transaction) -> None:

@@ -38,7 +38,7 @@ class Stepped(VirtualClock):
 
 
 @pytest.mark.parametrize("step", [120.0, -3600.0])
-async def test_a_step_neither_gives_a_living_link_away_nor_keeps_a_machine_out(step: float) -> None:
+async def test_a_clock_step_neither_frees_a_live_row_nor_excludes_a_machine(step: float) -> None:
     time = Stepped()
     manager, machine = Manager(time=time), FakeMachine()
     await manager.join(machine)
@@ -56,7 +56,7 @@ async def test_a_step_neither_gives_a_living_link_away_nor_keeps_a_machine_out(s
     assert (await manager.row(machine)).public_key == reborn.key
 
 
-async def test_a_silent_link_is_down_in_time_though_the_clock_goes_back() -> None:
+async def test_a_silent_link_goes_down_in_time_although_the_clock_goes_back() -> None:
     time = Stepped()
     manager, machine = Manager(time=time), FakeMachine(tunnel=True)
     answer = await manager.join(machine)

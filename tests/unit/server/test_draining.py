@@ -44,7 +44,7 @@ async def at(fleet: Fleet, name: str) -> FakeMachine:
     return machine
 
 
-async def test_its_own_machines_are_asked_and_nobody_is_sent_to_it_any_more() -> None:
+async def test_a_draining_server_asks_its_machines_to_move_and_gets_no_new_ones() -> None:
     asked: list[IPv6Address] = []
     async with fleet_of("a", "b") as fleet, draining(fleet, "a", asked) as drain:
         a, b = membership(fleet["a"]), membership(fleet["b"])
@@ -65,7 +65,7 @@ async def test_its_own_machines_are_asked_and_nobody_is_sent_to_it_any_more() ->
         assert asked == []
 
 
-async def test_a_machine_that_has_gone_to_another_server_is_answered_for_a_second() -> None:
+async def test_a_machine_that_moved_is_still_answered_for_a_second() -> None:
     async with fleet_of("a", "b") as fleet, draining(fleet, "a", []) as drain:
         mine = await at(fleet, "a")
         await anext(drain.steps(30))
@@ -78,7 +78,7 @@ async def test_a_machine_that_has_gone_to_another_server_is_answered_for_a_secon
         assert fleet.time.now - left_at >= KEEP_ANSWERING_SECONDS
 
 
-async def test_a_drain_that_is_cancelled_while_machines_are_counted_has_not_begun() -> None:
+async def test_a_drain_cancelled_while_it_counts_machines_has_not_begun() -> None:
     async with fleet_of("a", "b") as fleet, draining(fleet, "a", []) as drain:
         await at(fleet, "a")
         with anyio.CancelScope() as scope:
@@ -90,7 +90,7 @@ async def test_a_drain_that_is_cancelled_while_machines_are_counted_has_not_begu
         assert [drain.has_begun, membership(fleet["a"]).is_draining] == [True, True]
 
 
-async def test_a_server_alone_or_among_leaving_ones_does_not_wait() -> None:
+async def test_without_a_successor_a_drain_does_not_wait() -> None:
     async with fleet_of("a", "b") as fleet, draining(fleet, "b", []) as other, draining(fleet, "a", []) as alone:
         await other.run(0)
         await fleet.pass_time(1)
@@ -103,7 +103,7 @@ async def test_a_server_alone_or_among_leaving_ones_does_not_wait() -> None:
             await anext(servers(fleet, "a", alone).drain())
 
 
-async def test_a_drain_by_command_tells_its_steps_is_audited_and_can_be_undone() -> None:
+async def test_a_drain_by_command_reports_progress_is_audited_and_can_be_undone() -> None:
     asked: list[IPv6Address] = []
     async with fleet_of("a", "b") as fleet, draining(fleet, "a", asked) as drain:
         b = membership(fleet["b"])
@@ -130,7 +130,7 @@ async def test_a_drain_by_command_tells_its_steps_is_audited_and_can_be_undone()
         assert [(entry.action, entry.object_id) for entry in entries] == [("server.undo_drain", "a"), ("server.drain", "a")]
 
 
-async def test_whoever_follows_an_undone_drain_hears_so_and_a_stop_cannot_be_undone() -> None:
+async def test_followers_see_that_a_drain_was_undone_and_a_stop_cannot_be_undone() -> None:
     async with fleet_of("a", "b") as fleet, draining(fleet, "a", []) as drain:
         await at(fleet, "a")
         steps = drain.steps(30)
@@ -143,7 +143,7 @@ async def test_whoever_follows_an_undone_drain_hears_so_and_a_stop_cannot_be_und
             await drain.undo()
 
 
-async def test_only_admins_drain_and_a_server_that_is_not_there_is_told() -> None:
+async def test_only_admins_drain_and_an_unknown_server_is_refused() -> None:
     async with fleet_of("a", "b") as fleet, draining(fleet, "a", []) as drain:
         found = servers(fleet, "a", drain)
         operator = Actor(name="eve", role=Role.OPERATOR)

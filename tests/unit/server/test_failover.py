@@ -40,7 +40,7 @@ def stamp(seconds: float) -> bytes:
     return Timestamps().next(int(seconds * 1e9))
 
 
-def test_common_timestamps_rise_for_each_peer_and_keep_to_the_clock() -> None:
+def test_shared_timestamps_rise_for_each_peer_and_follow_the_clock() -> None:
     now = [1000.0]
     stamps = CommonTimestamps(lambda: int(now[0] * 1e9))
     one = [stamps.for_peer(b"1", 0) for _ in range(50)]
@@ -66,7 +66,7 @@ def test_a_successor_begins_above_what_the_owner_stored_or_waits() -> None:
     assert (successor.for_peer(b"2", 0) or b"") > stamp(1010)
 
 
-async def test_owners_store_their_last_stamp_and_successors_hear_of_it() -> None:
+async def test_owners_store_their_last_timestamp_and_successors_read_it() -> None:
     async with fleet_of("a", "b") as fleet:
         machine = FakeMachine()
         stamps = {name: CommonTimestamps(lambda: int(fleet.time.clock.time() * 1e9)) for name in ("a", "b")}
@@ -100,7 +100,7 @@ async def test_a_kernel_device_with_a_wrong_clock_dials_nobody_and_inherits_noth
 # --- without the database
 
 
-async def test_without_the_database_only_machines_that_were_just_heard_are_sent_to() -> None:
+async def test_without_the_database_only_machines_heard_just_now_are_sent_to() -> None:
     async with fleet_of("a", "b") as fleet:
         heard, silent = await linked(fleet, "a"), await linked(fleet, "a")
         lease = fleet["a"].fleet.lease
@@ -135,7 +135,7 @@ async def test_a_server_ends_when_the_database_was_away_for_too_long() -> None:
             await lease.check()
 
 
-async def test_a_server_that_was_away_is_sure_of_its_machines_only_when_it_knows_what_others_took() -> None:
+async def test_a_server_that_was_away_trusts_its_links_only_after_reading_what_others_took() -> None:
     """A process that was stopped still has its connections, and may write its heartbeat before it reads its feed."""
     async with fleet_of("a", "b") as fleet:
         machine = await linked(fleet, "a")
@@ -171,7 +171,7 @@ async def test_a_server_that_was_away_is_sure_of_its_machines_only_when_it_knows
         assert told == ["knows", SURE_SECONDS, SURE_SECONDS]
 
 
-async def test_heartbeats_go_on_while_a_server_hears_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_heartbeats_go_on_while_a_server_reads_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
     """With very many machines that takes longer than the others wait; a gap meanwhile is a doubt of its own."""
     monkeypatch.setattr("siderolink.server.fleet.membership.HEARTBEAT_SECONDS", 0.001)
     async with fleet_of("a", "b") as fleet:
@@ -197,7 +197,7 @@ async def test_heartbeats_go_on_while_a_server_hears_what_others_took(monkeypatc
         assert a.offline_for == 0
 
 
-async def test_a_server_that_is_alone_is_always_sure() -> None:
+async def test_a_single_server_always_trusts_its_links() -> None:
     async with fleet_of("a") as fleet:
         told: list[float | None] = []
         membership(fleet["a"]).on_beat = told.append
@@ -314,7 +314,7 @@ async def test_the_machines_of_a_server_that_lives_again_are_not_dialled_any_mor
         assert beats == [DIAL_PAUSES[0]]
 
 
-async def test_a_second_death_does_not_bring_the_next_dial_of_the_first_ones_machines_forward() -> None:
+async def test_a_second_dead_server_does_not_hasten_dials_of_the_first_ones_machines() -> None:
     turns: list[str] = []
     sleeps: list[anyio.Event] = []
 
@@ -341,7 +341,7 @@ async def test_a_second_death_does_not_bring_the_next_dial_of_the_first_ones_mac
         assert turns == ["a", "c", "a"]
 
 
-async def test_a_kernels_device_dials_without_the_session_of_before_and_keeps_one_that_is_in_use() -> None:
+async def test_a_kernel_device_drops_old_sessions_before_dialling_and_keeps_used_ones() -> None:
     async with fleet_of("a", "b") as fleet:
         machine, b = await linked(fleet, "a"), fleet["b"]
         b.device.__class__ = FakeKernelDevice

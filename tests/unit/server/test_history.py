@@ -49,7 +49,7 @@ def told(entries: Sequence[HistoryEntry]) -> list[tuple[str, str]]:
     return [(str(entry.kind), entry.detail) for entry in entries]
 
 
-async def test_a_machine_s_life_is_noted_with_its_reasons() -> None:
+async def test_the_history_has_each_change_of_a_machine_with_its_reason() -> None:
     manager = Manager(limits=MachineLimits(down_after=100.0))
     history = made(manager)
     machine = FakeMachine(unique_token="u")
@@ -90,7 +90,7 @@ async def test_a_machine_s_life_is_noted_with_its_reasons() -> None:
     assert next(entry.source for entry in found if entry.kind is HistoryKind.UP) == "198.51.100.7"
 
 
-async def test_a_machine_that_comes_with_another_version_is_told_against_its_row() -> None:
+async def test_a_changed_version_is_recorded_beside_the_one_in_the_row() -> None:
     manager, machine = Manager(), FakeMachine()
     await manager.join(machine)
     await manager.handshake(machine)
@@ -102,7 +102,7 @@ async def test_a_machine_that_comes_with_another_version_is_told_against_its_row
     assert ("version", "v1.14.0, before v1.13.0") in told(await noted(history))
 
 
-async def test_a_row_that_is_taken_over_tells_by_what_right_and_from_where() -> None:
+async def test_a_takeover_of_a_row_is_recorded_with_its_basis_and_source() -> None:
     manager, machine = Manager(), FakeMachine(unique_token="u")
     await manager.join(machine)
     await manager.handshake(machine)
@@ -115,7 +115,7 @@ async def test_a_row_that_is_taken_over_tells_by_what_right_and_from_where() -> 
     assert entry.source == "198.51.100.99:1"
 
 
-async def test_refused_joins_are_found_by_the_uuid_they_named_and_counted_together() -> None:
+async def test_refused_joins_are_found_by_their_uuid_and_counted_in_one_entry() -> None:
     manager, machine = Manager(), FakeMachine()
     await manager.join(machine)
     await manager.handshake(machine)
@@ -159,7 +159,7 @@ async def running(history: History) -> AsyncIterator[None]:
         yield
 
 
-async def test_what_an_absent_store_does_not_take_waits_and_the_rest_is_counted() -> None:
+async def test_entries_wait_for_an_absent_store_up_to_a_bound_and_the_rest_is_counted() -> None:
     store = Away()
     manager = Manager(store=store)
     history = made(manager, HistoryOptions(write_after=0.01, max_waiting=5))
@@ -203,7 +203,7 @@ async def test_a_storm_of_joins_waits_for_no_entry_and_all_are_written_in_few_tr
     assert transactions == 2
 
 
-async def test_lost_events_leave_a_mark() -> None:
+async def test_lost_events_are_recorded() -> None:
     history = made(Manager())
     history.note(EventsLost(count=7))
     assert told(await noted(history)) == [("lost", "7 events were not noted")]
@@ -229,7 +229,7 @@ async def test_one_machine_s_history_is_deleted_and_the_others_stay_and_old_entr
     assert history.counters().pruned == 2
 
 
-async def test_a_storm_is_pruned_before_its_time() -> None:
+async def test_many_entries_at_once_are_pruned_early() -> None:
     manager = Manager()
     history = made(manager, HistoryOptions(write_after=0.001, total=10, prune_after=30))
     async with running(history):
@@ -241,12 +241,12 @@ async def test_a_storm_is_pruned_before_its_time() -> None:
         assert len(await history.entries()) == 10
 
 
-def test_bounds_of_nothing_are_refused() -> None:
+def test_bounds_of_zero_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="per_machine of the history must be at least 1"):
         HistoryOptions(per_machine=0)
 
 
-async def test_a_stored_token_is_told_by_its_name() -> None:
+async def test_entries_name_the_stored_token() -> None:
     manager, tokens = managed()
     history = made(manager)
     made_token = await tokens.create("spring", token="a-secret-of-spring")

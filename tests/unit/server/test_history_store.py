@@ -53,7 +53,7 @@ async def test_entries_come_back_as_they_were_the_newest_first(store: Store) -> 
     assert found[2] == replace(written, seq=found[2].seq)
 
 
-async def test_a_query_takes_what_it_names(store: Store) -> None:
+async def test_a_query_matches_what_it_names(store: Store) -> None:
     refused = entry(3, "", uuid="uuid-1", kind=HistoryKind.REFUSED)
     await add(store, [entry(1), entry(2, "2"), refused, entry(4), entry(5, kind=HistoryKind.DOWN)])
     assert await times(store, HistoryQuery(machine_id="1")) == [5, 4, 1]
@@ -76,7 +76,7 @@ async def test_an_undone_transaction_appends_nothing(store: Store) -> None:
     assert await store.history(HistoryQuery()) == []
 
 
-async def test_deleting_takes_only_what_the_query_takes_and_numbers_are_not_used_again(store: Store) -> None:
+async def test_a_delete_removes_only_what_its_query_matches_and_numbers_are_not_reused(store: Store) -> None:
     await add(store, [entry(1), entry(2, "2"), entry(3)])
     last = (await store.history(HistoryQuery(limit=1)))[0].seq
     assert await store.delete_history(HistoryQuery(machine_id="1", limit=1)) == 2
@@ -85,7 +85,7 @@ async def test_deleting_takes_only_what_the_query_takes_and_numbers_are_not_used
     assert (await store.history(HistoryQuery(limit=1)))[0].seq > last
 
 
-async def test_pruning_keeps_the_newest_of_each_and_of_all(store: Store) -> None:
+async def test_pruning_keeps_the_newest_entries_of_each_machine_and_of_all(store: Store) -> None:
     await add(store, [entry(at, str(at % 3)) for at in range(300)])
     await add(store, [entry(at, "", uuid=f"stranger-{at}", kind=HistoryKind.REFUSED) for at in range(300, 700)])
     bounds = HistoryBounds(since=30.0, per_machine=20, total=1000)
@@ -100,7 +100,7 @@ async def test_pruning_keeps_the_newest_of_each_and_of_all(store: Store) -> None
 
 
 @pytest.mark.parametrize("kind", ["memory", "sql"])
-async def test_whoever_waits_for_the_store_waits_for_a_piece(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_others_wait_for_one_part_of_a_long_prune_at_most(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted, not timed: while entries are pruned and deleted, a transaction comes between every two pieces."""
     monkeypatch.setattr(statements, "ROWS_COUNTED", 50)
     monkeypatch.setattr(statements, "ROWS_DELETED", 20)

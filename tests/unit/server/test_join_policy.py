@@ -96,7 +96,7 @@ async def known(mode: JoinTokensMode | None, *, trust_fingerprints: bool = False
 
 
 @pytest.mark.parametrize(("mode", "is_stored", "join_token", "unique_token", "version", "verdict"), TABLE)
-async def test_the_verdict_of_the_tokens(
+async def test_how_join_tokens_and_unique_tokens_decide(
     mode: JoinTokensMode | None,
     is_stored: bool,
     join_token: str,
@@ -149,7 +149,7 @@ async def test_the_same_hardware_may_replace_its_token_where_that_is_trusted() -
         (None, False),
     ],
 )
-def test_releases(version: str | None, is_new_enough: bool) -> None:
+def test_which_talos_releases_have_unique_tokens(version: str | None, is_new_enough: bool) -> None:
     assert supports_unique_tokens(version) is is_new_enough
 
 
@@ -167,7 +167,7 @@ async def assign(manager: Manager, machine: FakeMachine, *, uuid: str | None, to
     return stored
 
 
-async def test_a_pending_machine_is_accepted_with_what_it_was_given_and_keeps_its_address() -> None:
+async def test_a_pending_machine_is_accepted_with_its_assigned_token_and_keeps_its_address() -> None:
     manager, machine = Manager(mode=ALLOWED), FakeMachine()
     first = await manager.join(machine)
     await manager.handshake(machine)
@@ -186,7 +186,7 @@ async def test_a_pending_machine_is_accepted_with_what_it_was_given_and_keeps_it
     assert (await manager.row(machine)).public_key == reborn.key
 
 
-async def test_a_clone_is_accepted_once_it_has_the_uuid_and_the_token_that_it_was_given() -> None:
+async def test_a_clone_is_accepted_once_it_has_its_assigned_uuid_and_token() -> None:
     manager, original = await known(ALLOWED)
     original_row = await manager.row(original)
     clone = FakeMachine(node_uuid=original.node_uuid)
@@ -203,7 +203,7 @@ async def test_a_clone_is_accepted_once_it_has_the_uuid_and_the_token_that_it_wa
     assert original_row.overlay_address != row.overlay_address
 
 
-async def test_a_linked_machine_without_a_token_is_bound_to_the_one_that_it_was_given() -> None:
+async def test_a_linked_machine_without_a_token_is_bound_to_its_assigned_one() -> None:
     manager, machine = Manager(mode=ALLOWED), FakeMachine()
     await manager.join(machine, talos_version="v1.5.9")
     await manager.handshake(machine)
@@ -267,7 +267,7 @@ async def test_a_placeholder_is_no_identity(node_uuid: str) -> None:
         assert (link.machine.admission, link.machine.has_uuid_conflict) == (MachineAdmission.PENDING, True)
 
 
-async def test_a_denied_machine_is_out_until_it_is_accepted() -> None:
+async def test_a_denied_machine_is_refused_until_it_is_accepted() -> None:
     manager, machine = Manager(), FakeMachine()
     await manager.join(machine)
     await manager.handshake(machine)
@@ -305,7 +305,7 @@ async def test_a_denied_machine_stays_denied_with_a_new_key(unique_token: str | 
     await manager.join(replace(restarted, key=new_key()))
 
 
-async def test_a_denied_clone_does_not_keep_the_original_out() -> None:
+async def test_a_denied_clone_does_not_exclude_the_original() -> None:
     manager, original = await known(ALLOWED)
     clone = replace(original, unique_token=OTHER)
     await manager.join(clone)
@@ -381,7 +381,7 @@ def test_signed_tokens(token: str, state: JoinTokenState) -> None:
     assert JoinTokenCheck(TOKEN).check(token).state is state
 
 
-def test_what_is_signed_is_known_to_the_byte() -> None:
+def test_signed_documents_have_the_expected_bytes() -> None:
     """A token that another implementation signed."""
     digest = hmac.new(b"key", b'{"a":"\\u003cb\\u003e","z":"\\t"}', hashlib.sha256).digest()
     document = {"extra_data": {"z": "\t", "a": "<b>"}, "signature": base64.b64encode(digest).decode()}
@@ -389,7 +389,7 @@ def test_what_is_signed_is_known_to_the_byte() -> None:
 
 
 @given(st.text(max_size=64) | st.binary(max_size=48).map(lambda data: "v1:" + base64.b64encode(data).decode()))
-def test_any_text_is_valid_wrong_or_malformed(token: str) -> None:
+def test_any_text_is_judged_as_valid_wrong_or_malformed(token: str) -> None:
     assert JoinTokenCheck(TOKEN).check(token).state in tuple(JoinTokenState)
 
 
@@ -450,7 +450,7 @@ async def test_a_denied_machine_stays_denied_however_long_it_is_gone() -> None:
     assert (await manager.refuses(machine))[0] is DENIED
 
 
-async def test_machines_whose_api_hangs_do_not_keep_another_from_being_enrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_machines_with_a_hanging_api_do_not_delay_the_enrolment_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     manager, tried, enrolled = Manager(mode=ALLOWED), list[str](), anyio.Event()
     machines = [FakeMachine() for _ in range(300)]
     for machine in machines:

@@ -90,7 +90,7 @@ async def follow(manager: Manager, tokens: Tokens, text: str, steps: list[str]) 
 
 
 @pytest.mark.parametrize(("made", "steps", "verdict"), PLAIN_RULES)
-async def test_what_a_token_is_worth(made: dict[str, object], steps: list[str], verdict: object) -> None:
+async def test_which_join_tokens_admit(made: dict[str, object], steps: list[str], verdict: object) -> None:
     manager, tokens = managed()
     machine = FakeMachine(unique_token='{"Fingerprint":"aa","Token":"own"}')
     made = {key: machine.node_uuid if value == "OWN" else value for key, value in made.items()}
@@ -126,7 +126,7 @@ SIGNED_RULES = [
 @pytest.mark.parametrize("is_stored", [True, False], ids=["a stored default", "the given one is the default"])
 @pytest.mark.parametrize("mode", [None, ALLOWED])
 @pytest.mark.parametrize(("version", "signer", "provider", "verdict"), SIGNED_RULES)
-async def test_who_has_to_have_signed(
+async def test_which_signatures_are_accepted(
     version: str, signer: str, provider: str | None, verdict: object, mode: JoinTokensMode | None, is_stored: bool
 ) -> None:
     manager, tokens = managed(mode)
@@ -148,7 +148,7 @@ async def test_who_has_to_have_signed(
 
 
 @pytest.mark.parametrize("step", ["revoke", "pass 61"])
-async def test_a_default_that_is_not_active_fails_all_that_it_has_signed(step: str) -> None:
+async def test_an_inactive_default_token_invalidates_what_it_signed(step: str) -> None:
     manager, tokens = managed()
     secret = (await tokens.create("one", expires_in=60, make_default=True)).secret
     own = (await tokens.create("p", kind=TokenKind.V2, provider="p")).secret
@@ -162,7 +162,9 @@ async def test_a_default_that_is_not_active_fails_all_that_it_has_signed(step: s
 
 @pytest.mark.parametrize("mode", [None, ALLOWED])
 @pytest.mark.parametrize("step", ["revoke", "delete", "pass 61"])
-async def test_a_machine_with_a_bound_unique_token_needs_its_join_token_no_more(step: str, mode: JoinTokensMode | None) -> None:
+async def test_a_machine_with_a_bound_unique_token_no_longer_needs_its_join_token(
+    step: str, mode: JoinTokensMode | None
+) -> None:
     manager, tokens = managed(mode)
     text = (await tokens.create("one", expires_in=60)).secret
     machine = FakeMachine(unique_token='{"Fingerprint":"aa","Token":"own"}')
@@ -252,7 +254,7 @@ async def test_a_unique_token_that_admits_takes_no_use() -> None:
     await manager.join(FakeMachine(), join_token=text)
 
 
-async def test_a_row_that_comes_with_another_token_gives_the_first_one_its_use_back() -> None:
+async def test_a_machine_that_changes_its_token_returns_the_use_of_the_first_one() -> None:
     manager, tokens = managed()
     texts = [(await tokens.create(name, one_time=True)).secret for name in ("one", "two")]
     machine = FakeMachine()
@@ -278,7 +280,7 @@ async def managers(kind: str, count: int) -> AsyncIterator[list[Manager]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("limit", "crowd"), [(1, 100), (7, 40)])
-async def test_a_crowd_with_a_limited_token_is_as_many_machines_as_it_allows(kind: str, limit: int, crowd: int) -> None:
+async def test_concurrent_joins_with_a_limited_token_do_not_exceed_its_limit(kind: str, limit: int, crowd: int) -> None:
     async with managers(kind, 2) as shared:
         tokens = tokens_of(shared[0])
         text = (await tokens.create("one", max_uses=limit)).secret
@@ -380,7 +382,7 @@ async def test_labels_and_the_tunnel_of_a_token_are_its_machines() -> None:
     assert (await manager.row(other)).labels == {"rack": "9", "site": "b"}
 
 
-async def test_a_machines_own_setting_comes_before_its_tokens() -> None:
+async def test_a_machines_own_setting_overrides_its_tokens() -> None:
     manager, tokens = managed()
     text = (await tokens.create("force", tunnel=TunnelSetting.FORCE)).secret
     machine = FakeMachine()
@@ -402,7 +404,7 @@ class Counting(MemoryStore):
         return await super().transact(work)
 
 
-async def test_what_is_not_known_is_refused_without_a_query() -> None:
+async def test_unknown_tokens_are_refused_without_a_query() -> None:
     store = Counting()
     manager = Manager(store=store)
     store.time = manager.time.clock.time  # type: ignore[method-assign]
@@ -418,7 +420,7 @@ async def test_what_is_not_known_is_refused_without_a_query() -> None:
     assert store.asked == 0
 
 
-async def test_hits_that_lead_to_refusals_have_a_budget_per_source() -> None:
+async def test_queries_that_end_in_refusals_are_limited_per_source() -> None:
     store = Counting()
     manager = Manager(store=store)
     text = (await tokens_of(manager).create("one", one_time=True)).secret
@@ -465,7 +467,7 @@ async def test_tokens_of_another_server_are_known_by_the_feed(kind: str) -> None
             assert (await here.refuses(FakeMachine(), join_token=made.secret))[0] is DENIED
 
 
-async def test_a_server_without_a_given_token_admits_nobody_by_none() -> None:
+async def test_without_a_given_token_a_call_without_a_token_is_refused() -> None:
     """Neither by an empty token nor by any other, until one is made."""
     check = JoinTokenCheck(None, admits_any=False)
     for text in (None, "", "x", TOKEN, sign("v1", "", {}), sign("v2", "None", None)):
@@ -478,7 +480,7 @@ async def test_a_server_without_a_given_token_admits_nobody_by_none() -> None:
 
 
 @pytest.mark.parametrize("other", [{"join_token": "x"}, {"allow_any_token": True}])
-def test_stored_tokens_alone_are_not_combined_with_others(other: dict[str, Any]) -> None:
+def test_without_a_given_token_only_stored_tokens_admit(other: dict[str, Any]) -> None:
     policy = JoinPolicy(stored_tokens_only=True)
     Server(api_listen="127.0.0.1:0", force_tunnel=True, policy=policy)
     with pytest.raises(ConfigurationError, match="stored_tokens_only=True admits stored tokens only"):

@@ -124,7 +124,7 @@ async def test_a_new_key_with_the_same_unique_token_replaces_the_peer_with_its_f
     assert manager.device.configs[reborn.key].allowed_ips == (IPv6Network(IPv6Interface(second.node_address_prefix).ip),)
 
 
-async def test_another_unique_token_is_refused_for_ever() -> None:
+async def test_another_unique_token_is_always_refused() -> None:
     manager, machine = Manager(), FakeMachine(unique_token="one")
     await manager.join(machine)
     await manager.handshake(machine)
@@ -137,7 +137,7 @@ async def test_another_unique_token_is_refused_for_ever() -> None:
     assert await manager.refuses(replace(machine, unique_token="two")) == (Status.PERMISSION_DENIED, ANOTHER)
 
 
-async def test_a_unique_token_is_its_token_part() -> None:
+async def test_only_the_token_part_of_a_unique_token_counts() -> None:
     manager, machine = Manager(), FakeMachine(unique_token='{"Fingerprint":"aa","Token":"t"}')
     await manager.join(machine)
     await manager.handshake(machine)
@@ -147,7 +147,7 @@ async def test_a_unique_token_is_its_token_part() -> None:
 
 
 @pytest.mark.parametrize("fingerprint", ["\\ud800", "a\\u0000b", "\\u202e", "\\u001b[31m"])
-async def test_a_fingerprint_that_nobody_could_read_is_none(fingerprint: str) -> None:
+async def test_an_unreadable_fingerprint_counts_as_none(fingerprint: str) -> None:
     async with opened("sql") as store:
         manager, machine = Manager(store=store), FakeMachine(unique_token=f'{{"Fingerprint":"{fingerprint}","Token":"t"}}')
         await manager.join(machine)
@@ -231,7 +231,7 @@ async def test_a_key_goes_to_another_uuid_only_with_its_token_or_before_it_is_pr
     assert (await manager.row(renamed)).public_key == machine.key
 
 
-async def test_addresses_are_drawn_again_while_another_machine_has_them() -> None:
+async def test_an_address_in_use_is_drawn_again() -> None:
     one, two = bytes(7) + b"\x05", bytes(7) + b"\x06"
     manager = Manager(entropy=[one, one, one, one, two, two], force_tunnel=True)
     first, second = await manager.join(FakeMachine()), await manager.join(FakeMachine())
@@ -259,7 +259,7 @@ KEY_TEXTS = [
 
 
 @pytest.mark.parametrize("text", KEY_TEXTS, ids=range(len(KEY_TEXTS)))
-async def test_a_malformed_key_is_refused_in_the_known_words(text: str) -> None:
+async def test_a_malformed_key_is_refused_with_the_expected_message(text: str) -> None:
     manager = Manager()
     status, message = await manager.refuses(FakeMachine(), node_public_key=text)
     assert status is Status.INVALID_ARGUMENT
@@ -269,20 +269,20 @@ async def test_a_malformed_key_is_refused_in_the_known_words(text: str) -> None:
     assert not manager.device.configs
 
 
-async def test_the_servers_own_key_is_no_machines() -> None:
+async def test_the_servers_own_key_is_refused() -> None:
     manager = Manager()
     status, message = await manager.refuses(FakeMachine(key=manager.device.public_key))
     assert (status, message) == (Status.INVALID_ARGUMENT, "error parsing Wireguard key: it is the server's own key")
 
 
 @pytest.mark.parametrize("token", [None, "", "the-join-toke", "the-join-token ", "x" * 1_000_000, "\ud800"])
-async def test_a_wrong_join_token_is_refused_in_the_known_words(token: str | None) -> None:
+async def test_a_wrong_join_token_is_refused_with_the_expected_message(token: str | None) -> None:
     manager = Manager()
     assert await manager.refuses(FakeMachine(), join_token=token) == (Status.PERMISSION_DENIED, "invalid join token")
     assert manager.service.refusals == {JoinRefusal.INVALID_JOIN_TOKEN: 1}
 
 
-async def test_without_a_join_token_any_is_accepted_within_bounds() -> None:
+async def test_a_server_without_a_join_token_accepts_any_within_bounds() -> None:
     manager = Manager(join_token=None)
     for token in (None, "", "whatever"):
         await manager.join(FakeMachine(), join_token=token)
@@ -330,7 +330,7 @@ async def test_malformed_fields_are_refused_by_name(changes: dict[str, object], 
     assert await manager.join(neighbour) == answer
 
 
-def test_any_message_is_answered_by_a_join_or_a_plain_refusal() -> None:
+def test_any_request_is_answered_with_a_join_or_a_refusal() -> None:
     valid = bytes(FakeMachine(unique_token="u", tunnel=True).request())
     broken = st.tuples(st.integers(0, len(valid)), st.integers(0, 255)).map(
         lambda at: valid[: at[0]] + bytes([at[1]]) + valid[at[0] + 1 :]
@@ -363,7 +363,7 @@ def test_any_message_is_answered_by_a_join_or_a_plain_refusal() -> None:
     check()
 
 
-async def test_uuids_are_one_whatever_their_case() -> None:
+async def test_uuids_are_compared_without_case() -> None:
     manager, machine = Manager(), FakeMachine()
     answer = await manager.join(machine)
     assert await manager.join(machine, node_uuid=machine.node_uuid.upper()) == answer
@@ -435,7 +435,7 @@ async def test_limits_refuse_new_machines_and_leave_known_ones_alone() -> None:
     assert (await manager.refuses(replace(reborn, key=new_key())))[1].startswith("too many machines have joined")
 
 
-async def test_a_refused_join_leaves_nothing_for_the_collector() -> None:
+async def test_a_refused_join_leaves_no_reference_cycle() -> None:
     """Whoever guesses tokens would leave some fifty objects with each guess, and the collector would hold the loop for them."""
     manager = Manager()
     request = ProvisionRequest(node_uuid=str(uuid.uuid4()), node_public_key="A" * 43 + "=", join_token="guess")

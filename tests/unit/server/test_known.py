@@ -19,7 +19,7 @@ NUMBERS = st.builds(
 
 
 @given(st.lists(st.tuples(NUMBERS, st.booleans()), max_size=120))
-def test_the_table_is_a_counter(steps: list[tuple[int, bool]]) -> None:
+def test_the_table_counts_like_a_counter(steps: list[tuple[int, bool]]) -> None:
     table, model = HashTable(), Counter[int]()
     for number, is_added in steps:
         if is_added:

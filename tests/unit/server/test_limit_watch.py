@@ -27,7 +27,7 @@ def limit_events(stream: EventStream) -> list[ServerEvent]:
     return [event for event in stream.take_waiting() if isinstance(event, (LimitReached, LimitOver))]
 
 
-async def test_a_limit_is_told_of_when_it_begins_to_bite_and_a_minute_after_it_has_ceased() -> None:
+async def test_a_limit_is_reported_when_it_takes_effect_and_a_minute_after_it_ceased() -> None:
     manager, watch, machine, machine_id = await watched()
     events = manager.hub.subscribe()
     await watch.poll()
@@ -48,7 +48,7 @@ async def test_a_limit_is_told_of_when_it_begins_to_bite_and_a_minute_after_it_h
     assert (watch.active(machine_id), watch.dropped(machine_id), (await watch.totals()).limited_machines) == ([], {IN: 25}, 0)
 
 
-async def test_a_limit_that_bites_all_the_time_is_two_entries_at_most() -> None:
+async def test_a_limit_that_takes_effect_permanently_makes_two_entries_at_most() -> None:
     manager, watch, machine, _ = await watched()
     events = manager.hub.subscribe()
     for second in range(600):
@@ -78,7 +78,7 @@ async def test_a_count_never_falls_while_the_machine_is_known() -> None:
     assert (await watch.totals()).dropped == {}
 
 
-async def test_what_reports_lose_to_a_limit_is_seen_in_the_same_way() -> None:
+async def test_limits_of_reports_are_reported_in_the_same_way() -> None:
     manager, watch, machine, machine_id = await watched()
     row = await manager.row(machine)
     options = ReportOptions(line_burst=1, lines_per_second=1, max_connections_per_machine=1)
@@ -95,7 +95,7 @@ async def test_what_reports_lose_to_a_limit_is_seen_in_the_same_way() -> None:
     assert {event.limit for event in limit_events(events)} == set(names)  # type: ignore[union-attr]
 
 
-async def test_the_history_has_both_ends_and_the_log_is_sampled() -> None:
+async def test_the_history_has_start_and_end_of_a_limit_and_the_log_is_sampled() -> None:
     manager, watch, machine, machine_id = await watched()
     history = History(manager.store, manager.machines.named, DEFAULT_HISTORY, manager.hub.subscribe())
     seen = manager.hub.subscribe()

@@ -78,7 +78,7 @@ async def test_a_key_moves_to_another_uuid_once_its_holder_answers_at_the_new_ad
     assert (await manager.join(renamed)).node_address_prefix == second.node_address_prefix
 
 
-async def test_with_its_token_a_key_moves_at_once_and_what_is_under_way_still_arrives() -> None:
+async def test_with_its_token_a_key_moves_at_once_and_packets_in_flight_still_arrive() -> None:
     """An order that came by the old address (META 15) is answered by it; a tunnel's stream goes on."""
     manager, machine = Manager(), FakeMachine(tunnel=True, unique_token="its own")
     first = await manager.join(machine)
@@ -99,7 +99,7 @@ async def test_with_its_token_a_key_moves_at_once_and_what_is_under_way_still_ar
         assert ended == [] or node_uuid == machine.node_uuid, "back to its own row, it opens a stream again"
 
 
-async def test_who_only_read_the_key_moves_nothing() -> None:
+async def test_a_caller_that_only_read_the_key_moves_nothing() -> None:
     manager, machine = Manager(), FakeMachine()
     first = await manager.join(machine)
     await manager.handshake(machine)
@@ -169,7 +169,7 @@ async def test_no_echo_moves_a_key_to_the_row_of_a_living_machine() -> None:
     assert (await manager.row(machine)).public_key == machine.key
 
 
-async def test_a_stranger_that_names_the_key_does_not_end_the_machines_move() -> None:
+async def test_a_stranger_that_sends_the_key_does_not_stop_the_machines_move() -> None:
     manager, machine = Manager(), FakeMachine(source="198.51.100.7")
     await manager.join(machine)
     await manager.handshake(machine)
@@ -186,7 +186,7 @@ async def test_a_stranger_that_names_the_key_does_not_end_the_machines_move() ->
 # --- who gives way
 
 
-async def test_rows_that_never_shook_hands_keep_nobody_out() -> None:
+async def test_rows_without_a_handshake_exclude_nobody() -> None:
     manager = Manager(limits=MachineLimits(max_machines=200, max_pending=200))
     linked = FakeMachine()
     await manager.join(linked)
@@ -211,7 +211,7 @@ async def test_one_source_is_limited_only_while_more_than_half_is_used() -> None
     await manager.join(FakeMachine(source="203.0.113.67"))
 
 
-async def test_from_many_sources_the_oldest_gives_way() -> None:
+async def test_with_many_sources_the_oldest_row_is_evicted() -> None:
     manager = Manager(limits=MachineLimits(max_machines=400, max_pending=400))
     first = FakeMachine(source="192.0.2.1")
     await manager.join(first)
@@ -329,7 +329,7 @@ async def test_a_strangers_guesses_of_addresses_cost_no_query() -> None:
     assert store.asked == 0
 
 
-async def test_a_machine_that_is_long_gone_is_forgotten() -> None:
+async def test_a_machine_absent_for_long_is_forgotten() -> None:
     manager, gone, alive = Manager(), FakeMachine(), FakeMachine()
     for machine in (gone, alive):
         await manager.join(machine)
@@ -343,7 +343,7 @@ async def test_a_machine_that_is_long_gone_is_forgotten() -> None:
     assert [event.reason for event in await manager.events() if isinstance(event, MachineLeft)] == [LeaveReason.LONG_GONE]
 
 
-async def test_moves_that_nobody_proves_leave_nothing_behind() -> None:
+async def test_unproven_moves_leave_nothing_behind() -> None:
     manager, machine = Manager(), FakeMachine()
     first = await manager.join(machine)
     await manager.handshake(machine)
@@ -461,7 +461,7 @@ async def test_a_known_key_that_takes_a_living_machines_uuid_is_pending_and_in_c
     assert (await manager.row(one)).public_key == one.key
 
 
-async def test_who_only_read_the_key_of_a_machine_without_a_token_moves_nothing_where_machines_are_pending() -> None:
+async def test_with_pending_machines_a_caller_that_only_read_a_key_moves_nothing() -> None:
     manager, machine = Manager(mode=JoinTokensMode.STRICT), FakeMachine()
     await manager.join(machine)
     await manager.handshake(machine)
@@ -475,7 +475,7 @@ async def test_who_only_read_the_key_of_a_machine_without_a_token_moves_nothing_
     assert len(manager.links) == 1
 
 
-async def test_no_echo_makes_more_rows_than_there_may_be() -> None:
+async def test_echoes_do_not_exceed_the_limit_of_machines() -> None:
     manager, machine = Manager(limits=MachineLimits(max_machines=2)), FakeMachine()
     await manager.join(machine)
     await manager.handshake(machine)

@@ -35,7 +35,7 @@ async def owner(store: Store) -> Ownership | None:
     return await store.transact(lambda transaction: transaction.ownership.of("1"))
 
 
-async def test_an_epoch_rises_and_who_lost_a_link_writes_nothing(store: Store) -> None:
+async def test_the_epoch_rises_and_a_server_that_lost_a_link_writes_nothing(store: Store) -> None:
     assert await owner(store) is None
     async with store.changes() as changes:
         first = await take(store, owned_by("a"))
@@ -51,7 +51,7 @@ async def test_an_epoch_rises_and_who_lost_a_link_writes_nothing(store: Store) -
         assert [await anext(changes) for _ in range(3)] == [OwnershipTaken(ownership=one) for one in (first, second, again)]
 
 
-async def test_a_link_goes_with_its_row_and_what_is_undone_is_undone(store: Store) -> None:
+async def test_ownership_is_removed_with_its_row_and_rolled_back_with_its_transaction(store: Store) -> None:
     async def fail(transaction: Transaction) -> None:
         await transaction.ownership.take(owned_by("b"))
         await transaction.ownership.put_server(FleetServer(id="b", heartbeat_at=1.0))
@@ -67,7 +67,7 @@ async def test_a_link_goes_with_its_row_and_what_is_undone_is_undone(store: Stor
     assert await owner(store) is None
 
 
-async def test_servers_are_known_and_heartbeats_are_no_news(store: Store) -> None:
+async def test_servers_are_listed_and_heartbeats_make_no_changes(store: Store) -> None:
     server = FleetServer(id="a", endpoints=("192.0.2.1:51820", "[2001:db8::1]:51820"), heartbeat_at=1.0, schema=8)
     other = FleetServer(id="b", heartbeat_at=2.0, is_draining=True)
     draining = replace(server, heartbeat_at=9.0, is_draining=True)
@@ -92,7 +92,7 @@ async def test_servers_are_known_and_heartbeats_are_no_news(store: Store) -> Non
 
 
 @pytest.mark.parametrize("is_noted_first", [True, False])
-async def test_a_note_and_a_taking_on_two_servers_end_in_one_order(is_noted_first: bool) -> None:
+async def test_concurrent_notes_and_takeovers_on_two_servers_are_serialized(is_noted_first: bool) -> None:
     """The note of the old owner runs while another server takes the link: it is stored before that, or refused."""
     with cluster().database() as name:
         url = cluster().url(name)

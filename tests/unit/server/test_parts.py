@@ -25,7 +25,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_deadlines_do_what_a_dictionary_would(steps: list[tuple[str, int, float]]) -> None:
+def test_deadlines_behave_like_a_dictionary(steps: list[tuple[str, int, float]]) -> None:
     deadlines: Deadlines[int] = Deadlines()
     model: dict[int, float] = {}
     for step, key, at in steps:
@@ -68,7 +68,7 @@ async def test_a_lock_is_held_by_one_at_a_time_in_turn_and_leaves_nothing() -> N
 
 
 @pytest.mark.anyio
-async def test_who_gives_up_waiting_for_a_lock_holds_none() -> None:
+async def test_a_cancelled_wait_for_a_lock_holds_none() -> None:
     locks = KeyedLocks()
     async with locks.hold("a"):
         with anyio.move_on_after(0):
@@ -107,7 +107,7 @@ def test_options_that_cannot_be_used_are_refused_in_one_line(wrong: dict[str, ob
     assert "the token" not in str(caught.value)
 
 
-def test_options_print_no_token_and_listen_where_they_say() -> None:
+def test_options_print_no_token_and_give_the_listen_addresses() -> None:
     options = ServerOptions(api_listen="[::1]:4000", wireguard_endpoints=("a.example:1", "b.example:2"), join_token="secret")
     assert "secret" not in repr(options)
     assert (options.api_address.host, options.api_address.port, options.device_listen_port) == ("::1", 4000, 1)
@@ -121,7 +121,7 @@ def test_every_refusal_has_its_status() -> None:
 
 
 @given(st.text(max_size=1024))
-def test_any_text_is_a_unique_token(text: str) -> None:
+def test_any_text_is_accepted_as_unique_token(text: str) -> None:
     digest = unique_token_digest(text)
     assert (digest is None) == (not text)
     assert digest == unique_token_digest(text)
@@ -166,7 +166,7 @@ def test_sources_are_counted_by_address_or_network(source: str | None, key: str 
         ),
     ],
 )
-def test_the_join_url_is_told_where_it_is_known(options: dict[str, Any], url: str) -> None:
+def test_the_join_url_is_shown_if_it_is_known(options: dict[str, Any], url: str) -> None:
     made = ServerOptions(join_token="t", wireguard_endpoints=("192.0.2.1:1",), **options)
     assert made.join_url("a&b", 4000) == url
 

@@ -77,7 +77,7 @@ def own_cluster() -> Iterator[Cluster]:
         ("postgresql://u@/x?host=/run/postgresql", None),
     ],
 )
-def test_a_database_elsewhere_has_to_prove_its_name(given: str, mode: str | None) -> None:
+def test_a_remote_database_must_prove_its_name(given: str, mode: str | None) -> None:
     found = database_url(given, "s3cret")
     assert found.query.get("sslmode") == mode
     assert "s3cret" not in repr(found) + str(found) + describe(found)
@@ -93,7 +93,7 @@ def test_a_database_elsewhere_has_to_prove_its_name(given: str, mode: str | None
         ("no url", "is not a URL"),
     ],
 )
-def test_another_address_is_refused_without_its_password(given: str, said: str) -> None:
+def test_another_database_address_is_refused_without_printing_its_password(given: str, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said) as caught:
         database_url(given)
     assert "s3cret" not in str(caught.value)
@@ -187,7 +187,7 @@ async def test_a_migration_only_adds(url: str, database: str) -> None:
     assert cluster().execute("SELECT usable_since FROM feed", database) == [(schema.USABLE_SINCE,)]
 
 
-async def test_a_database_that_holds_something_else_is_left_alone(url: str, database: str) -> None:
+async def test_a_database_of_another_program_is_not_touched(url: str, database: str) -> None:
     cluster().execute("CREATE TABLE cats (name text)", database)
     with pytest.raises(StoreError, match="contains other data"):
         async with PostgresStore.open(url, key=STATE_KEY):
@@ -200,7 +200,7 @@ async def test_a_database_that_holds_something_else_is_left_alone(url: str, data
 # --- several servers
 
 
-async def test_servers_decide_races_as_if_one_after_the_other(url: str) -> None:
+async def test_races_of_servers_are_serialized(url: str) -> None:
     """Two servers count up one row, and ban and join one machine: no update is lost, nobody is let in."""
     ban = Ban(value="uuid-7")
 
@@ -288,7 +288,7 @@ async def test_a_slower_writer_with_lower_numbers_is_not_skipped(url: str, datab
     assert [change.ban.value for change in found if not isinstance(change, ChangesLost)] == ["slow", "quick"]  # type: ignore[union-attr]
 
 
-async def test_a_change_that_no_server_wrote_does_not_stop_the_feed(url: str) -> None:
+async def test_a_change_made_by_hand_does_not_stop_the_feed(url: str) -> None:
     insert = "INSERT INTO changes (kind, id, body) VALUES (%s, 'x', %s)"
     async with PostgresStore.open(url, key=STATE_KEY) as store, store.changes() as changes:
         writer = await psycopg.AsyncConnection.connect(url, autocommit=True)
@@ -355,7 +355,7 @@ async def test_changes_of_another_clusters_transactions_are_forgotten(url: str, 
 # --- an outage
 
 
-async def test_a_database_that_is_away_is_told_and_comes_back(own_cluster: Cluster) -> None:
+async def test_an_unreachable_database_is_reported_and_used_again(own_cluster: Cluster) -> None:
     own_cluster.execute("CREATE DATABASE state")
     async with PostgresStore.open(own_cluster.url("state"), key=STATE_KEY) as store, store.changes() as changes:
         await store.transact(work_of("insert", machine(1, 1, key=1)))
@@ -374,7 +374,7 @@ async def test_a_database_that_is_away_is_told_and_comes_back(own_cluster: Clust
             pass
 
 
-async def test_a_silent_database_is_given_up_and_comes_back(own_cluster: Cluster) -> None:
+async def test_a_silent_database_times_out_and_is_used_again(own_cluster: Cluster) -> None:
     own_cluster.execute("CREATE DATABASE state")
     async with PostgresStore.open(own_cluster.url("state"), key=STATE_KEY) as store:
         await store.transact(work_of("insert", machine(1, 1, key=1)))
@@ -433,7 +433,7 @@ def test_a_state_moves_from_a_file_to_postgres_and_back(tmp_path: Path, url: str
         run_migrate(url, str(tmp_path / "back"), None, key_file)
 
 
-async def test_a_state_that_a_server_uses_does_not_move(tmp_path: Path, url: str) -> None:
+async def test_a_state_in_use_is_not_moved(tmp_path: Path, url: str) -> None:
     async with PostgresStore.open(url, key=STATE_KEY):
         with pytest.raises(StoreError, match="a server uses"):
             async with PostgresStore.open(url, alone=True, key=STATE_KEY):

@@ -49,7 +49,7 @@ async def load() -> AsyncIterator[Load]:
                 tasks.cancel_scope.cancel()
 
 
-async def test_a_transaction_waits_for_those_before_it_only(load: Load) -> None:
+async def test_a_transaction_waits_only_for_earlier_ones(load: Load) -> None:
     """Otherwise workers that come again at once have all connections, and others wait for as long as the load lasts."""
     for _ in range(20):
         before = load.done

@@ -28,7 +28,7 @@ async def test_on_a_busy_host_a_dead_machine_still_answers_no_probe() -> None:
     assert await scene.attempt(machine_again(scene, HERE)) is Verdict.TAKES
 
 
-async def test_a_machine_that_was_killed_after_it_answered_for_a_thief_is_probed_again() -> None:
+async def test_a_machine_killed_after_it_answered_probes_is_probed_again() -> None:
     scene = Scene(False, Link.ALIVE)
     await scene.set_up()
     manager, verdicts = scene.manager, dict[str, str]()
@@ -78,7 +78,7 @@ async def test_a_server_that_was_away_gives_machines_time_to_open_their_streams(
     assert await scene.attempt(machine_again(scene, HERE)) is Verdict.TAKES
 
 
-async def test_a_stranger_that_opens_a_stream_of_the_machine_answers_no_probes_for_it() -> None:
+async def test_a_strangers_stream_does_not_count_as_an_answer_to_probes() -> None:
     scene = Scene(False, Link.PROXY_CUT)
     await scene.set_up()
     manager = scene.manager

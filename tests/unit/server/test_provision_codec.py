@@ -39,7 +39,7 @@ def same(data: bytes) -> None:
 
 
 @given(REQUESTS)
-def test_requests(request: ProvisionRequest) -> None:
+def test_any_request_is_decoded_like_by_the_generated_code(request: ProvisionRequest) -> None:
     read = PlainRequest.FromString(bytes(request))
     assert (read, type(read)) == (request, ProvisionRequest)
 
@@ -56,16 +56,16 @@ def test_requests(request: ProvisionRequest) -> None:
 @example(b"\x0a\x80")
 @example(b"\x08\x01")
 @example(b"\x3a\x01a")
-def test_whatever_comes(data: bytes) -> None:
+def test_any_bytes_are_decoded_like_by_the_generated_code(data: bytes) -> None:
     same(data)
 
 
 @given(REQUESTS, st.integers(min_value=0), st.binary(max_size=3))
-def test_cut_and_longer(request: ProvisionRequest, cut: int, tail: bytes) -> None:
+def test_truncated_and_extended_messages(request: ProvisionRequest, cut: int, tail: bytes) -> None:
     whole = bytes(request)
     same(whole[: cut % (len(whole) + 1)] + tail)
 
 
 @given(RESPONSES)
-def test_responses(response: ProvisionResponse) -> None:
+def test_any_response_is_encoded_like_by_the_generated_code(response: ProvisionResponse) -> None:
     assert encode_response(response) == bytes(response)

@@ -62,7 +62,7 @@ async def test_a_store_of_another_installation_is_refused() -> None:
         await recall_server(store, None, "there")
 
 
-async def test_a_key_of_no_server_is_not_rotated() -> None:
+async def test_without_a_server_record_no_key_is_rotated() -> None:
     with pytest.raises(StoreError, match="no server yet"):
         await rotate_key(MemoryStore())
 
@@ -77,7 +77,7 @@ def test_timestamps_rise_over_a_crash_though_the_clock_goes_back() -> None:
     assert after.next(NOW - 3600 * 10**9) > max(unwritten)
 
 
-def test_there_is_nothing_later_than_never() -> None:
+def test_the_timestamp_that_means_never_is_not_moved() -> None:
     assert later(bytes(12), 5) == bytes(12)
 
 
@@ -93,11 +93,11 @@ def test_there_is_nothing_later_than_never() -> None:
         ("tunnel [fdae:41e4:649b:9304::7]:50888", None),
     ],
 )
-def test_only_udp_is_an_endpoint(path: str, endpoint: str | None) -> None:
+def test_only_udp_paths_are_stored_as_endpoints(path: str, endpoint: str | None) -> None:
     assert udp_endpoint(Place(path)) == endpoint
 
 
-async def test_a_machine_is_remembered_where_it_was_heard() -> None:
+async def test_the_last_endpoint_of_a_machine_is_stored() -> None:
     manager, machine = Manager(), FakeMachine()
     await manager.join(machine)
     last_seen = LastSeenNotes(manager.store)
@@ -115,7 +115,7 @@ async def test_a_machine_is_remembered_where_it_was_heard() -> None:
     assert (row.last_endpoint, row.last_handshake_at, row.seen_at) == (None, 1_000_000.0, 1_000_005.0)
 
 
-async def test_last_seen_of_a_while_are_written_at_once_and_at_the_end() -> None:
+async def test_last_seen_times_are_written_in_batches_and_at_the_end() -> None:
     store = MemoryStore()
     stamps = Timestamps()
     await recall_server(store, None, None)
@@ -138,7 +138,7 @@ async def test_last_seen_of_a_while_are_written_at_once_and_at_the_end() -> None
     assert (await recall_server(store, None, None)).timestamp_mark == mark
 
 
-async def test_a_store_that_fails_costs_only_the_sighting(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_store_loses_only_last_seen_times(caplog: pytest.LogCaptureFixture) -> None:
     class Full(MemoryStore):
         async def transact(self, work: Work[T]) -> T:
             raise StoreError("the disk is full")
@@ -209,7 +209,7 @@ async def test_the_last_seen_is_dialled_first() -> None:
     assert {config.public_key for config in dialled(after)} == keys
 
 
-async def test_who_came_by_itself_or_left_is_not_dialled() -> None:
+async def test_machines_that_connected_or_left_are_not_dialled() -> None:
     before = Manager()
     first, second, third = [await remembered(before, f"192.0.2.{number}:1", seen_at=-number) for number in (1, 2, 3)]
     after = Manager(store=before.store)
@@ -254,14 +254,14 @@ def dials(answer_after: Callable[[int], float], count: int, *, service_time: flo
     return made, most
 
 
-def test_prompt_answers_never_hold_dialling_up() -> None:
+def test_prompt_answers_do_not_delay_dialling() -> None:
     made, _ = dials(lambda number: 0.05, 10_000)
     assert made[-1] < 10.1
     made, _ = dials(lambda number: 0.4, 10_000)
     assert made[-1] < 12
 
 
-def test_machines_that_are_gone_hold_others_up_for_seconds() -> None:
+def test_absent_machines_delay_others_by_seconds_only() -> None:
     made, _ = dials(lambda number: math.inf if number < 1000 else 0.05, 2000)
     assert made[1000] < 11
     made, _ = dials(lambda number: math.inf if number % 2 else 0.05, 10_000)
@@ -269,7 +269,7 @@ def test_machines_that_are_gone_hold_others_up_for_seconds() -> None:
 
 
 @pytest.mark.parametrize("service_time", [0.002, 0.005, 0.02])
-def test_answers_that_queue_are_waited_for(service_time: float) -> None:
+def test_queued_answers_slow_dialling_down(service_time: float) -> None:
     """What waits to be read never waits for 5 s, after which dials are repeated and make the queue longer."""
     made, most = dials(lambda number: 0.05, 5_000, service_time=service_time)
     assert most * service_time < 4
@@ -302,7 +302,7 @@ async def test_a_dial_waits_for_room_until_another_is_settled() -> None:
     assert [config.public_key for config in dialled(after)] == [row.public_key for row in rows]
 
 
-async def test_a_machine_that_is_gone_costs_no_handshakes() -> None:
+async def test_an_absent_machines_keepalive_is_switched_off() -> None:
     before = Manager()
     row = await remembered(before, "192.0.2.1:1", seen_at=1)
     assert row.public_key is not None
@@ -330,7 +330,7 @@ def heard(manager: Manager, machine: FakeMachine, place: str) -> None:
     manager.monitor.on_device_event(PathChanged(public_key=machine.key, old=None, new=Place(place)))
 
 
-def test_a_sighting_replaces_no_older_handshake() -> None:
+def test_a_last_seen_time_does_not_replace_the_first_handshake() -> None:
     row = Machine(id="1", node_uuid="u", public_key=None, overlay_address=ip_address("fd00::1"), created_at=0, joined_at=0)  # type: ignore[arg-type]
     seen = LastSeen(endpoint="a:1", seen_at=2.0, handshake_at=1.0).of(row)
     assert LastSeen(endpoint=None, seen_at=3.0).of(seen) == replace(seen, last_endpoint=None, seen_at=3.0)

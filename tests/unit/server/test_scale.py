@@ -65,7 +65,7 @@ async def costs(crowd: Crowd) -> dict[str, int]:
     }
 
 
-async def test_no_event_costs_the_number_of_machines() -> None:
+async def test_the_cost_of_events_does_not_grow_with_the_machines() -> None:
     async with open_crowd(FEW) as few, open_crowd(MANY) as many:
         before, after = await costs(few), await costs(many)
     # a search in a heap of twelve times as many takes four steps more
@@ -110,7 +110,7 @@ async def follow_costs(count: int) -> dict[str, int]:
     }
 
 
-async def test_following_another_server_does_not_cost_the_number_of_rows() -> None:
+async def test_the_cost_of_another_servers_changes_does_not_grow_with_the_rows() -> None:
     before, after = await follow_costs(FEW), await follow_costs(MANY)
     assert all(before.values())
     assert {kind: after[kind] for kind in after if after[kind] > 1.3 * before[kind]} == {}

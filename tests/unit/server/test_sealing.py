@@ -60,7 +60,7 @@ def sealer(number: int = 1) -> Sealer:
 
 
 @given(st.binary(max_size=100))
-def test_what_is_sealed_opens_in_its_place_alone(secret: bytes) -> None:
+def test_a_sealed_value_opens_only_in_its_own_row_and_column(secret: bytes) -> None:
     sealed = sealer().seal(secret, SERVER_KEY)
     assert sealer().open(sealed, SERVER_KEY) == secret
     assert sealed != sealer().seal(secret, SERVER_KEY)
@@ -71,7 +71,7 @@ def test_what_is_sealed_opens_in_its_place_alone(secret: bytes) -> None:
         sealer(2).open(sealed, SERVER_KEY)
 
 
-def test_a_changed_value_does_not_open() -> None:
+def test_a_modified_sealed_value_does_not_open() -> None:
     sealed = sealer().seal(b"secret", SERVER_KEY)
     for at in range(len(MAGIC), len(sealed)):
         changed = bytearray(sealed)
@@ -202,7 +202,7 @@ async def _rotate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("schema", ["1", "3"])
-def test_what_an_earlier_version_left_open_is_sealed_at_the_first_start(tmp_path: Path, schema: str) -> None:
+def test_secrets_stored_unsealed_are_sealed_at_the_next_start(tmp_path: Path, schema: str) -> None:
     path = tmp_path / "state"
     first_schema(path, schema)
     with closing(sqlite3.connect(path)) as database, database:
@@ -279,7 +279,7 @@ def test_a_copy_is_restored_only_with_its_key(tmp_path: Path) -> None:
     looked_at(other)
 
 
-def test_a_state_moves_with_its_tokens_to_a_database_with_a_key_of_its_own_or_openly(tmp_path: Path) -> None:
+def test_a_state_moves_to_a_database_sealed_with_another_key_or_unsealed(tmp_path: Path) -> None:
     made(tmp_path / "state")
     with pytest.raises(ConfigurationError, match="--state-key-file FILE creates one"):
         run_migrate(str(tmp_path / "state"), "postgresql://nowhere/x", None)
@@ -327,7 +327,7 @@ def test_a_store_in_memory_seals_too() -> None:
 # --- databases, which have no place for a key of their own
 
 
-def test_a_database_is_not_opened_without_a_key_unless_that_is_asked_for() -> None:
+def test_a_database_opens_without_a_key_only_on_request() -> None:
     async def work() -> None:
         with pytest.raises(ConfigurationError, match="unsealed_secrets=True"):
             async with PostgresStore.open("postgresql://nowhere/x"):
@@ -357,7 +357,7 @@ def test_a_database_is_not_opened_without_a_key_unless_that_is_asked_for() -> No
         ({"state_key_file": Path("key")}, None),
     ],
 )
-def test_serve_on_a_database_needs_a_state_key_or_an_explicit_word(
+def test_serve_on_a_database_needs_a_state_key_or_an_explicit_option(
     options: dict[str, Any], said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SIDEROLINK_STATE_KEY", raising=False)

@@ -44,7 +44,7 @@ async def test_servers_see_each_other_come_and_go() -> None:
 
 
 @pytest.mark.parametrize("phase", [0.1, 0.5, 0.9])
-async def test_a_death_is_told_at_once_and_not_only_at_the_next_heartbeat(phase: float) -> None:
+async def test_a_dead_server_is_reported_before_the_next_heartbeat(phase: float) -> None:
     async with fleet_of("a", "b") as fleet:
         a, b = membership(fleet["a"]), membership(fleet["b"])
         dead: list[str] = []
@@ -64,7 +64,7 @@ async def test_a_death_is_told_at_once_and_not_only_at_the_next_heartbeat(phase:
         assert a.pause == HEARTBEAT_SECONDS  # the dead do not hurry it
 
 
-async def test_nobody_is_dead_to_a_server_that_was_away_itself() -> None:
+async def test_a_server_that_was_away_declares_no_other_dead() -> None:
     async with fleet_of("a", "b") as fleet:
         a = membership(fleet["a"])
         dead: list[str] = []
@@ -88,7 +88,7 @@ async def test_a_server_that_starts_again_takes_the_place_of_its_last_run() -> N
     assert runs[0].id != runs[1].id
 
 
-async def test_a_server_that_reads_its_rows_for_long_is_none_of_the_others_yet_and_in_no_doubt() -> None:
+async def test_a_server_that_reads_its_rows_for_long_is_not_listed_yet_and_declares_no_outage() -> None:
     async with fleet_of("a") as fleet:
         returned: list[float] = []
         before = Membership(fleet["a"].store, fleet.time.clock, server_id="before", endpoints=["192.0.2.9:51820"])
@@ -172,7 +172,7 @@ async def test_machines_are_told_which_servers_failed_until_these_are_heard_agai
 
 @BOTH
 @pytest.mark.parametrize("is_connected", [True, False])
-async def test_a_thief_gets_nothing_where_the_machine_is_not_heard(is_connected: bool, kind: str) -> None:
+async def test_a_thief_gets_nothing_at_a_server_that_does_not_hear_the_machine(is_connected: bool, kind: str) -> None:
     """Also where the owner cannot be asked: then its heartbeat counts."""
     async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
@@ -274,7 +274,7 @@ async def test_a_machine_that_asks_another_server_keeps_its_stream(kind: str) ->
 
 
 @BOTH
-async def test_a_link_that_is_up_elsewhere_is_not_pending(kind: str) -> None:
+async def test_a_machine_linked_at_another_server_is_not_pending(kind: str) -> None:
     async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
         assert [link.state for link in fleet["b"].links] == [LinkState.DOWN]
@@ -312,7 +312,7 @@ async def test_a_machine_that_joins_while_rows_are_read_again_is_not_forgotten()
         assert not [event for event in await fleet["b"].events() if isinstance(event, MachineLeft)]
 
 
-async def test_machines_that_others_hear_are_not_absent() -> None:
+async def test_machines_heard_by_other_servers_are_not_absent() -> None:
     async with fleet_of("a", "b") as fleet:
         machine = await linked(fleet, "a")
         for _ in range(6):
@@ -326,7 +326,7 @@ async def test_machines_that_others_hear_are_not_absent() -> None:
 
 
 @BOTH
-async def test_who_lost_a_link_is_silent_and_takes_it_again_when_the_machine_comes_back(kind: str) -> None:
+async def test_a_server_that_lost_a_link_is_silent_until_the_machine_returns(kind: str) -> None:
     async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
         link = fleet["a"].links.by_key(machine.key)
@@ -344,7 +344,7 @@ async def test_who_lost_a_link_is_silent_and_takes_it_again_when_the_machine_com
         assert fleet["a"].device.configs[machine.key].persistent_keepalive == 25
 
 
-async def test_a_path_alone_takes_no_link_of_nobody_nor_any_on_a_kernels_device() -> None:
+async def test_a_path_without_a_handshake_takes_no_link_without_owner_or_on_a_kernel_device() -> None:
     """An initiation changes an active peer's path, and the kernel's passive ones: and it may be a replay."""
     async with fleet_of("a", "b") as fleet:
         new = FakeMachine()
@@ -402,7 +402,7 @@ async def test_of_two_that_take_a_link_at_once_the_later_commit_owns_it(first: s
         assert owner.server_id == order[1]
 
 
-async def test_takings_that_a_promoted_replica_lacks_are_made_again_above_the_epochs_that_are_known() -> None:
+async def test_takeovers_lost_by_a_promoted_replica_are_repeated_with_higher_epochs() -> None:
     async with fleet_of("a", "b") as fleet:
         machine = await linked(fleet, "a")
         row = await fleet["a"].row(machine)
@@ -437,7 +437,7 @@ async def test_takings_that_a_promoted_replica_lacks_are_made_again_above_the_ep
 
 
 @BOTH
-async def test_what_a_server_saw_of_a_link_that_it_lost_is_not_stored(kind: str) -> None:
+async def test_last_seen_times_of_a_lost_link_are_not_stored(kind: str) -> None:
     async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
         await fleet.pass_time(10)

@@ -19,7 +19,7 @@ __all__ = ["store"]
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_new_key_is_told_and_what_is_noted_beside_it_is_not(store: Store) -> None:
+async def test_a_new_server_key_is_reported_and_other_changes_of_its_record_are_not(store: Store) -> None:
     first = await recall_server(store, None, None)
     async with store.changes() as changes:
         assert await recall_server(store, None, None) == first

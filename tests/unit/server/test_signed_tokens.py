@@ -18,7 +18,7 @@ VECTORS = json.loads(Path(__file__).with_name("signed_tokens.json").read_text())
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: base64.b64decode(vector["document"]).decode(errors="replace"))
-def test_a_document_is_read_and_its_signature_computed_as_by_the_signers(vector: dict[str, str | None]) -> None:
+def test_documents_and_signatures_match_those_of_other_signers(vector: dict[str, str | None]) -> None:
     token = f"v1:{vector['document']}"
     if vector["signed"] is None:
         with pytest.raises(ValueError, match="JSON|base64|text"):
@@ -35,7 +35,7 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 
 
 @given(st.none() | st.dictionaries(TEXT, TEXT, max_size=4), st.sampled_from(["v1", "v2"]))
-def test_what_is_signed_here_is_read_and_right_here(extra: dict[str, str] | None, version: str) -> None:
+def test_tokens_signed_here_are_accepted_here(extra: dict[str, str] | None, version: str) -> None:
     token = sign(version, KEY, extra)
     read = parse(token)
     assert (read.version, read.extra) == (version, extra)

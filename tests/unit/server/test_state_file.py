@@ -70,7 +70,7 @@ async def test_rows_outlive_the_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a?b", "c%20d", "e#f", "g:h@i"])
-async def test_a_name_means_itself(tmp_path: Path, name: str) -> None:
+async def test_file_names_are_used_literally(tmp_path: Path, name: str) -> None:
     """Not a part of the URL by which the database's driver is told of it."""
     assert len(await fill(tmp_path / name)) == 1
     found = modes(tmp_path)
@@ -93,7 +93,7 @@ async def test_only_the_owner_can_read_it(tmp_path: Path) -> None:
         os.umask(old)
 
 
-async def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+async def test_a_file_readable_by_others_gets_private_permissions(tmp_path: Path) -> None:
     path = tmp_path / "state"
     await fill(path)
     path.chmod(0o644)
@@ -101,7 +101,7 @@ async def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-async def test_what_is_no_state_file_is_left_alone(tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_state_is_not_touched(tmp_path: Path) -> None:
     text, other = tmp_path / "text", tmp_path / "other"
     text.write_text("my notes, not yours")
     assert "is not a siderolink state file" in await refusal(text)
@@ -118,7 +118,7 @@ async def test_what_is_no_state_file_is_left_alone(tmp_path: Path) -> None:
             pass
 
 
-async def test_a_damaged_file_is_left_alone(tmp_path: Path) -> None:
+async def test_a_damaged_file_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "state"
     await fill(path, 300)
     whole = path.read_bytes()
@@ -182,7 +182,7 @@ async def test_another_schema_than_a_file_claims_is_damage(tmp_path: Path, chang
     assert text.endswith("restore a backup, or move the file away to start over")
 
 
-async def test_a_file_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
+async def test_a_file_of_a_newer_program_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "state"
     await fill(path)
     with closing(sqlite3.connect(path)) as database, database:
@@ -288,7 +288,7 @@ async def test_many_rows_are_read_in_pages(tmp_path: Path) -> None:
         assert len({row.id async for row in store.machines()}) == 2499
 
 
-async def test_a_stored_value_is_unique_for_a_work_that_did_not_look(tmp_path: Path) -> None:
+async def test_unique_columns_hold_for_transactions_that_did_not_query_them(tmp_path: Path) -> None:
     """The database refuses it; the work is told so all the same, and its neighbours lose nothing."""
     errors: list[str] = []
     async with SqlStore.open(tmp_path / "state") as store:
@@ -340,7 +340,7 @@ def small_disk() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-async def test_a_full_disk_refuses_what_is_new_and_reads_what_is_known(small_disk: Path) -> None:
+async def test_a_full_disk_refuses_writes_and_permits_reads(small_disk: Path) -> None:
     path = small_disk / "state"
     async with SqlStore.open(path) as store:
         await store.transact(work_of("insert", machine(0, 0)))

@@ -107,19 +107,19 @@ def work_of(step: str, row: Machine) -> Callable[[Transaction], Awaitable[object
 
 
 @given(STEPS)
-def test_memory_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
+def test_the_memory_store_behaves_like_the_model(steps: list[tuple[str, Machine]]) -> None:
     anyio.run(_follow_the_model, "memory", steps)
 
 
 @given(STEPS)
 @settings(max_examples=25, deadline=None)
-def test_sql_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
+def test_the_sql_store_behaves_like_the_model(steps: list[tuple[str, Machine]]) -> None:
     anyio.run(_follow_the_model, "sql", steps)
 
 
 @given(STEPS)
 @settings(max_examples=25, deadline=None)
-def test_postgres_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
+def test_the_postgres_store_behaves_like_the_model(steps: list[tuple[str, Machine]]) -> None:
     anyio.run(_follow_the_model, "postgres", steps)
 
 
@@ -181,7 +181,7 @@ async def test_an_undone_swap_leaves_both_rows_as_they_were(store: Store) -> Non
     assert {row.id: row.public_key async for row in store.machines()} == {"1": one.public_key, "2": two.public_key}
 
 
-async def test_changes_come_once_committed_and_in_order(store: Store) -> None:
+async def test_changes_are_reported_after_commit_and_in_order(store: Store) -> None:
 
     async def work(transaction: Transaction) -> None:
         await transaction.insert(machine(1, 1))
@@ -202,7 +202,7 @@ async def test_changes_come_once_committed_and_in_order(store: Store) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_slow_reader_of_changes_is_told_that_it_lost_some(kind: str) -> None:
+async def test_a_slow_reader_learns_that_it_lost_changes(kind: str) -> None:
     async def work(transaction: Transaction) -> None:
         for number in range(3):
             await transaction.insert(machine(number, number, overlay=number))
@@ -212,7 +212,7 @@ async def test_a_slow_reader_of_changes_is_told_that_it_lost_some(kind: str) -> 
         assert await anext(changes) == ChangesLost()
 
 
-async def test_transactions_do_not_see_each_other_half_done(store: Store) -> None:
+async def test_transactions_do_not_see_uncommitted_changes(store: Store) -> None:
     await store.transact(work_of("insert", machine(1, 1)))
 
     async def count_up(transaction: Transaction) -> None:
@@ -227,7 +227,7 @@ async def test_transactions_do_not_see_each_other_half_done(store: Store) -> Non
     assert [row.created_at async for row in store.machines()] == [10.0]
 
 
-async def test_works_at_the_same_time_end_as_if_one_after_the_other(store: Store) -> None:
+async def test_concurrent_transactions_are_serialized(store: Store) -> None:
     """Sixty machines fight over ten keys: each takes its key from whoever holds it."""
     log: list[str] = []
 
@@ -281,7 +281,7 @@ async def test_one_address_goes_to_one_machine(store: Store) -> None:
     assert len(refused) == 19
 
 
-async def test_a_note_of_when_it_was_seen_changes_no_revision_and_is_told_to_nobody(store: Store) -> None:
+async def test_a_last_seen_time_changes_no_revision_and_is_not_in_the_feed(store: Store) -> None:
     await store.transact(work_of("insert", machine(1, 1)))
     seen = LastSeen(endpoint="192.0.2.7:1234", seen_at=5.0, handshake_at=4.0)
     async with store.changes() as changes:
@@ -295,7 +295,7 @@ async def test_a_note_of_when_it_was_seen_changes_no_revision_and_is_told_to_nob
     assert (row.last_endpoint, row.last_handshake_at, row.seen_at, row.revision) == (None, 4.0, 6.0, 1)
 
 
-async def test_an_undone_note_and_record_are_undone(store: Store) -> None:
+async def test_notes_and_the_server_record_are_rolled_back(store: Store) -> None:
     record = ServerRecord(private_key=bytes(PrivateKey.generate()), installation_id="here", timestamp_mark=bytes(range(12)))
 
     async def work(transaction: Transaction) -> None:
@@ -372,7 +372,7 @@ def test_a_row_prints_no_token() -> None:
     assert "secret" not in repr(replace(machine(1, 1), unique_token_digest=b"secret"))
 
 
-async def test_a_late_note_overwrites_no_newer_one(store: Store) -> None:
+async def test_an_older_note_does_not_replace_a_newer_one(store: Store) -> None:
     await store.transact(work_of("insert", machine(1, 1)))
     newer = LastSeen(endpoint="192.0.2.7:2", seen_at=6.0, source="192.0.2.7")
     await store.transact(lambda transaction: transaction.note({"1": newer}))
@@ -402,7 +402,7 @@ def claim(number: int, machine_id: str = "1", *, created_at: float = 0.0) -> Cla
     )
 
 
-async def test_claims_stand_beside_each_other_and_go_with_their_row(store: Store) -> None:
+async def test_a_row_has_several_claims_which_are_removed_with_it(store: Store) -> None:
     one, two = claim(1, created_at=1.0), claim(2, created_at=2.0)
 
     async def work(transaction: Transaction) -> None:
@@ -426,7 +426,7 @@ async def test_claims_stand_beside_each_other_and_go_with_their_row(store: Store
     assert told == [("claim-1", False), ("claim-2", False), ("claim-1", True), ("claim-2", True)]
 
 
-async def test_undone_claims_are_undone(store: Store) -> None:
+async def test_claims_are_rolled_back(store: Store) -> None:
     async def work(transaction: Transaction) -> None:
         await transaction.put_claim(claim(2))
         await transaction.delete_claim(claim(1))

@@ -95,7 +95,7 @@ async def test_a_token_is_found_by_all_that_is_unique_in_it(store: Store) -> Non
     [{"name": "name 1"}, {"digest": bytes([1]) * 32}, {"provider": "p"}, {"is_default": True}],
     ids=lambda fields: str(next(iter(fields))),
 )
-async def test_what_is_unique_is_not_repeated(store: Store, repeated: dict[str, object]) -> None:
+async def test_unique_values_are_not_accepted_twice(store: Store, repeated: dict[str, object]) -> None:
     await put(store, token(1, provider="p", is_default=True))
     with pytest.raises(UniqueViolationError) as caught:
         await put(store, token(2, **repeated))
@@ -103,14 +103,14 @@ async def test_what_is_unique_is_not_repeated(store: Store, repeated: dict[str, 
     assert [one.id for one in await store.tokens()] == ["t1"]
 
 
-async def test_what_a_token_gives_up_another_may_have_in_the_same_transaction(store: Store) -> None:
+async def test_a_value_freed_by_one_token_may_be_used_by_another_in_the_same_transaction(store: Store) -> None:
     await put(store, token(1, is_default=True, provider="p"), token(2))
     await put(store, token(1), token(2, is_default=True, provider="p"))
     found = await store.transact(lambda transaction: transaction.tokens.find(*DEFAULT_TOKEN))
     assert found == token(2, is_default=True, provider="p")
 
 
-async def test_changes_of_tokens_are_told_once_they_are_committed(store: Store) -> None:
+async def test_changes_of_tokens_are_reported_after_commit(store: Store) -> None:
     async with store.changes() as changes:
 
         async def fails(transaction: Transaction) -> None:
@@ -131,7 +131,7 @@ async def test_changes_of_tokens_are_told_once_they_are_committed(store: Store) 
     assert await uses(store) == {}
 
 
-async def test_a_slot_has_one_machine_until_it_is_free(store: Store) -> None:
+async def test_a_use_of_a_token_belongs_to_one_machine_until_it_is_returned(store: Store) -> None:
     await put(store, token(1, max_uses=2))
     assert await put_use(store, use(0, "a", expires_at=20.0))
     assert not await put_use(store, use(0, "b", at=19.0))
@@ -157,7 +157,7 @@ async def test_an_unspent_use_goes_with_its_row_and_a_spent_one_stays(store: Sto
     assert list(await uses(store)) == ["2"]
 
 
-async def test_many_at_once_take_each_slot_once(store: Store) -> None:
+async def test_concurrent_transactions_take_each_use_once(store: Store) -> None:
     """Whoever finds no free slot has lost; nobody fails otherwise."""
     await put(store, token(1, max_uses=5))
     taken: list[int] = []

@@ -36,7 +36,7 @@ def claim(manager: Manager, answer: ProvisionResponse, machine: FakeMachine) -> 
     return new
 
 
-async def test_a_second_stream_takes_over_only_once_something_authenticated_came_by_it() -> None:
+async def test_a_second_stream_takes_over_only_after_an_authenticated_packet() -> None:
     manager, machine = Manager(), FakeMachine(tunnel=True)
     answer = await manager.join(machine)
     first = claim(manager, answer, machine)
@@ -95,7 +95,7 @@ async def test_the_oldest_of_too_many_unproven_streams_gives_way() -> None:
 
 
 @pytest.mark.parametrize("how", ["removed", "banned", "never linked", "down", "new key", "new address", "key given away"])
-async def test_a_stream_ends_with_what_it_stands_for(how: str) -> None:
+async def test_a_stream_ends_with_its_machine_or_virtual_address(how: str) -> None:
     manager, machine = Manager(), FakeMachine(tunnel=True, unique_token="u")
     answer = await manager.join(machine)
     row = await manager.row(machine)
@@ -134,7 +134,7 @@ async def test_a_stream_ends_with_what_it_stands_for(how: str) -> None:
     assert link is None or not link.streams
 
 
-async def test_a_machine_that_turns_to_udp_ends_its_stream() -> None:
+async def test_a_machine_that_changes_to_udp_ends_its_stream() -> None:
     manager, machine = Manager(), FakeMachine(tunnel=True)
     answer = await manager.join(machine)
     stream = claim(manager, answer, machine)

@@ -75,14 +75,14 @@ async def test_tokens_are_listed_in_pages_with_the_given_one_among_them() -> Non
         ({"name": "n", "note": "\x1b[2J"}, "control characters"),
     ],
 )
-async def test_what_cannot_be_is_refused_with_what_is_wrong(made: dict[str, object], error: str) -> None:
+async def test_invalid_tokens_are_refused_with_the_reason(made: dict[str, object], error: str) -> None:
     _, tokens = managed()
     with pytest.raises(ConfigurationError, match=error):
         await tokens.create(**made)  # type: ignore[arg-type]
     assert [one.is_given for one in await tokens.list()] == [True]
 
 
-async def test_names_texts_and_the_default_are_kept_unique_and_there() -> None:
+async def test_names_and_tokens_stay_unique_and_a_default_token_remains() -> None:
     _, tokens = managed()
     await tokens.create("one", token="some-text", make_default=True)
     with pytest.raises(AlreadyExistsError, match="this name"):
@@ -108,7 +108,7 @@ async def test_names_texts_and_the_default_are_kept_unique_and_there() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_no_secret_is_seen_where_it_was_not_asked_for(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_secrets_are_returned_only_on_request(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     seen: list[str] = []
     async with opened(kind) as store:

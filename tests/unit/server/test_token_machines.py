@@ -61,7 +61,7 @@ async def test_a_machine_that_never_shakes_hands_counts_until_it_is_forgotten() 
     await joined(manager, text)
 
 
-async def test_a_machine_that_comes_by_another_token_counts_there() -> None:
+async def test_a_machine_that_joins_by_another_token_counts_for_that_one() -> None:
     manager, tokens = managed()
     one, two = [(await tokens.create(name, max_machines=1)).secret for name in ("one", "two")]
     machine = await joined(manager, one)
@@ -90,7 +90,7 @@ async def test_a_unique_token_admits_a_machine_whose_join_token_is_full() -> Non
     assert (await manager.refuses(FakeMachine(), join_token=two))[0] is FULL
 
 
-async def test_a_claim_that_is_not_proved_gives_its_place_back() -> None:
+async def test_an_unproven_claim_returns_its_place() -> None:
     manager, tokens = managed()
     text = (await tokens.create("one", max_machines=1)).secret
     machine = await joined(manager, TOKEN)
@@ -119,7 +119,7 @@ async def test_a_limit_that_is_lowered_holds(limit: str) -> None:
     await joined(manager, text)
 
 
-async def test_limits_that_cannot_be() -> None:
+async def test_invalid_limits_are_refused() -> None:
     _, tokens = managed()
     with pytest.raises(ConfigurationError, match="not both"):
         await tokens.create("both", max_uses=2, max_machines=2)
@@ -134,7 +134,7 @@ async def test_limits_that_cannot_be() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_crowd_is_as_many_machines_as_the_token_may_have(kind: str) -> None:
+async def test_concurrent_joins_do_not_exceed_the_tokens_limit_of_machines(kind: str) -> None:
     """At two servers at once where the store is shared, before and after some of them are removed."""
     async with managers(kind, 2) as shared:
         tokens = tokens_of(shared[0])

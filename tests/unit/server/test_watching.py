@@ -85,7 +85,7 @@ async def test_a_first_handshake_brings_the_link_up_and_is_remembered() -> None:
     assert [event.is_first for event in events] == [True, False]
 
 
-async def test_a_healthy_link_is_looked_at_once_per_interval_and_never_down() -> None:
+async def test_a_healthy_link_is_checked_once_per_interval_and_never_down() -> None:
     manager, machine = Manager(), FakeMachine()
     await manager.join(machine)
     await manager.handshake(machine)
@@ -98,7 +98,7 @@ async def test_a_healthy_link_is_looked_at_once_per_interval_and_never_down() ->
     assert looks <= 2 * 3600 / 250
 
 
-async def test_a_silent_link_is_down_to_the_second_and_said_once() -> None:
+async def test_a_silent_link_goes_down_on_the_second_and_is_reported_once() -> None:
     manager, machine = Manager(), FakeMachine()
     await manager.join(machine)
     await manager.handshake(machine)
@@ -157,7 +157,7 @@ async def test_a_uuid_can_be_banned_before_it_is_seen() -> None:
         await manager.bans.add("no such machine")
 
 
-async def test_a_check_that_fails_is_made_again() -> None:
+async def test_a_failed_check_is_repeated() -> None:
     manager, machine = Manager(), FakeMachine()
     await manager.join(machine)
 
@@ -199,7 +199,7 @@ async def test_a_restarted_server_knows_its_machines_before_they_call() -> None:
     assert after.link(answer).state is LinkState.UP
 
 
-async def test_a_machine_that_gave_up_its_key_awaits_nothing_after_a_restart() -> None:
+async def test_a_machine_without_a_key_is_not_awaited_after_a_restart() -> None:
     before, machine = Manager(), FakeMachine(unique_token="u")
     await before.join(machine)
     await before.handshake(machine)
@@ -259,7 +259,7 @@ async def test_a_server_that_lost_changes_reads_the_rows_again() -> None:
         await _settled(lambda: set(there.device.configs) == {machine.key for machine in others})
 
 
-async def test_a_slow_reader_is_told_how_much_it_lost() -> None:
+async def test_a_slow_reader_learns_how_much_it_lost() -> None:
     hub = EventHub()
     slow, quick = hub.subscribe(limit=3), hub.subscribe()
     events = [EventsLost(count=-number) for number in range(5)]
@@ -300,7 +300,7 @@ class CountedStore(MemoryStore):
             self.under_way -= 1
 
 
-async def test_what_many_machines_leave_to_be_written_is_written_together() -> None:
+async def test_pending_writes_of_many_machines_share_a_transaction() -> None:
     store = CountedStore()
     manager = Manager(store=store)
     machines = [FakeMachine() for _ in range(40)]

@@ -217,7 +217,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("bound", "link", "restarted", "column", "verdict"), CASES)
-async def test_the_verdict(bound: bool, link: Link, restarted: bool, column: int, verdict: Verdict) -> None:
+async def test_who_may_take_a_row(bound: bool, link: Link, restarted: bool, column: int, verdict: Verdict) -> None:
     scene = Scene(bound, link, restarted)
     await scene.set_up()
     _, actor, source = ACTORS[column]
@@ -241,7 +241,7 @@ async def test_the_thief_that_claims_a_silent_row_loses_it_to_the_machine_that_i
 
 
 @pytest.mark.parametrize("is_alive", [True, False], ids=["idle", "killed"])
-async def test_of_a_machine_whose_path_a_proxy_cut_the_server_learns_nothing_before_it_is_heard(is_alive: bool) -> None:
+async def test_the_server_cannot_tell_an_idle_machine_from_a_dead_one_after_a_proxy_cut(is_alive: bool) -> None:
     """Living machines may be idle for 50 s by then (docs/decisions.md). Both worlds are one until the first word."""
     scene = Scene(False, Link.PROXY_CUT)
     await scene.set_up()
@@ -283,7 +283,7 @@ async def test_of_two_claims_the_first_that_is_proved_has_the_row() -> None:
     assert set(manager.device.configs) == {two.key}
 
 
-async def test_a_takeover_and_a_binding_are_told_with_both_sources() -> None:
+async def test_takeovers_and_bindings_are_reported_with_both_sources() -> None:
     scene = Scene(False, Link.SILENT)
     await scene.set_up()
     manager, again = scene.manager, replace(machine_again(scene, ELSEWHERE), unique_token=TOKEN)
@@ -298,7 +298,7 @@ async def test_a_takeover_and_a_binding_are_told_with_both_sources() -> None:
     assert [event.source for event in events if isinstance(event, UniqueTokenBound)] == [ELSEWHERE]
 
 
-async def test_a_refusal_is_told_with_both_sources() -> None:
+async def test_refusals_are_reported_with_both_sources() -> None:
     scene = Scene(True, Link.ALIVE)
     await scene.set_up()
     await scene.manager.events()
@@ -327,7 +327,7 @@ async def test_claims_are_few_per_row_and_source_and_end_after_a_minute() -> Non
     assert await manager.store.all_claims() == []
 
 
-async def test_who_knows_the_bound_token_is_never_kept_out_by_claims() -> None:
+async def test_claims_do_not_exclude_a_caller_with_the_bound_token() -> None:
     scene = Scene(True, Link.KILLED)
     await scene.set_up()
     for _ in range(8):
@@ -335,7 +335,7 @@ async def test_who_knows_the_bound_token_is_never_kept_out_by_claims() -> None:
     assert await scene.attempt(machine_again(scene, HERE)) is Verdict.TAKES
 
 
-async def test_nobody_binds_a_token_to_a_key_that_was_named_before() -> None:
+async def test_a_token_is_not_bound_to_a_key_that_another_call_presented() -> None:
     """The machine's claim ran out before its handshake: who read its key then names it with a token of its own."""
     scene = Scene(False, Link.SILENT)
     await scene.set_up()
@@ -348,7 +348,7 @@ async def test_nobody_binds_a_token_to_a_key_that_was_named_before() -> None:
     assert (row.public_key, row.unique_token_digest) == (again.key, None)
 
 
-async def test_a_row_that_was_never_proved_binds_nobody() -> None:
+async def test_an_unproven_row_binds_no_token() -> None:
     manager, stranger = Manager(), FakeMachine(unique_token="a stranger's")
     await manager.join(stranger)
     owner = FakeMachine(node_uuid=stranger.node_uuid, unique_token="mine")
@@ -372,7 +372,7 @@ async def test_a_claim_outlives_the_server() -> None:
     assert (await after.row(again)).public_key == again.key
 
 
-async def test_a_goodbye_by_another_key_or_of_a_stranger_is_none() -> None:
+async def test_a_goodbye_by_another_key_or_a_stranger_is_ignored() -> None:
     scene = Scene(False, Link.ALIVE)
     await scene.set_up()
     goodbyes = Goodbyes(scene.manager.links, scene.manager.monitor, scene.manager.machines.remove)
@@ -382,7 +382,7 @@ async def test_a_goodbye_by_another_key_or_of_a_stranger_is_none() -> None:
     assert await scene.attempt(thief(scene, ELSEWHERE)) is Verdict.REFUSED
 
 
-async def test_who_is_heard_after_its_goodbye_is_alive() -> None:
+async def test_a_machine_heard_after_its_goodbye_is_alive() -> None:
     scene = Scene(False, Link.GOODBYE)
     await scene.set_up()
     await scene.manager.pass_time(5)
@@ -422,7 +422,7 @@ async def test_a_machine_that_asks_to_be_forgotten_is() -> None:
     assert await scene.manager.machines.find(scene.machine.node_uuid) is None
 
 
-async def test_a_key_that_two_call_by_with_different_tokens_is_bound_to_neither() -> None:
+async def test_a_key_presented_with_two_different_tokens_is_bound_to_neither() -> None:
     """A server that lost its state: who read a machine's key calls before the machine does."""
     manager, machine = Manager(), FakeMachine(unique_token=TOKEN)
     await manager.join(replace(machine, unique_token="a thief's", source=ELSEWHERE))

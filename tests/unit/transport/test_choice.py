@@ -49,7 +49,7 @@ def peer() -> PeerConfig:
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_the_servers_answer_decides_whatever_was_asked(asked: bool) -> None:
+def test_the_servers_answer_selects_the_transport(asked: bool) -> None:
     url = JoinURL("a", 1, tunnel=asked)
     udp = choose(url, Answer(endpoints=(HostPort("a", 1), HostPort("b", 2))))
     assert isinstance(udp, UdpTransport)
@@ -74,7 +74,7 @@ async def test_udp_sets_the_endpoint_and_then_turns_the_keepalive_on() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_name_that_leads_nowhere_is_a_reason() -> None:
+async def test_an_unresolvable_name_ends_the_transport_with_its_reason() -> None:
     device = Journal()
     [route] = choose(URL, Answer(endpoints=(HostPort("does-not-exist.invalid", 1),))).routes
     assert "cannot resolve does-not-exist.invalid" in await route.carry(device, peer(), print)
@@ -106,7 +106,7 @@ async def test_a_stream_that_ends_is_opened_again_with_the_same_metadata() -> No
 
 
 @pytest.mark.anyio
-async def test_a_stream_that_is_not_allowed_is_a_reason_to_provision_again() -> None:
+async def test_a_refused_stream_causes_another_provision() -> None:
     async def refuse(stream: ByteStream) -> None:
         raise GrpcError(Status.PERMISSION_DENIED, "peer not allowed\x1b[31m")
 
@@ -205,7 +205,7 @@ async def test_a_second_stream_that_fails_leaves_the_first_and_is_tried_again(
 
 
 @pytest.mark.anyio
-async def test_a_link_stays_where_it_is_while_every_other_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_link_keeps_its_stream_while_other_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_MOVE_ATTEMPTS", 3)
     streams = Streams("first", "refused")
     async with streams.carried() as (route, wanted):
@@ -245,7 +245,7 @@ async def test_a_second_stream_is_closed_when_the_link_is_left_before_it_is_answ
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("host", ["fe80::1%nowhere", "no-such-host.invalid"])
-async def test_another_endpoint_that_cannot_be_dialled_from_here_leaves_the_link_where_it_is(host: str) -> None:
+async def test_an_unusable_endpoint_leaves_the_link_unchanged(host: str) -> None:
     wanted = peer()
     (route,) = UdpTransport((HostPort("127.0.0.1", 9),)).routes
     config = DeviceConfig(name="here", private_key=None, listen_port=0)

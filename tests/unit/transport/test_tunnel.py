@@ -201,7 +201,7 @@ async def test_a_client_that_waits_until_writable_loses_nothing() -> None:
         assert not path.drops
 
 
-async def test_those_who_wait_to_write_are_told_of_the_end() -> None:
+async def test_waiting_writers_are_woken_at_the_end() -> None:
     async with tunnel_server(SMALL) as (server, end), tunnel_client(server) as stream:
         stream.accept()
         path = TunnelPath(stream, NAME, queue_bytes=1000)

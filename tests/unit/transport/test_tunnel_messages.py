@@ -146,7 +146,7 @@ def test_what_breaks_a_rule_is_refused_by_name(wire: bytes, refusal: Refusal, st
 
 
 @given(noise=st.binary(max_size=400), step=st.integers(1, 50))
-def test_noise_is_read_or_refused_and_never_differently_when_cut(noise: bytes, step: int) -> None:
+def test_random_bytes_are_read_or_refused_the_same_however_they_are_cut(noise: bytes, step: int) -> None:
     def outcome(step: int | None) -> tuple[list[bytes], Refusal | None]:
         reader, found = TunnelReader(MAX_MESSAGE), []
         try:

@@ -63,7 +63,7 @@ preshared_key={"0" * 64}"""
     )
 
 
-def test_a_zero_private_key_takes_the_key_away() -> None:
+def test_a_zero_private_key_removes_the_key() -> None:
     change = parse_set([f"private_key={'0' * 64}"])
     assert change.clear_private_key
     assert change.private_key is None
@@ -100,7 +100,7 @@ def test_a_zero_private_key_takes_the_key_away() -> None:
         (f"public_key={OTHER}\nlisten_port=1", errno.EINVAL),
     ],
 )
-def test_what_is_wrong_has_its_errno(line: str, number: int) -> None:
+def test_each_mistake_has_its_errno(line: str, number: int) -> None:
     with pytest.raises(UapiError) as caught:
         parse_set(line.split("\n"))
     assert caught.value.errno == number

@@ -47,7 +47,7 @@ async def raw(stage: Stage, head: str, body: bytes = b"") -> str:
                 return ""
 
 
-async def test_paths_lead_nowhere_else(tmp_path: Path) -> None:
+async def test_paths_do_not_escape_the_site(tmp_path: Path) -> None:
     async with page(tmp_path) as stage:
         browser = await stage.visitor(Role.VIEWER)
         for path in (
@@ -74,7 +74,7 @@ async def test_paths_lead_nowhere_else(tmp_path: Path) -> None:
             assert "x=1" not in said, path
 
 
-async def test_signing_in_leads_to_this_page_alone_and_takes_no_cookie_of_the_visitors(tmp_path: Path) -> None:
+async def test_signing_in_redirects_within_the_site_and_makes_a_new_cookie(tmp_path: Path) -> None:
     async with page(tmp_path) as stage:
         for wanted in (
             "//evil.example",
@@ -92,7 +92,7 @@ async def test_signing_in_leads_to_this_page_alone_and_takes_no_cookie_of_the_vi
         assert (await fixed.get("/machines")).status == 303
 
 
-async def test_what_is_too_long_or_not_whole_is_refused(tmp_path: Path) -> None:
+async def test_too_long_or_incomplete_requests_are_refused(tmp_path: Path) -> None:
     async with page(tmp_path) as stage:
         browser = await stage.visitor(Role.OPERATOR)
         assert (await browser.get("/machines?text=" + "x" * 20_000)).status == 414
@@ -114,7 +114,7 @@ async def test_what_is_too_long_or_not_whole_is_refused(tmp_path: Path) -> None:
         assert (await stage.office.administration.bans.page()).total == 0
 
 
-async def test_what_machines_and_people_write_is_text_in_one_line(tmp_path: Path) -> None:
+async def test_text_of_machines_and_users_is_escaped_in_one_line(tmp_path: Path) -> None:
     async with page(tmp_path) as stage:
         browser = await stage.visitor(Role.ADMIN)
         long = "w" * 10_000
@@ -175,7 +175,7 @@ async def test_a_stream_ends_with_its_key_or_role(tmp_path: Path, monkeypatch: p
         assert (await browser.get("/machines")).status == 303
 
 
-async def test_one_visitor_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_visitor_cannot_use_up_all_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a proxy, where all connections are the proxy's."""
     monkeypatch.setattr(siderolink.web.guard, "MAX_REQUESTS_PER_VISITOR", 2)
     async with page(tmp_path, origins=("https://fleet.example.com",), proxies=("127.0.0.1",)) as stage:
@@ -188,7 +188,9 @@ async def test_one_visitor_leaves_room_for_others(tmp_path: Path, monkeypatch: p
                 await anyio.sleep(0.05)
 
 
-async def test_who_begins_no_tls_is_dropped_and_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_without_tls_are_dropped_and_leave_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(siderolink.web.run, "MAX_CONNECTIONS_PER_ADDRESS", 3)
     file = tmp_path / "tls.pem"
     file.write_text(make_certificate("a root").sign("127.0.0.1").pem)
@@ -224,7 +226,7 @@ async def test_who_begins_no_tls_is_dropped_and_leaves_room_for_others(tmp_path:
                 await is_ended(stream)
 
 
-async def test_one_key_leaves_sessions_and_streams_to_others() -> None:
+async def test_one_key_cannot_use_up_all_sessions_and_streams() -> None:
     sessions = Sessions()
     _, other = sessions.begin("other", "other", "viewer", "192.0.2.1")
     own = [sessions.begin("key", "one", "viewer", "192.0.2.2")[1] for _ in range(3 * MAX_SESSIONS_PER_ACTOR)]
@@ -246,7 +248,7 @@ async def test_one_key_leaves_sessions_and_streams_to_others() -> None:
 
 
 @pytest.mark.parametrize("referer", ["http://[", "//[x]", "http://a\N{ADDRESSED TO THE SUBJECT}b/", "//evil.example/x"])
-async def test_a_form_of_no_page_leads_to_the_first_one(tmp_path: Path, referer: str) -> None:
+async def test_an_unknown_form_redirects_to_the_first_page(tmp_path: Path, referer: str) -> None:
     async with page(tmp_path) as stage:
         browser = await stage.visitor(Role.VIEWER)
         answer = await browser.post("/bans", {"name": "x"}, referer=referer.encode().decode("latin-1"))

@@ -76,7 +76,7 @@ async def look(office: Office, follower: Follower) -> pb.MachinesPart:
     return whole
 
 
-async def test_a_follower_is_told_all_and_then_what_changes(tmp_path: Path) -> None:
+async def test_a_follower_gets_everything_and_then_changes(tmp_path: Path) -> None:
     async with open_office(tmp_path) as office:
         await fill(office)
         with office.administration.followers.register() as follower:
@@ -93,7 +93,7 @@ async def test_a_follower_is_told_all_and_then_what_changes(tmp_path: Path) -> N
             assert told.gone == [machine(4).id]
 
 
-async def test_a_follower_is_told_when_a_limit_begins_to_hold_a_machine_back_and_when_it_is_over(tmp_path: Path) -> None:
+async def test_a_follower_learns_when_a_limit_takes_effect_and_when_it_ends(tmp_path: Path) -> None:
     async with open_office(tmp_path) as office:
         await fill(office)
         limits, row = office.administration.limits, machine(5)
@@ -111,7 +111,7 @@ async def test_a_follower_is_told_when_a_limit_begins_to_hold_a_machine_back_and
             assert [(one.id, one.limits_biting) for one in (await look(office, follower)).links] == [(row.id, [])]
 
 
-async def test_no_more_follow_than_may(tmp_path: Path) -> None:
+async def test_the_number_of_followers_is_limited(tmp_path: Path) -> None:
     async with open_office(tmp_path) as office:
         followers = [office.administration.followers.register() for _ in range(MAX_FOLLOWERS + 1)]
         given = [one.__enter__() for one in followers]
@@ -227,7 +227,7 @@ async def test_what_changes_of_a_link_marks_its_row_alone() -> None:
         assert [row.machine.limits_biting for row in (await fleet.find(Query(), 1)).rows] == [[], biting]
 
 
-def test_a_browser_is_told_no_more_than_it_can_take_and_each_row_in_its_turn() -> None:
+def test_a_browser_gets_updates_at_its_own_pace_and_all_rows_in_turn() -> None:
     told, size = SentRows(), 1500
     rows = {f"row-{number}": str(number).ljust(size) for number in range(100)}
     seen: Counter[str] = Counter()
@@ -258,7 +258,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, calls: Counter[str], face: type, n
     monkeypatch.setattr(face, name, counted)
 
 
-async def test_whoever_signs_out_is_followed_for_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_ends_when_its_session_signs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The list goes on by the key of somebody who is still signed in."""
     callers: list[str] = []
     inner: Any = MachineService.follow_machines
@@ -280,7 +280,7 @@ async def test_whoever_signs_out_is_followed_for_no_more(tmp_path: Path, monkeyp
         assert (await (second if began == "viewer" else first).get("/machines")).status == 200
 
 
-async def test_what_a_page_of_machines_asks_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_page_of_machines_has_100_rows_and_makes_few_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search asks only whether the key still counts; a page has 100 rows; the list is followed once for all."""
     calls: Counter[str] = Counter()
     for name in ("list_machines", "watch_machines", "get_machine", "follow_machines"):

@@ -32,7 +32,7 @@ def test_a_session_ends_when_it_is_idle_and_when_it_is_old() -> None:
     assert sessions.find(cookie, "192.0.2.1") is None
 
 
-def test_a_cookie_from_elsewhere_ends_its_session() -> None:
+def test_a_cookie_used_from_another_address_ends_its_session() -> None:
     sessions = Sessions()
     cookie, _ = sessions.begin("slk_x", "alice", "viewer", "192.0.2.1")
     assert sessions.find(cookie, "192.0.2.2") is None
@@ -42,7 +42,7 @@ def test_a_cookie_from_elsewhere_ends_its_session() -> None:
     assert sessions.find("", "2001:db8::1") is sessions.find(None, "2001:db8::1") is sessions.find("x" * 10_000, "::1") is None
 
 
-def test_there_are_only_so_many() -> None:
+def test_the_number_of_sessions_is_limited() -> None:
     clock = Clock()
     sessions = Sessions(clock)
     first, _ = sessions.begin("slk_x", "alice", "viewer", "192.0.2.1")

@@ -118,7 +118,7 @@ async def page(
         tasks.cancel_scope.cancel()
 
 
-async def test_who_gets_in_and_with_what(tmp_path: Path) -> None:
+async def test_signing_in_needs_a_valid_key_and_sets_a_protected_cookie(tmp_path: Path) -> None:
     async with page(tmp_path) as stage:
         stranger = Browser(stage.port)
         for path in (view.path.format(machine="m", token="t") for view in VIEWS):
@@ -135,9 +135,7 @@ async def test_who_gets_in_and_with_what(tmp_path: Path) -> None:
         assert "viewer" in (await stranger.get("/")).text
 
 
-async def test_wrong_keys_are_answered_late_and_so_many_of_an_address_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_wrong_keys_are_answered_late_and_limited_per_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits, waits at the server, whose clock stands still here."""
     released = anyio.Event()
 
@@ -190,7 +188,7 @@ async def test_a_session_ends_when_its_key_has_another_role(tmp_path: Path) -> N
         assert (again.status, "Ban a machine" in (await browser.get("/bans")).text) == (303, False)
 
 
-async def test_what_every_answer_carries(tmp_path: Path) -> None:
+async def test_every_answer_has_security_headers(tmp_path: Path) -> None:
     async with page(tmp_path) as stage:
         browser = await stage.visitor(Role.ADMIN)
         for path in ("/", "/machines", "/limits", "/servers", "/static/page.js", "/nowhere", "/machines/nobody", "/sign-in"):
@@ -233,7 +231,7 @@ async def test_forged_requests_are_refused(tmp_path: Path) -> None:
         assert (entry.action, entry.actor.name) == ("ban.add", "operator")
 
 
-async def test_roles(tmp_path: Path) -> None:
+async def test_each_role_sees_its_pages_and_forms(tmp_path: Path) -> None:
     async with page(tmp_path) as stage:
         viewer = await stage.visitor(Role.VIEWER)
         text = (await viewer.get("/bans")).text
@@ -321,7 +319,7 @@ async def test_behind_a_proxy_the_visitors_address_counts(tmp_path: Path) -> Non
         )
 
 
-async def test_who_does_not_finish_a_request_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unfinished_requests_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(siderolink.web.run, "REQUEST_SECONDS", 0.2)
     async with page(tmp_path) as stage:
         whole = b"GET /sign-in HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % stage.port
@@ -337,7 +335,7 @@ async def test_who_does_not_finish_a_request_is_dropped(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     "begun", [b"NONSENSE\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"x" * 100_000]
 )
-async def test_what_is_no_request_is_refused(tmp_path: Path, begun: bytes) -> None:
+async def test_malformed_requests_are_refused(tmp_path: Path, begun: bytes) -> None:
     async with page(tmp_path) as stage:
         async with await anyio.connect_tcp("127.0.0.1", stage.port) as stream:
             with anyio.fail_after(60):
