@@ -1,4 +1,4 @@
-"""What carries packets between two network namespaces: our links, other WireGuard programs, a bare wire."""
+"""The programs compared on a link between two network namespaces: ours, other WireGuard programs, a bare wire."""
 
 import shutil
 import subprocess
@@ -22,21 +22,21 @@ COMMAND = (sys.executable, "-m", "siderolink")
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """Two namespaces that reach each other through what is measured."""
+    """Two namespaces linked by the measured program."""
 
     server: Namespace
     machine: Namespace
     address: str
     """The server's, inside the link."""
     processes: tuple[int, ...]
-    """The ids of what carries, the server's end first; empty where there is no process."""
+    """The process ids, the server's end first; empty without a process."""
 
     def memory(self) -> int:
-        """Bytes that the larger end holds in memory."""
+        """Bytes of memory of the larger end."""
         return max((resident(pid) * 1024 for pid in self.processes), default=0)
 
     def cpu(self) -> float:
-        """Seconds of processor time that both ends have taken so far."""
+        """Seconds of processor time of both ends so far."""
         return sum(processor(pid) for pid in self.processes)
 
 

@@ -1,4 +1,4 @@
-"""What was measured, as a table, as JSON and as a plot."""
+"""The measurements as a table, as JSON and as a plot."""
 
 import json
 import platform
@@ -89,7 +89,7 @@ class Report:
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on beside the programs."""
+    """What the figures depend on besides the programs."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {

@@ -53,7 +53,7 @@ def _owner_cells(number: int, server_id: str) -> dict[str, object]:
 
 
 def fill(where: str, count: int, owner: str = "another server") -> float:
-    """Load rows as a bulk does, in Postgres those of their links' owner, too; the seconds it took."""
+    """Load rows in bulk, in Postgres with the owners of their links; returns the seconds it took."""
     began = time.perf_counter()
     if "://" in where:
         with psycopg.connect(where) as connection:
@@ -87,7 +87,7 @@ def _plain(value: object) -> object:
 
 
 def tell_bytes(where: str, count: int) -> None:
-    """What a row takes on the disk, its indexes included."""
+    """Bytes of a row on disk, including indexes."""
     with psycopg.connect(where) as connection:
         for table in ("machines", "sessions"):
             found = connection.execute(f"SELECT pg_total_relation_size('{table}'), pg_indexes_size('{table}')").fetchone()

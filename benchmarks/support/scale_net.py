@@ -50,7 +50,7 @@ def resident(pid: int) -> int:
 
 
 class Process:
-    """A program that says in lines what it does."""
+    """A program that reports in lines."""
 
     def __init__(self, namespace: Namespace, command: Sequence[str]) -> None:
         self._process = namespace.popen(list(command), stdout=subprocess.PIPE, env=_ENVIRONMENT, cwd=str(ROOT))
@@ -58,7 +58,7 @@ class Process:
         self._lines = self._process.stdout
 
     def line(self) -> str:
-        """The next line it says; AssertionError where it ended instead."""
+        """The next line; AssertionError if the program ended."""
         text = self._lines.readline()
         assert text, f"the program ended: {self._process.poll()}"
         return text
@@ -81,7 +81,7 @@ class Process:
 
 
 class ServerProcess(Process):
-    """Ours, with a state file, a database (its URL) or without; or the bare one."""
+    """Our server, with a state file, a database (its URL) or neither; or the bare server."""
 
     def __init__(self, net: Net, *, state: Path | str | None = None, bare: bool = False) -> None:
         script = SUPPORT / ("bare_server.py" if bare else "scale_server.py")
@@ -89,7 +89,7 @@ class ServerProcess(Process):
         assert self.line() == "serving\n"
 
     def settle(self) -> int:
-        """Collect, give back what is free, and say the resident kilobytes."""
+        """Collect garbage, release free memory, and return the resident kilobytes."""
         self.signal(signal.SIGUSR2)
         self.drops: dict[str, int] = json.loads(self.line())["drops"]
         return self.kilobytes
@@ -140,7 +140,7 @@ def state_file() -> Iterator[Path]:
 
 
 def idle_share(server: Process, seconds: float) -> float:
-    """The part of a core that it takes while nobody asks anything."""
+    """The share of a core that it uses while idle."""
     before, start = server.cpu, time.perf_counter()
     time.sleep(seconds)
     return (server.cpu - before) / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""A server for the scale figures: SIGUSR2 makes it collect, return free memory and say so; SIGTERM ends it."""
+"""A server for the scale figures: SIGUSR2 makes it collect garbage, release memory and report it; SIGTERM ends it."""
 
 import argparse
 import asyncio
@@ -33,7 +33,7 @@ async def open_store(path: str | None) -> AsyncIterator[Store]:
 
 
 def collect(server: Server) -> None:
-    """Give back what is free, and say what was dropped so far."""
+    """Release free memory, and print the drops so far."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     print(json.dumps({"drops": server.drops(), "refusals": server.refusals()}), flush=True)

@@ -240,7 +240,7 @@ class Limit:
     name: str
     value: str
     now: str = ""
-    bites: int = 0
+    hits: int = 0
     """How often it refused or dropped something."""
 
 
@@ -250,7 +250,7 @@ def _limits(status: ServerStatus) -> list[Limit]:
 
     def bandwidth(whose: str, rate: int | None, reason: str) -> Limit:
         value = "no limit" if rate is None else bit_rate(rate)
-        return Limit(name=f"Bandwidth {whose}", value=value, now=limited(reason), bites=drops.get(reason, 0))
+        return Limit(name=f"Bandwidth {whose}", value=value, now=limited(reason), hits=drops.get(reason, 0))
 
     def limited(reason: str) -> str:
         count = found.limited.get(reason, 0)
@@ -261,7 +261,7 @@ def _limits(status: ServerStatus) -> list[Limit]:
             name="Machines in all",
             value=number(found.max_machines) if found.max_machines else "no limit",
             now=f"{number(known)} known",
-            bites=refusals.get("too many machines", 0),
+            hits=refusals.get("too many machines", 0),
         ),
         bandwidth("of all machines together, from them", found.rate_rx, "bandwidth_all_in"),
         bandwidth("of all machines together, to them", found.rate_tx, "bandwidth_all_out"),
@@ -271,19 +271,19 @@ def _limits(status: ServerStatus) -> list[Limit]:
             name="Log lines of each machine",
             value=f"{number(found.lines_per_second)} a second" if found.lines_per_second else "no limit",
             now=limited("line rate limited"),
-            bites=drops.get("line rate limited", 0),
+            hits=drops.get("line rate limited", 0),
         ),
         Limit(
             name="Events of each machine",
             value=f"{number(found.events_per_second)} a second" if found.events_per_second else "no limit",
             now=limited("event rate limited"),
-            bites=drops.get("event rate limited", 0),
+            hits=drops.get("event rate limited", 0),
         ),
         Limit(
             name="Log connections of each machine",
             value=number(found.log_connections) if found.log_connections else "no limit",
             now=limited("too many connections"),
-            bites=drops.get("too many connections", 0),
+            hits=drops.get("too many connections", 0),
         ),
     ]
 

@@ -29,7 +29,7 @@ def start(namespace: Namespace, program: str, *arguments: str) -> "subprocess.Po
 
 
 def read_until(process: "subprocess.Popen[str]", text: str) -> str:
-    """The first line of output that holds the text; the test fails, with all that came, where there is none."""
+    """The first line of output that contains the text; fails with the whole output if there is none."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -40,7 +40,7 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> str:
 
 
 def interrupt(process: "subprocess.Popen[str]", namespace: Namespace) -> None:
-    """End a program as Ctrl-C does: it says nothing more than it has to, succeeds, and leaves no interface."""
+    """End a program like Ctrl-C: it prints no traceback, succeeds, and leaves no interface."""
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
     rest = process.stdout.read()

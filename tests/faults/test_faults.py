@@ -25,14 +25,14 @@ from tests.support.who_sends import Record, recorded
 log = logging.getLogger(__name__)
 
 FAULT_SECONDS = 8.0
-"""More than what a server is taken for dead after."""
+"""Longer than the time after which a server is declared dead."""
 STOPPED_SECONDS = 30.0
 
 pytestmark = pytest.mark.timeout(600)
 
 
 class Lateness(threading.Thread):
-    """How late this host wakes those that sleep: its servers are as late."""
+    """How late this host wakes sleeping processes, and so its servers."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -85,7 +85,7 @@ class Faulty:
         self.lateness.worst = 0.0
         yield
         self.passes_at({A, B})
-        time.sleep(3.0)  # who would go on sending does so now
+        time.sleep(3.0)  # a server that still sends would do so now
         assert self.record.fights(since, spare=4 * self.lateness.worst) == []
         self.lateness.worst = max(late_before, self.lateness.worst)
         rows = self.pair.cluster.execute("SELECT node_uuid, overlay_address FROM machines", self.pair.database)
@@ -122,7 +122,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
             for address in machines.values():
                 stack.callback(stop, traffic(server.namespace, address))
         yield Faulty(pair, gates, machines, record, Lateness())
-        for server in (pair.a, pair.b):  # for whoever reads why a test failed
+        for server in (pair.a, pair.b):  # to explain a failed test
             log.info("%s said:\n%s", server.address, server.said())
 
 
@@ -171,7 +171,7 @@ def test_a_split_that_heals(fleet: Faulty) -> None:
 
 
 def test_the_database_is_cut_for_the_server_that_has_the_machines(fleet: Faulty) -> None:
-    """It goes on, and goes silent where another one takes a machine, although it cannot hear of it."""
+    """The server continues, and stops sending to a machine that another one takes, although it cannot learn of that."""
     fleet.passes_at({A})
     with fleet.held():
         fleet.gates[A].cut()

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def only_answers(machine: Namespace) -> None:
-    """Nobody reaches this host but by what it began itself, as behind a NAT."""
+    """Like behind a NAT, only answers reach this host."""
     machine.nft("""
         table inet only_answers {
             chain in {
@@ -56,7 +56,7 @@ def faulty(folder: Path, of: Cluster, database: str, url: str) -> Iterator[tuple
 
 
 def drain(pair: Pair, server: str, timeout: str = "60s") -> str:
-    """The last line of what the command says."""
+    """The last line of the command's output."""
     return (pair.a if server == A else pair.b).command(["drain", "--timeout", timeout]).splitlines()[-1]
 
 
@@ -114,7 +114,7 @@ def test_a_promoted_replica_that_lacks_the_last_takeovers(tmp_path: Path) -> Non
                 until(lambda: set(fleet.owners().values()) == {B}, 60)
                 assert ours.address == address
             assert all(now[2] > was[2] for now, was in zip(fleet.epochs(), before, strict=True))  # type: ignore[operator]
-            # who dies next is succeeded, too
+            # the next dead server has a successor, too
             pair.b.kill()
             fleet.passes_at({A})
     finally:

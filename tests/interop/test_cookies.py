@@ -14,7 +14,7 @@ from tests.support.netns import Namespace, link, stop
 
 @contextmanager
 def flooded(pair: Pair, namespace: Namespace, key: PublicKey, port: int, rate: int) -> Iterator[None]:
-    """Strangers' well-made initiations come to one end, and what it answers to the other end is counted."""
+    """Flood one end with valid initiations of strangers, and count its answers to the other end."""
     with Namespace("attacker") as attacker:
         link(namespace, attacker, names=("eth1", "eth0"), addresses=(["198.18.0.1/16"], ["198.18.0.2/16"]))
         # a cookie reply is the only message of 64 bytes, 72 with UDP's header

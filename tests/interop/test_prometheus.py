@@ -168,7 +168,7 @@ def test_the_alerts_are_loaded_and_none_is_in_error(watched: Watched) -> None:
         time.sleep(0.2)
     assert {rule["health"] for rule in group["rules"]} == {"ok"}
     firing = {rule["name"] for rule in group["rules"] if rule["state"] == "firing"}
-    # the certificate is good for an hour and the alert waits for an hour; the clock is the host's
+    # the certificate is valid for an hour and the alert waits for an hour, by the host's clock
     assert firing == set()
 
 

@@ -48,7 +48,7 @@ LOOPBACK = parse_networks(["127.0.0.1"], "an option")
 
 
 class Names(Service):
-    """Remembers where calls came from."""
+    """Records the sources of calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Names(Service):
 
 
 async def hold(stream: ByteStream) -> None:
-    """Say something, and then nothing more."""
+    """Send one message, and then nothing more."""
     stream.receive(lambda _: None)
     stream.send(memoryview(bytes(5)))
     await anyio.sleep_forever()
@@ -137,7 +137,7 @@ async def test_the_proxy_protocol_as_nginx_speaks_it(tmp_path: Path, inner: str)
         async with nginx(tmp_path, port, block, f"load_module {STREAM_MODULE};\n"):
             async with open_channel("::1", port, trusting) as channel:
                 await method(channel)(Raw(b"x"), timeout=30)
-            # and who comes without the header is refused
+            # and connections without the header are refused
             with pytest.raises(ServerUnreachableError), translate_errors():
                 async with open_channel("127.0.0.1", server.port, trusting) as channel:
                     await method(channel)(Raw(b"x"), timeout=30)
@@ -190,14 +190,14 @@ async def test_nginx_cuts_an_idle_connection_despite_pings_but_not_a_health_call
                     ended.set()
 
                 tasks.start_soon(watch)
-                for _ in range(2):  # connected once more where it was cut
+                for _ in range(2):  # connected again if it was cut
                     await idle.connect()
                     async with asyncio.timeout(30):
                         await idle.wait_lost()
                 await asyncio.sleep(0.5 * SECONDS)
                 assert answers == ["up"]
                 assert not ended.is_set()
-                # behind the proxy, the server's end is the call's
+                # behind the proxy, the call ends with the server
                 await server.stop()
                 async with asyncio.timeout(30):
                     await ended.wait()
@@ -256,5 +256,5 @@ async def test_regular_cuts_of_the_health_call_by_nginx_are_ignored(tmp_path: Pa
         for _ in range(20):
             retry.fire()
             await asyncio.sleep(0.01)
-        assert service.calls == cuts >= 3  # more where the host was stalled, which made one cut late
+        assert service.calls == cuts >= 3  # more if the host stalled, which made one cut late
     assert [type(signal) for signal in told].count(signals.ApiLost) == cuts - 1

@@ -50,7 +50,7 @@ class Pair:
             preshared_key=preshared_key,
             persistent_keepalive=keepalive if we_dial else 0,
         )
-        # who dials is told last, so that no handshake is lost on someone who does not know of it yet
+        # the dialling end is configured last, so that no handshake reaches an end without its peer
         if not we_dial:
             self.portal.call(self.device.set_peer, peer)
         self.other.set_peer(
@@ -205,7 +205,7 @@ def test_we_follow_the_other_end_to_another_address_and_port(pair: Pair) -> None
     ping(pair.net.machine, "fd00::1")
     pair.net.machine.add_address("eth0", "192.0.2.3/24")
     pair.net.machine.remove_address("eth0", "192.0.2.2/24")
-    # this wireguard-go sticks to its old source address until its socket is made anew
+    # this wireguard-go keeps its old source address until its socket is opened again
     pair.other.wg("set", pair.other.name, "listen-port", "4000")
     ping(pair.net.machine, "fd00::1")
     assert pair.peer().path == "192.0.2.3:4000"

@@ -37,7 +37,7 @@ def test_iperf_both_ways(version: int) -> None:
         for client, server, address in ((pair.net.server, pair.net.machine, theirs), (pair.net.machine, pair.net.server, ours)):
             done = iperf(client, server, address, "-n", f"{MEGABYTES}M")
             assert done["bytes"] > MEGABYTES << 18
-            # slow enough for any machine: what is lost is lost by one of the two
+            # slow enough for any host, so that losses come from one of the two ends
             done = iperf(client, server, address, "-u", "-b", "8M", "-n", "1M", "-l", "1200")
             assert done["packets"] > 800
             assert done["lost_packets"] < done["packets"] * 0.25

@@ -83,7 +83,7 @@ def test_peers_are_set_and_removed_one_by_one(net: Net) -> None:
         assert found[one].allowed_ips == (own,)
         assert (found[other].allowed_ips, found[other].path) == ((shared,), "192.0.2.2:7")
         assert found[one].persistent_keepalive == 9
-        # a prefix that was taken comes back when it is set again, and what is no longer set goes
+        # a prefix taken by another peer returns when it is set again; prefixes that are no longer set are removed
         call(device.set_peer, PeerConfig(public_key=one, allowed_ips=(shared,)))
         found = {peer.public_key: peer for peer in call(device.peers)}
         assert (found[one].allowed_ips, found[other].allowed_ips) == ((shared,), ())
@@ -159,7 +159,7 @@ def test_an_interface_left_by_a_crash_is_replaced(net: Net, kind: DeviceKind) ->
     process = net.server.popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "."})
     assert process.stdout is not None
     assert process.stdout.readline() == "False\n"  # it needs no numpy
-    # while it lives, it is in use, and the message says by whom
+    # while the owner lives, the interface is in use, and the message names the owner
     pid = next(pid for pid in net.server.run(["ip", "netns", "pids", net.server.name]).split() if int(pid) != os.getpid())
     with pytest.raises(InterfaceInUseError, match=f"process {pid} "), running(net.server, kind):
         raise AssertionError
@@ -210,7 +210,7 @@ def test_ports_stay_closed_for_as_long_as_the_interface_is_there(net: Net, monke
             assert ours.device.isolate
             assert lets_in(net.machine, partial(dial, OURS, 81, None))
             assert ours.portal.call(ours.device.drops)["closed_port"] > 0
-        # the process is gone, the interface and its sessions are not
+        # the process has ended; the interface and its sessions remain
         assert lets_in(net.machine, partial(dial, OURS, 81, None))
         assert keeps_out(net.machine, partial(dial, OURS, 80, None))
         with running(net.server, keep=True, isolate=True, open_ports=only_80):
@@ -234,7 +234,7 @@ def test_a_kept_interface_carries_on_without_losing_a_packet(net: Net) -> None:
             first = other.latest_handshake(ours.device.public_key)
             pings = net.machine.popen(["ping", "-q", "-i0.02", "-c150", "-W3", OURS], stdout=subprocess.PIPE)
         assert "siderolink-ours" in net.server.run(["nft", "list", "tables"])
-        # another start takes it up: same key, same port, same peers, and the sessions with them
+        # another start adopts it: same key, port, peers and sessions
         with running(net.server, keep=True, isolate=True) as again:
             call, device = again.portal.call, again.device
             assert (device.public_key, device.listen_port) == (KEY.public_key(), PORT)
@@ -248,7 +248,7 @@ def test_a_kept_interface_carries_on_without_losing_a_packet(net: Net) -> None:
             assert "150 packets transmitted, 150 received" in output
             assert other.latest_handshake(device.public_key) == first
             assert len(again.events) == 2
-        # and who does not want to keep it, removes it
+        # a start without --keep-interface replaces it
         with running(net.server):
             pass
         assert net.server.interfaces() == {"lo", "eth0"}
@@ -301,7 +301,7 @@ def test_the_device_follows_its_interface_down_up_and_to_another_port(net: Net) 
         while ours.portal.call(lambda: ours.device.listen_port) != 4000:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        # the sessions went with the link, and who knows that begins anew
+        # the sessions ended with the link; an end that knows this begins again
         ping(net.server, THEIRS, "-W8")
         assert other.endpoint(ours.device.public_key) == "192.0.2.1:4000"
 

@@ -54,7 +54,7 @@ def test_links_by_udp_and_tunnel_with_the_kernel_device(
             assert (server.device.kind, link.device.kind) == (server_device, machine_device)
             for size in ("1232", "4000"):
                 for namespace, address in ((net.machine, link.server_address), (net.server, link.address)):
-                    # all at once; an interval, since ping waits for the last one as long as that, or two round trips
+                    # all at once; with an interval, because ping waits that long for the last one, or two round trips
                     said = namespace.run(["ping", "-c3", "-l3", "-i5", f"-s{size}", str(address)])
                     assert "3 received" in said
         assert net.machine.interfaces() == net.server.interfaces() == {"lo", "eth0"}

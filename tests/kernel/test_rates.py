@@ -37,7 +37,7 @@ def flood(ours: Running, sender: Namespace, source: str, receiver: Namespace, ta
         for _ in range(COUNT):
             try:
                 out.sendto(bytes(PACKET), (target, 7000))
-            except PermissionError:  # dropped on its way out
+            except PermissionError:  # dropped while sending
                 continue
         while arrived + sum(ours.device.drops().values()) - before < COUNT and time.monotonic() - began < 30:
             try:

@@ -54,7 +54,7 @@ def test_isolation_holds_whatever_the_hosts_own_rules_and_connections_say() -> N
             assert machine.pings(OVERLAY)
         assert not one.pings(two.address)
         assert not two.pings(one.address)
-        # nor may a packet be sent on to a machine from elsewhere
+        # nor may a packet from elsewhere be forwarded to a machine
         with_source = ["ping", "-c1", "-W1", "-I", "2001:db8:ffff::1", one.address]
         server.add_address("lo", "2001:db8:ffff::1/128")
         server.nft("flush chain inet theirs from")
@@ -68,7 +68,7 @@ def test_isolation_holds_whatever_the_hosts_own_rules_and_connections_say() -> N
 
 
 def test_a_machine_on_another_ones_stream_moves_no_peer() -> None:
-    """It claims its neighbour's virtual address and shakes hands there as itself: its neighbour is reached as before."""
+    """A machine claims its neighbour's virtual address and shakes hands with its own key: the neighbour stays reachable."""
     with serving() as host, joined(host, 0, tunnel=True) as neighbour, suite.carrying(neighbour) as neighbours_end:
         neighbour.wait_connected()
         assert neighbour.pings(OVERLAY)

@@ -27,7 +27,7 @@ PREFIX = int(IPv6Network("fdae:41e4:649b:9303::/64").network_address)
 LARGEST_SHARE = 0.2
 """Of a dump, which takes 0.15 s where no processor is emulated: what one turn of the loop may have of its function calls."""
 MOST_READS = 2
-"""Of parts of a dump in one turn: ours, and one of the look that the device makes by itself."""
+"""Parts of a dump in one turn: one of ours, and one of the device's own poll."""
 
 
 def peer(number: int) -> PeerConfig:

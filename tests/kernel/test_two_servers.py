@@ -28,7 +28,7 @@ def until(is_so: Callable[[], bool]) -> None:
 
 
 def test_a_passive_peer_is_sent_nothing_and_a_dial_is_answered_though_there_is_an_old_session() -> None:
-    """What happens when a drains, and then b: the one that dials has a session of before, which the machine has left."""
+    """First a drains, then b: the server that dials still has an old session, which the machine no longer uses."""
     key = PrivateKey.generate()
     with (
         several(2) as net,
@@ -51,10 +51,10 @@ def test_a_passive_peer_is_sent_nothing_and_a_dial_is_answered_though_there_is_a
         assert status is not None
         assert status.sent_bytes == 0
 
-        # a drains: b dials, the machine answers and goes there; then the other way round
+        # a drains: b dials, and the machine answers and moves there; then the reverse
         for old, new, address in ((a, b, net.address(1)), (b, a, net.address(0))):
             before = machine.latest_handshake(server_key)
-            time.sleep(1.1)  # handshakes are told in whole seconds
+            time.sleep(1.1)  # handshake times are whole seconds
             new.portal.call(partial(dial_peer, new.device, dialled))
             until(lambda: machine.endpoint(server_key) == f"{address}:{PORT}")  # noqa: B023
             until(lambda: machine.latest_handshake(server_key) > before)  # noqa: B023

@@ -20,7 +20,7 @@ from tests.support.rows import IMPLEMENTATIONS, implementation
 
 
 class FullPath:
-    """Takes nothing until it is told to."""
+    """A path that is full until the test opens it."""
 
     headroom = 0
     batch_bytes = spare_bytes = 1 << 16
@@ -150,7 +150,7 @@ async def ports_of_what_arrives(
             gate.open()
             await until(4 + 50 + 2 * MAX_FRAMES)
             assert not device.plane.backlog.frames
-            send(BUSY, 0)  # it is read on
+            send(BUSY, 0)  # reading continues
             await until(5 + 50 + 2 * MAX_FRAMES)
     return at_first, arrived[len(at_first) :]
 

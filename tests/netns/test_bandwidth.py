@@ -47,8 +47,8 @@ def drops(server: Served) -> dict[str, int]:
     return {str(name): int(count) for name, count in shown[0]["drops"].items()}
 
 
-def until_bitten(server: Served, limit: str) -> dict[str, Any]:
-    """The machine once the server has seen that this limit bites."""
+def until_limited(server: Served, limit: str) -> dict[str, Any]:
+    """The machine's entry once the server reports that this limit takes effect."""
     deadline = time.monotonic() + 60
     while True:
         (found,) = json.loads(server.command(["machine", "list", "-o", "json"]))
@@ -99,7 +99,7 @@ def test_traffic_beyond_a_machines_bandwidth_is_dropped_and_counted(fleet: tuple
     # padding and headers make what is counted larger than what arrives
     assert 0 < size <= BURST + seconds * 1_000_000 / 8
     assert drops(server)[reason] > before
-    assert until_bitten(server, reason)["limit_drops"][reason] > 0
+    assert until_limited(server, reason)["limit_drops"][reason] > 0
     assert "up, limited" in server.command(["machine", "list"])
     assert "up, limited" in server.command(["top", "--once", "--interval", "0.2"])
     happened = json.loads(server.command(["machine", "history", UUID, "-o", "json"]))

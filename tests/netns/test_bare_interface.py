@@ -57,7 +57,7 @@ def test_a_packet_without_a_peer_gets_an_icmp_error(namespace: Namespace, addres
         namespace.call(connect, nobody)
         said = namespace.run(["ping", "-c1", "-W20", nobody], check=False)
         assert "+1 errors" in said, said
-        # not as often as somebody asks
+        # not for every request
         began = time.monotonic()
         namespace.call(write_often, nobody)
 
@@ -258,7 +258,7 @@ def test_an_interface_moved_to_another_namespace_keeps_its_socket() -> None:
 
 
 def test_an_interface_that_moves_on_at_once_under_another_name_is_still_followed() -> None:
-    """Set up in the very moment in which it arrives, before anybody can listen there."""
+    """Set up as soon as it arrives, before anything can listen there."""
     with two_interfaces() as (left, right, one, _), Namespace("first") as first, Namespace("second") as second:
         moves = f"""
             ip link set wg0 netns {first.name}
@@ -291,7 +291,7 @@ def test_the_largest_mtu_is_taken_and_small_packets_pass() -> None:
             namespace.set_link("wg0", mtu=65_535)
         ping(left, "fd00::2", "-s1200")
         ping(left, "fd00::2", "-s40000")
-        # A packet that no UDP datagram can hold is lost, and nothing else.
+        # Only a packet that does not fit into a UDP datagram is lost.
         assert "100% packet loss" in left.run(["ping", "-c1", "-W0.3", "-s65480", "fd00::2"], check=False)
         ping(left, "fd00::2")
 
@@ -340,7 +340,7 @@ def test_wg_shows_a_devices_peers_too(namespace: Namespace) -> None:
 
 
 def test_status_shows_what_was_dropped_and_why(namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replayed initiation, say."""
+    """For example a replayed initiation."""
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
 
     def status() -> dict[str, Any]:

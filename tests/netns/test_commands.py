@@ -57,7 +57,7 @@ def end(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
 
 
 def refused(namespace: Namespace, *arguments: str) -> str:
-    """The last line of a command that ends with status 1, and in it no traceback and no secret."""
+    """The last line of a command that ends with status 1; checks that it has no traceback and no secret."""
     process = start(namespace, *arguments)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output

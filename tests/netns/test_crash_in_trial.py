@@ -39,7 +39,7 @@ def document(url: str) -> str:
 
 
 class Bench:
-    """A server that holds the joins which `is_held` picks, and a machine that is killed and started again."""
+    """A server that delays the joins selected by `is_held`, and a machine that is killed and started again."""
 
     def __init__(self, net: Net, folder: Path) -> None:
         self.net = net
@@ -180,7 +180,7 @@ def test_a_crash_while_a_files_settings_are_tried(bench: Bench, tmp_path: Path, 
 
 @pytest.mark.timeout(180)
 def test_a_crash_after_the_server_has_bound_the_new_settings(bench: Bench, tmp_path: Path) -> None:
-    """The old ones are refused now, which is no reason to wait."""
+    """The old settings are refused by now, so the new ones are used at once."""
     first = bench.start(URL)
     bench.said("monitoring the link")
     bench.stop()

@@ -1,4 +1,4 @@
-"""How many steps an echo of the host takes through a device: counted, so that it does not depend on the machine."""
+"""The steps of a host's echo through a device, counted and therefore independent of the machine."""
 
 import sys
 from collections import Counter
@@ -104,11 +104,11 @@ async def answer(rows: RowFunctions, system_calls: Sequence[str], patch: pytest.
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_an_echo_of_the_host_is_one_turn_with_four_system_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One receive, one write, one read and one send: nothing is waited for between the request and what the host answers."""
+    """One receive, one write, one read and one send: nothing waits between the request and the host's answer."""
     with Namespace("echo") as namespace, namespace.portal() as portal:
         namespace.run(["ip", "link", "set", "lo", "up"])
         turns = portal.call(answer, implementation(name), SYSTEM_CALLS[name], monkeypatch)
     whole = [steps for steps in turns if steps.system_calls == dict.fromkeys(SYSTEM_CALLS[name], 1)]
-    # the host's own packets, as those of MLD, may come in between
+    # the host's own packets, such as MLD, may come in between
     assert len(whole) >= ECHOES * 3 // 4
     assert min(steps.functions for steps in whole) <= MOST_CALLS[name]

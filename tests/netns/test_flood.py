@@ -79,7 +79,7 @@ def test_a_machine_joins_at_once_during_a_flood(sources: int) -> None:
                 drops = server.drops()
         assert statistics.median(taken) < RETRY, "most need one handshake"
         assert max(taken) < 3 * RETRY, "on a machine too busy for this flood, some are lost to a full buffer"
-        # a busy host sends less of it, and loses some of that before the device
+        # a busy host sends less, and some of it is lost before the device
         refused = drops["bad_mac2"] + drops.get("rate_limited", 0)
         assert sent > PER_SECOND
         assert refused > sum(drops.values()) * 0.5 > PER_SECOND * 0.1

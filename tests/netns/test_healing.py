@@ -41,7 +41,7 @@ class Machine:
         return [event.new for event in self.events if isinstance(event, StateChanged)]
 
     def wait(self, condition: Callable[[], object], within: float = 60.0) -> float:
-        """Seconds until the condition held."""
+        """Wait for the condition; returns the seconds it took."""
         began_at = time.monotonic()
         while not condition():
             said = [event.reason for event in self.events if isinstance(event, StateChanged)]
@@ -160,7 +160,7 @@ def test_a_deleted_interface_is_made_again() -> None:
 
 
 def wait_kept(net: Net, seconds: float) -> None:
-    """Until one connection to the API has stood for so long; the one that a machine joins by is shorter."""
+    """Wait until a connection to the API is this old; the connection for the join is shorter."""
     seen: dict[str, float] = {}
     deadline = time.monotonic() + 60
     while not any(time.monotonic() - since > seconds for since in seen.values()):
@@ -172,7 +172,7 @@ def wait_kept(net: Net, seconds: float) -> None:
 
 @pytest.mark.parametrize("ends", ["at once", "slowly"])
 def test_a_server_that_lost_its_state_is_joined_again_with_its_new_key(ends: str) -> None:
-    """Where it ends slowly, it still answers handshakes when its API has ended."""
+    """A server that stops slowly still answers handshakes after its API has ended."""
     with direct() as net, ExitStack() as stack:
         with joined(net, wait=False) as machine:
             with serving(net, reports=ReportOptions(log_port=8092)) as server:

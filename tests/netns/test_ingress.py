@@ -46,7 +46,7 @@ class Host:
         self.portal.call(self.firewall.replace, ingress)
 
     def lets_in(self, port: int, to: str = MACHINE_V4) -> bool:
-        """Whether a TCP connection from the neighbour comes as far as the closed port."""
+        """Whether a TCP connection from the neighbour reaches the closed port."""
         return lets_in(self.net.server, partial(dial, to, port, None))
 
     def keeps_out(self, port: int, to: str = MACHINE_V4) -> bool:
@@ -187,7 +187,7 @@ def test_icmp_is_limited_and_the_neighbours_are_found_all_the_same() -> None:
             assert 1 <= net.server.call(replies, address) < 40
         host.set(Ingress("block", (rule("1", "192.0.2.0/24", protocol="icmp"),)))
         assert net.server.call(replies, MACHINE_V4) == 40
-        # ICMPv6 was used up, but an address that was never asked for still resolves
+        # the ICMPv6 limit is used up, but an unknown address still resolves
         net.machine.add_address("eth0", "2001:db8::abcd/64")
         host.set(Ingress("block", (rule("80", "::/0"),)))
         net.server.call(replies, MACHINE_V6)

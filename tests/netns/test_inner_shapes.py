@@ -104,7 +104,7 @@ def test_fragments_options_and_extension_headers_pass_untouched(tapped: tuple[En
             four(body, fragment=0x2000),  # first, middle and last of one packet ...
             four(body, fragment=0x2000 | 100),
             four(body[:9], fragment=200),
-            four(body, fragment=0x2000 | 300, number=8),  # ... and a middle one of another that never gets whole
+            four(body, fragment=0x2000 | 300, number=8),  # ... and a middle one of another packet that is never completed
             four(body, fragment=0x2000, protocol=socket.IPPROTO_TCP),
             four(body, fragment=100, protocol=socket.IPPROTO_UDP),
             four(body, fragment=0x4000),
@@ -140,7 +140,7 @@ def test_fragments_options_and_extension_headers_pass_untouched(tapped: tuple[En
 
 @pytest.mark.parametrize("mtu", [576, 1280, 1420, 9000, 65_535])
 def test_every_size_from_a_bare_header_to_the_mtu(tapped: tuple[End, End, Tap], mtu: int) -> None:
-    most = min(mtu, 65_475)  # a UDP datagram holds no more
+    most = min(mtu, 65_475)  # the maximum of a UDP datagram
     step = 1 if mtu < 1500 else mtu // 450
     one, two, tap = tapped
     set_mtu(mtu, one, two)
@@ -181,7 +181,7 @@ def test_large_datagrams_and_streams_with_options_of_real_sockets(tapped: tuple[
         taker.listen()
         sender.connect(taker.getsockname())
         data = os.urandom(300_000)
-        # who sends it all before the other end reads waits for ever where both ends' buffers are smaller than that
+        # sending everything before the other end reads would block forever if both ends' buffers are smaller
         with taker.accept()[0] as connection, connection.makefile("rb") as stream, ThreadPoolExecutor(1) as sending:
             sent = sending.submit(sender.sendall, data)
             assert stream.read(len(data)) == data

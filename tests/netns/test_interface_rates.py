@@ -38,7 +38,7 @@ def hosts() -> Iterator[tuple[Namespace, Namespace]]:
         for sender, address, receiver, target in [(machines, ONE, server, SERVER), (machines, TWO, server, SERVER)]:
             with udp(sender, address, 7001) as there, udp(receiver, target, 7000) as here:
                 send_all(there, target, 1)
-                here.recv(2048)  # from now on both know the way
+                here.recv(2048)  # from now on both have a session
                 here.sendto(b"", (address, 7001))
                 there.recv(2048)
         yield server, machines

@@ -56,7 +56,7 @@ def packet(source: str, destination: str, payload: bytes) -> bytes:
 
 
 class Tap:
-    """Sees what comes out of the server's interface."""
+    """Captures the packets from the server's interface."""
 
     def __init__(self, host: Host) -> None:
         self._socket = host.net.server.call(self._open)
@@ -85,7 +85,7 @@ class Tap:
 
 @dataclass
 class Attacker:
-    """A machine that joined properly and sends what it likes."""
+    """A machine that joined properly and sends arbitrary packets."""
 
     host: Host
     portal: BlockingPortal
@@ -94,7 +94,7 @@ class Attacker:
     address: str
     tap: Tap
     received: list[bytes]
-    """What came to this machine."""
+    """The packets that this machine received."""
     _count: int = 0
 
     def passes(self, source: str, destination: str) -> bool:
@@ -224,7 +224,7 @@ def test_two_machines_that_both_cooperate_do_not_reach_each_other(tunnel: bool) 
         assert sender.passes(sender.address, OVERLAY)
         sender.portal.call(sender.device.send, packet(sender.address, receiver.address, wanted))
         assert sender.passes(sender.address, OVERLAY)
-        for _ in range(100):  # what is forwarded has no fixed place before what the host sends by itself
+        for _ in range(100):  # forwarded packets have no fixed order relative to the host's own
             host.net.server.call(send_from_here, receiver.address, witness)
             seen = [data for data in receiver.received if data.endswith((wanted, witness))]
             if any(data.endswith(wanted) for data in seen):
@@ -340,7 +340,7 @@ def test_closing_a_port_ends_what_was_established_and_nothing_that_the_server_be
             at_server.setblocking(False)
             with pytest.raises(BlockingIOError):
                 at_server.recv(100)
-            # what was counted outlasts another set of rules
+            # counters survive a change of the rules
             counted = closed()
             host.portal.call(host.server.device.set_open_ports, frozenset({(socket.IPPROTO_TCP, 80)}))
             assert closed() >= counted
@@ -380,7 +380,7 @@ anyio.run(main)
 
 
 def test_two_servers_in_one_namespace_and_one_that_is_killed() -> None:
-    """The second is refused and takes nothing from the first; of the killed one nothing is left."""
+    """The second is refused without an effect on the first; nothing of the killed one remains."""
     with Namespace("two") as namespace:
         first = namespace.popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE)
         assert first.stdout is not None

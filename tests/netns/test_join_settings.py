@@ -98,12 +98,12 @@ def overlay_address(machine: Namespace, interface: str) -> str:
 
 
 def pings(namespace: Namespace, address: str) -> bool:
-    """Whether one of some echo requests is answered: on a busy host the first one may come before all is set up."""
+    """Whether any of several echo requests is answered: on a busy host the first one may be sent too early."""
     return any(" 0 received" not in namespace.run(["ping", "-c1", "-W20", address], check=False) for _ in range(5))
 
 
 def status_of_machine(run_folder: Path) -> dict[str, Any]:
-    """As `siderolink status --json` shows it."""
+    """The output of `siderolink status --json`."""
     done = subprocess.run(
         [sys.executable, "-m", "siderolink", "status", "--json"],
         env={**os.environ, "SIDEROLINK_RUNTIME_DIR": str(run_folder)},
@@ -116,7 +116,7 @@ def status_of_machine(run_folder: Path) -> dict[str, Any]:
 
 
 def replace_file(file: Path, text: str) -> None:
-    """As editors and managers do it: another file takes the name."""
+    """Like editors and configuration managers: rename another file over it."""
     new = file.with_suffix(".new")
     new.write_text(text)
     new.replace(file)
@@ -137,7 +137,7 @@ def test_with_default_block_the_link_comes_up_and_only_it_is_let_in(net: Net, tm
         assert lets_in(net.server, partial(dial, address, 50001, None))
         assert "Tag: " in net.server.call(Talosctl(address).version_soon)
         assert keeps_out(net.server, partial(dial, "192.0.2.2", 50000, None))
-        # a rule opens a port, and the link knows nothing of it
+        # a rule opens a port without any effect on the link
         (folder / "rule.yaml").write_text(
             "apiVersion: v1alpha1\nkind: NetworkRuleConfig\nname: api\n"
             "portSelector: {ports: [50000], protocol: tcp}\ningress: [{subnet: 192.0.2.0/24}]\n"
@@ -164,19 +164,19 @@ def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_
         replace_file(file, join_document("grpc://h/path"))
         assert "machine.yaml:3: apiUrl" in join.wait_for("setting ignored")
         assert pings(net.server, address)
-        # a wrong token is no reason to leave a link that works
+        # a wrong token does not end a working link
         replace_file(file, join_document(URL) + "uniqueToken: of another machine\n")
         assert "another machine has joined" in join.wait_for("settings do not work: unique token")
         assert pings(net.server, address)
         assert "new settings do not work" in status_of_machine(tmp_path)["reason"]
-        # what reads the same changes nothing; what reads otherwise does, with the same key and so the same address
+        # equal settings change nothing; different ones apply with the same key, and so with the same address
         replace_file(file, "# a remark\n" + join_document(URL))
         replace_file(file, join_document(TUNNEL_URL))
         join.wait_for(" connected: tunnel ")
         assert overlay_address(net.machine, "siderolinktun") == address
         assert "siderolink" not in net.machine.interfaces()
         assert pings(net.machine, OVERLAY)
-        # a server that cannot be reached is asked again, and the next change counts at once
+        # an unreachable server is retried, and the next change applies at once
         file.write_text(join_document(URL.replace(":4000", ":4001")))
         join.wait_for("settings do not work: server 192.0.2.1:4001")
         assert pings(net.machine, OVERLAY), "the link that works stays"
@@ -235,7 +235,7 @@ def test_join_without_arguments_uses_the_hosts_kernel_command_line(tmp_path: Pat
     with direct() as net, command(net.server, tmp_path, *serve, *ports, "--join-token", TOKEN) as server:
         server.wait_for("log receiver")
         with command(net.machine, tmp_path, "join", "--device", "userspace", before=in_its_place) as join:
-            if in_container():  # whose kernel was booted for somebody else
+            if in_container():  # a container, whose kernel command line is the host's
                 join.wait_for("the kernel command line is ignored because this is a container")
                 return
             assert "/proc/cmdline: siderolink.api" in join.wait_for("join URL")

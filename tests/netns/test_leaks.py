@@ -56,7 +56,7 @@ def one_round(server: Namespace, machine: Namespace, turn: int) -> None:
 
 
 async def _left() -> int:
-    """How many tasks run, but for this one."""
+    """The number of tasks besides this one."""
     return len(running_tasks() - {asyncio.current_task()})
 
 

@@ -56,7 +56,7 @@ def health() -> None:
 
 
 def provision(count: int, token: str, uuid: str = UUID) -> None:
-    """Call Provision so often; what is refused is refused."""
+    """Call Provision this often and ignore refusals."""
     request = ProvisionRequest(
         node_uuid=uuid, node_public_key=str(PrivateKey.generate().public_key()), join_token=token, wireguard_over_grpc=True
     )
@@ -70,7 +70,7 @@ def provision(count: int, token: str, uuid: str = UUID) -> None:
 
 
 def until(host: Namespace, attempt: Callable[[], None]) -> None:
-    """Until what is attempted from the host succeeds."""
+    """Wait until an attempt from the host succeeds."""
     end = time.monotonic() + 30
     while True:
         try:

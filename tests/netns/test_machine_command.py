@@ -111,7 +111,7 @@ def ask_when_linked(namespace: Namespace, host: str, work: Callable[[MachineClie
 
 
 def counts_are_shown() -> None:
-    """By both ends: what was delivered and what was taken."""
+    """Counted by both ends: delivered and received events."""
     shown = subprocess.run([*COMMAND, "status", "--json"], check=True, capture_output=True, text=True)
     reports = {found["role"]: found["reports"] for found in json.loads(shown.stdout)}
     for found in reports.values():
@@ -168,7 +168,7 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
 
 
 class Membership:
-    """A machine by `siderolink join`, whose joins the server tells of."""
+    """A machine run by `siderolink join`; the server logs its joins."""
 
     def __init__(self, net: Net, *options: str) -> None:
         self.uuid = UUID
@@ -214,7 +214,7 @@ class Membership:
 
     @contextmanager
     def connection(self) -> Iterator[Callable[[], None]]:
-        """A TCP connection over the link that lives through what happens; what is given checks that it still does."""
+        """A TCP connection over the link; yields a function that checks that it still works."""
         with self._net.machine.call(partial(socket.create_server, ("::", 9), family=socket.AF_INET6)) as listener:
             address = str(self._status().machine.overlay_address)
             with self._net.server.call(partial(socket.create_connection, (address, 9), 5)) as near:
@@ -251,7 +251,7 @@ class Membership:
 
 @pytest.mark.timeout(240)
 def test_a_server_gives_a_machine_its_unique_token_by_meta(net: Net) -> None:
-    """As servers do it that let in no machine for good before it has one of theirs. The link it came by stays."""
+    """Like servers that accept a machine only with a unique token of theirs. Its link stays."""
     machine = Membership(net)
     with machine.running():
         join = machine.next_join("monitoring the link")
@@ -291,7 +291,7 @@ def test_a_server_gives_a_machine_another_uuid_by_meta(net: Net) -> None:
 
 @pytest.mark.timeout(240)
 def test_a_server_that_answers_no_join_before_its_meta_write_has_returned_is_served(net: Net) -> None:
-    """Otherwise both would wait for each other, and such a server gives a call ten seconds."""
+    """Otherwise both would wait for each other; such a server allows ten seconds for a call."""
     machine = Membership(net)
     with machine.running():
         own = json.loads(machine.next_join("monitoring the link").unique_token or "")

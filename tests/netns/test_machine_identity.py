@@ -77,7 +77,7 @@ class Machine:
 
 
 def thief(net: Net, node_uuid: str) -> Status | None:
-    """A stranger with the join token calls for the machine's UUID; None where it is admitted."""
+    """The refusal of a stranger who calls with the join token and the machine's UUID; None if it is admitted."""
 
     async def call() -> Status | None:
         machine = RawMachine(api=HostPort.parse(API), node_uuid=node_uuid, join_token=TOKEN)

@@ -216,7 +216,7 @@ def test_it_listens_nowhere_while_there_is_no_overlay_address() -> None:
 
 
 def test_a_forged_overlay_source_on_the_lan_reaches_nothing() -> None:
-    """A neighbour on the LAN sends from the server's overlay address to the machine's, and even knows the way back."""
+    """A neighbour on the LAN sends from the server's overlay address to the machine's, and even has a route for answers."""
     with scene(URL) as found:
         place = found.wait_overlay()
         machine = found.net.machine
@@ -227,7 +227,7 @@ def test_a_forged_overlay_source_on_the_lan_reaches_nothing() -> None:
             neighbour.add_route(f"{place.address}/128", "2001:db8:1::1")
             machine.forward()
             neighbour.run(["ping", "-c1", "-W20", "2001:db8:1::1"])
-            # positive control: by this way, a socket that is not bound to the interface is reached, under the forged address
+            # positive control: a socket that is not bound to the interface is reached with the forged address
             with control_socket(machine, str(place.address)) as reached:
                 assert syn_is_answered(neighbour, str(place.server), str(place.address), 50001, 30)
                 assert reached() == str(place.server)
@@ -263,7 +263,7 @@ def control_socket(namespace: Namespace, address: str) -> "Iterator[Callable[[],
 
 
 def syn_is_answered(namespace: Namespace, source: str, target: str, port: int, patience: float = 3) -> bool:
-    """Whether a connection from `source` comes about."""
+    """Whether a connection from `source` is established."""
 
     def connect() -> bool:
         with socket.socket(socket.AF_INET6) as sock:

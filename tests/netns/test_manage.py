@@ -26,7 +26,7 @@ FIRST, SECOND = str(uuid.uuid4()), str(uuid.uuid4())
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How a command ended."""
+    """A command's result."""
 
     status: int
     out: str

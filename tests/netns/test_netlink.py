@@ -150,7 +150,7 @@ def test_a_watch_names_the_interfaces_and_those_with_a_new_carrier() -> None:
                 while not any(index in change.interfaces for change in heard):
                     await anyio.sleep(0.01)
                 assert not any(change.carriers for change in heard)
-                for state in ("up", "down", "up"):  # a carrier that was never lost is no news
+                for state in ("up", "down", "up"):  # a carrier that was never lost causes no event
                     namespace.run(["ip", "link", "set", "two", state])
                 while not any(index in change.carriers for change in heard):
                     await anyio.sleep(0.01)

@@ -57,7 +57,7 @@ def test_interfaces_of_links_can_be_in_other_namespaces(query: str) -> None:
         assert net.server.interfaces() == net.machine.interfaces() == {"lo", "eth0"}
         assert answers(near, link.server_address)
         assert answers(far, link.address)
-        # what listens on the overlay is there with it, and so is the firewall
+        # listeners on the overlay, and the firewall, are in the same namespace
         assert "8090" in far.run(["ss", "-ltn"])
         assert "8090" not in net.server.run(["ss", "-ltn"])
         assert "siderolink-siderolink" in far.run(["nft", "list", "tables"])

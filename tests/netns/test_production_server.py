@@ -97,7 +97,7 @@ def pending_round(stubs: Stubs, own: dict[str, str]) -> str:
 
 
 def used_token(stubs: Stubs) -> str:
-    """What the machine says that it joins with."""
+    """The settings with which the machine reports that it joins."""
     found = stubs.resources("UniqueMachineTokens.runtime.talos.dev", "runtime", f"{RUNTIME}.UniqueMachineTokenSpec")
     token: str = found["unique-machine-token"].token
     return token
@@ -156,7 +156,7 @@ def accepted(net: Net, *options: str) -> "Iterator[tuple[Membership, JoinRequest
         token = machine.ask(by_stubs(lambda stubs: pending_round(stubs, own)))
         join = machine.next_join()
         assert (join.node_uuid, join.unique_token) == (UUID, token)
-        assert join.join_token  # without it, a server knows no token to push settings by
+        assert join.join_token  # without it, a server has no token for pushed settings
         assert machine.ask(by_stubs(used_token)) == token
         assert time.monotonic() - began < 30, "a machine that has to be asked again waits longer"
         yield machine, join
@@ -188,7 +188,7 @@ def push(stubs: Stubs) -> None:
 
 
 def install(stubs: Stubs) -> None:
-    """What a person's wish to put it into a cluster comes to."""
+    """The effect of a request to add the machine to a cluster."""
     assert refusal(lambda: stubs.call("/machine.ImageService/Pull", image_ref="factory.example/installer:v1.14.0"))[0] == (
         "FAILED_PRECONDITION"
     )

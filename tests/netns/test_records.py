@@ -69,7 +69,7 @@ def test_logs_events_and_history_are_kept_searched_followed_and_deleted(tmp_path
             assert len(run("logs", FIRST, "--tail", "1").splitlines()) == 1
             until(lambda: "AddressEvent" in run("events", FIRST))
 
-            server.kill()  # what is in the files is whole
+            server.kill()  # the files contain complete records
             server.start()
             assert "eth0: link up" in run("logs", FIRST, "--since", "1h")
             server.wait_for("is up", 60)

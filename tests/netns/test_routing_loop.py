@@ -1,4 +1,4 @@
-"""An endpoint that lies inside the tunnel: datagrams to it come back to the interface, and go round no further."""
+"""An endpoint inside the tunnel: datagrams to it come back to the interface, and the loop ends there."""
 
 import os
 from pathlib import Path

@@ -55,7 +55,7 @@ async def joins(token: str = TOKEN) -> Status | None:
 
 
 async def reaches(root: Path, host: str = SERVER) -> str | None:
-    """Why a TLS connection is of no use; None where it is."""
+    """Why a TLS connection fails; None if it works."""
     try:
         with translate_errors(host):
             async with open_channel(SERVER, ADDRESS.port, client_tls(root)) as channel:
@@ -146,7 +146,7 @@ def test_the_certificate_is_read_again_when_it_changes(net: Net, tmp_path: Path,
 
 
 def first_failure(net: Net, arguments: list[str]) -> str:
-    """The first line about a join that fails; it would be tried again."""
+    """The first line about a failed join, which would be retried."""
     process = net.machine.popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     try:
@@ -176,7 +176,7 @@ def test_an_untrusted_certificate_is_reported_in_one_line(net: Net, tmp_path: Pa
 def test_a_machine_joins_through_a_proxy(
     net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Literal["http", "socks5"]
 ) -> None:
-    """Neither UDP nor the API can be reached but by the proxy: Provision and the tunnel go that way."""
+    """UDP is blocked and the API is reachable only through the proxy, which Provision and the tunnel use."""
     net.machine.nft("""
         table inet only_a_proxy {
             chain output {

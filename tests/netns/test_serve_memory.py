@@ -63,7 +63,7 @@ async def rows(state: Path) -> list[Machine]:
 
 
 def wait_for_sighting(server: Served) -> None:
-    """Until it is written where the machine was last heard: SIGTERM writes it at once."""
+    """Wait until the machine's last endpoint is stored: SIGTERM writes it at once."""
     assert server.stop() == 0
     [machine] = anyio.run(rows, server.state)
     assert machine.last_endpoint is not None
@@ -105,7 +105,7 @@ def test_no_dial_dials_no_machine(net: Net, tmp_path: Path) -> None:
             }
         """)
         server.start(until="1 machines")
-        time.sleep(1)  # what a dial would have taken a fraction of; the machine's own handshake is answered, not begun
+        time.sleep(1)  # far longer than a dial would take; the server answers the machine's handshake and begins none
         assert "counter packets 0 " in net.server.run(["nft", "list", "table", "inet", "watch"])
 
 
@@ -182,14 +182,14 @@ def test_machines_learn_a_rotated_key_by_themselves(net: Net, tmp_path: Path) ->
 
 @pytest.mark.timeout(240)
 def test_sigkill_in_a_join_storm(net: Net, tmp_path: Path) -> None:
-    """Whatever was answered is remembered, nobody has two addresses, and no address is held by two."""
+    """Every answered join is stored, no machine has two addresses, and no address has two machines."""
     answered: dict[str, str] = {}
     dice = random.Random(7)
     with served(net.server, tmp_path) as server, net.machine.portal() as portal:
         for _ in range(4):
             with portal.wrap_async_context_manager(storm(answered)):
                 wanted = len(answered) + 13
-                while len(answered) < wanted:  # however busy this host is
+                while len(answered) < wanted:  # also on a busy host
                     time.sleep(0.01)
                 time.sleep(dice.uniform(0.0, 0.6))
                 server.kill()

@@ -132,7 +132,7 @@ def carrying(joined: Joined) -> Iterator[Callable[[], tuple[Status, str | None]]
 
 
 def dropped(host: Host, before: Mapping[str, int], expected: str) -> set[str]:
-    """For which reasons packets were dropped since then; waits for the expected one."""
+    """The reasons of drops since then; waits for the expected one."""
     deadline = time.monotonic() + 30
     while True:
         after = host.server.drops()

@@ -28,7 +28,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
 
 
 def refusal_of_a_thief(portal: BlockingPortal, node_uuid: str) -> str:
-    """What server b says to a stranger that knows the machine's UUID."""
+    """Server b's answer to a stranger that knows the machine's UUID."""
 
     async def call() -> str:
         try:
@@ -59,6 +59,6 @@ def test_machines_go_on_at_the_other_server_when_their_own_is_killed(pair: Pair)
             log.info("back after %.1f s", time.monotonic() - killed_at)
             until(lambda: pair.is_owned_by(pair.b, node_uuid))  # noqa: B023
         pair.a.start()
-        for address, node_uuid in machines:  # who comes back takes nobody
+        for address, node_uuid in machines:  # a server that returns takes no machines
             assert pings(pair.b.namespace, address, 60)
             assert pair.is_owned_by(pair.b, node_uuid)

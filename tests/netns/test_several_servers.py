@@ -47,7 +47,7 @@ def url(net: ServersNet, number: int, query: str = "") -> str:
 
 
 def readiness(server: Served) -> int:
-    """The status by which a balancer decides."""
+    """The status that a balancer checks."""
     asked = """
 import urllib.error, urllib.request
 try:
@@ -59,7 +59,7 @@ except urllib.error.HTTPError as error:
 
 
 def start_echo(net: ServersNet, address: str) -> None:
-    """A program at the machine that gives everything back, the last byte first."""
+    """A program at the machine that returns everything in reverse order."""
     net.machines[0].popen(
         [
             sys.executable,

@@ -31,7 +31,7 @@ RULES = "table inet fault {{\n chain forward {{ type filter hook forward priorit
 
 
 class Soak:
-    """A server, a machine by UDP and one by the tunnel behind a router, and what may happen to them."""
+    """A server, a machine by UDP and one by the tunnel behind a router, and the faults."""
 
     def __init__(self, net: Net, server: Served, seed: int) -> None:
         assert net.router is not None
@@ -139,7 +139,7 @@ def test_soak(tmp_path: Path) -> None:
         links = [udp, tunnel]
         soak = Soak(net, server, seed)
         wait_connected(links, 30)
-        for fault in soak.faults:  # each once, so that what is made when first used is there
+        for fault in soak.faults:  # each fault once, so that everything created at the first use exists
             fault()
             wait_connected(links, 60)
         time.sleep(CALM)

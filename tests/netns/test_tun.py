@@ -297,7 +297,7 @@ def test_super_packets_are_split_for_a_kernel_that_refuses_them(
         assert transfer(one, other, client, server, data) == data
         assert tunnel.merged > 0
         counts = [tun.refused_super_packets for tun in tunnel.tuns]
-        # every one was delivered, and hardly any tried in vain
+        # every one was delivered, with few futile attempts
         assert sum(counts) == refusing.refused
         assert 0 < refusing.refused < tunnel.merged / 4
         assert not any(tun.write_errors for tun in tunnel.tuns)

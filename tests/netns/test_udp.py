@@ -122,7 +122,7 @@ def test_with_two_routes_the_answer_takes_that_of_the_request() -> None:
             net.here.call(back.send, batch(5, 100, 100)[0])
             net.there.call(other.wait_for, 5)
             assert (left_by("eth0"), left_by("eth1")) == (False, True)
-            # without that way the answer takes the other one, and is not lost on the wire
+            # without that route the answer takes the other one and is not lost
             net.near.run(["ip", "route", "del", "default", "via", "198.51.100.2"])
             net.here.call(hear)
             net.here.call(back.send, batch(5, 100, 100)[0])
@@ -132,7 +132,7 @@ def test_with_two_routes_the_answer_takes_that_of_the_request() -> None:
 
 
 async def hear() -> None:
-    """Let the loop hear what the kernel has told it."""
+    """Let the event loop process the kernel's notifications."""
     for _ in range(3):
         await anyio.sleep(0.01)
 

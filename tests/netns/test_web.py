@@ -57,7 +57,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("page")
     options = ["--device", "userspace", "--web-listen", "8096"]
     with routed(2) as net, served(net.server, folder, *options) as server:
-        if not any(" page: " in line for line in server.lines):  # it may be quicker than the server
+        if not any(" page: " in line for line in server.lines):  # the page may be faster than the server
             server.wait_for(" page: ")
         with browser_in(net.server, folder) as browser:
             fleet = Fleet(server, net.machines, folder, browser, {})
@@ -88,7 +88,7 @@ def test_a_machine_joins_and_is_seen_to_come_up_and_a_ban_to_take_it_away(fleet:
             expect(page.locator("#machine-state")).to_have_text("up")
             expect(page.locator("#timeline")).to_contain_text("joined")
 
-            sign_in(other, fleet.keys["viewer"])  # who may look, and see what others do, but do nothing
+            sign_in(other, fleet.keys["viewer"])  # viewers see everything and change nothing
             other.goto("/machines")
             live(other)
             expect(other.locator("tr", has_text=node_uuid)).to_have_count(1)

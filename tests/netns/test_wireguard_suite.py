@@ -66,7 +66,7 @@ class End:
         for address in (FOUR, SIX):
             self.inner.add_address(self.name, f"{address[self.number]}/24")
         key = KEYS[self.number].encode()
-        # as a shell hands over what it made up: two files that are read once
+        # like a shell's process substitution: two files that can be read once
         self.interface.wg(*("set", self.name, "private-key", "/dev/stdin", "listen-port", str(PORTS[self.number])), stdin=key)
         other = 1 - self.number
         allowed = f"{FOUR[other]}/32,{SIX[other]}/128"
@@ -162,10 +162,10 @@ def test_roaming_and_the_filter_of_inner_sources() -> None:
         one.point_at(f"[::1]:{PORTS[1]}")
         one.ping(FOUR[1])
         assert two.endpoint() == "[::1]:9998"
-        # a prefix as wide as the net lets the peer's packets in ...
+        # a prefix as wide as the network admits the peer's packets ...
         one.wg("peer", PUBLIC[1], "allowed-ips", "192.168.241.0/24")
         assert is_heard(one, two, 30)
-        # ... until somebody else has the more special one; the peer is heard all the same, at its new port
+        # ... until another peer has the more specific one; the peer's new port is still learned
         other = PrivateKey.generate().public_key().encode()
         one.wg("peer", other, "allowed-ips", "192.168.241.2/32")
         two.wg("listen-port", "9997")
@@ -240,7 +240,7 @@ def test_local_addresses_are_removed_and_added() -> None:
         link(one.inner, two.inner, names=("veth1", "veth2"))
         addresses(one, "veth1", "10.0.0.1/24", "fd00:aa::1/96")
         addresses(two, "veth2", "10.0.0.2/24", "fd00:aa::2/96")
-        # a source is not kept for longer than it exists
+        # a source address is used only as long as it exists
         for endpoint, old, new in (
             ("10.0.0.2", "10.0.0.1/24", "10.0.0.10/24"),
             ("[fd00:aa::2]", "fd00:aa::1/96", "fd00:aa::10/96"),
@@ -355,7 +355,7 @@ def test_keys_are_set_and_removed() -> None:
         wg0.set("private-key", "/dev/null", "peer", publics[1], "preshared-key", "/dev/null")
         assert wg0.show("private-key") == "(none)"
         assert wg0.show("preshared-keys") == f"{publics[1]}\t(none)"
-        # nobody is a peer of its own
+        # a device cannot be its own peer
         wg0.set("private-key", "/dev/stdin", stdin=keys[1])
         assert (wg0.show("public-key"), wg0.show("peers")) == (publics[1], "")
         wg0.set("peer", publics[1])
@@ -388,6 +388,6 @@ def test_peers_with_unusable_keys_are_never_sent_to() -> None:
         home.set_link("wg0", up=True)
         with pytest.raises(TimeoutError):
             heard.recv(2000)
-        # another key of ours makes them no better, and the program goes on
+        # with another private key they are still unusable, and the program continues
         wg0.set("private-key", "/dev/stdin", stdin=KEYS[1].encode())
         assert wg0.show("public-key") == PUBLIC[1]

@@ -146,7 +146,7 @@ class _Session:
 
     def __init__(self, node: str, port: int) -> None:
         self._node = node
-        # the client checks no certificate; grpcio cannot be told so, and is given the one that it will find
+        # the client checks no certificate; grpcio always does, and gets the one that the server presents
         self._client = machine_client(node, port)
 
     def __enter__(self) -> "_Session":
@@ -167,7 +167,7 @@ class _Session:
         return self.call("/machine.MachineService/Version", WIRE["Empty"](), "VersionResponse")
 
     def check_version(self) -> None:
-        """The first thing that ``get`` does; a tag that is no semantic version ends it, and an older one is warned of."""
+        """The first call of ``get``; a tag that is not a semantic version ends it, and an older one causes a warning."""
         for message in self.version().messages:
             found = _SEMVER.fullmatch(message.version.tag)
             if found is None:
@@ -200,7 +200,7 @@ class _Session:
         return _checked(answer.resource)
 
     def watch(self, type_name: str, namespace: str) -> Iterator[tuple[str, Any]]:
-        """Marks and resources. The first answer is empty, and says that the watch stands."""
+        """Marks and resources. The first answer is empty and confirms the watch."""
         options = WIRE["WatchOptions"](bootstrap_contents=True, id_query=WIRE["IDQuery"]())
         request = WIRE["WatchRequest"](namespace=namespace, type=type_name, options=options, api_version=1)
         answers = self._stream("Watch", request, "WatchResponse")

@@ -10,7 +10,7 @@ from siderolink.common.wireguard.udp import UdpSockets, open_udp
 
 
 class End:
-    """One end: its sockets, and all it received, datagram by datagram."""
+    """One end: its sockets and the datagrams that it received."""
 
     def __init__(self, *, port: int = 0, gso: bool = True, echo: bool = False, mixed: MixedPackets | None = None) -> None:
         """`mixed`: receive, and take lone data messages of many senders, all in one call."""

@@ -11,7 +11,7 @@ from siderolink.common.wireguard.packets import MatrixCiphers
 from siderolink.common.wireguard.path import Datagrams
 
 CIPHERS = MatrixCiphers()
-"""One for all engines here: nothing of a batch is kept."""
+"""Shared by all engines here, because it keeps no state between batches."""
 WALL_START_NS = 1_700_000_000_000_000_000
 
 
@@ -50,7 +50,7 @@ class Clock:
 
 
 class Node:
-    """An engine with its owner's duties: release what was staged, keep what came."""
+    """An engine with the work of its device: releases staged packets and keeps received ones."""
 
     def __init__(self, name: str, address: str, clock: Clock, seed: int) -> None:
         self.name = name
@@ -109,7 +109,7 @@ class Node:
 
 @dataclass
 class Faults:
-    """Chances from 0 to 1."""
+    """Probabilities from 0 to 1."""
 
     drop: float = 0.0
     duplicate: float = 0.0
@@ -133,7 +133,7 @@ class Wire:
         self._order = 0
 
     def run(self, until: float) -> None:
-        """Walk from deadline to deadline."""
+        """Advance from deadline to deadline."""
         while True:
             self._collect()
             at = min([node.engine.next_deadline() for node in self.nodes.values()])

@@ -1,4 +1,4 @@
-"""Who sends to whom: the WireGuard datagrams that cross a router, as the kernel saw them pass."""
+"""Who sends to whom: the WireGuard datagrams that cross a router, as seen by its kernel."""
 
 import socket
 import struct
@@ -31,7 +31,7 @@ class Seen:
 
 
 class Record:
-    """What was seen, in order."""
+    """The datagrams seen, in order."""
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []
@@ -55,7 +55,7 @@ class Record:
 
 
 class _Walk:
-    """What passed between one machine and the servers."""
+    """The datagrams between one machine and the servers."""
 
     def __init__(self) -> None:
         self._owner = ""

@@ -1,4 +1,4 @@
-"""Debian's `wireguard-go`, configured with `wg`: someone else's WireGuard at the other end of a link."""
+"""Debian's `wireguard-go`, configured with `wg`: another WireGuard implementation at the other end of a link."""
 
 import subprocess
 import time

@@ -106,7 +106,7 @@ async def test_an_expired_key_is_refused(office: Office) -> None:
 
 
 async def test_a_key_made_at_another_server_works_here_until_it_is_revoked_there(office: Office) -> None:
-    """Another server with the same store makes and deletes it."""
+    """Another server with the same store creates and deletes the key."""
     keys = office.administration.api_keys
     _, secret = await keys.create("one", Role.VIEWER)
     (stored,) = await office.manager.store.transact(lambda transaction: transaction.principals())
@@ -132,7 +132,7 @@ async def _until(condition: object) -> None:
 
 
 async def test_a_key_stays_valid_while_keys_are_reloaded(office: Office) -> None:
-    """Seen when the tests ran on a state file: whenever any key was made or revoked, all were refused for a moment."""
+    """A regression: while any key was created or revoked, all keys were refused for a moment."""
     keys = office.administration.api_keys
     _, secret = await keys.create("ci", Role.VIEWER)
     is_read = anyio.Event()

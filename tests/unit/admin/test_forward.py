@@ -89,7 +89,7 @@ class Carried:
 async def forwarded(
     channel: GrpcChannel, machine: str, port: int = 50000, metadata: Mapping[str, str] | None = None
 ) -> AsyncIterator[Carried]:
-    """As `siderolink forward` does it for each connection."""
+    """Does what `siderolink forward` does for each connection."""
     near, far = socket.socketpair()
     near.setblocking(False)
     far.setblocking(False)
@@ -127,7 +127,7 @@ async def read_exactly(sock: socket.socket, size: int) -> bytes:
 
 
 async def standing(carried: Carried) -> None:
-    """Wait until nothing more is taken from the connection."""
+    """Wait until no more bytes are accepted from the connection."""
     with anyio.fail_after(30):
         taken = -1
         while taken != (taken := carried.pipe.from_connection) or carried.stream.room:
@@ -135,7 +135,7 @@ async def standing(carried: Carried) -> None:
 
 
 async def entries(desk: Desk, count: int) -> list[AuditEntry]:
-    """The audit of forwards, the oldest first, once there is so much of it."""
+    """The audit entries of forwards, oldest first, once there are this many."""
     with anyio.fail_after(20):
         while True:
             page = await desk.office.administration.audit.page(AuditQuery(action="forward."))
@@ -202,7 +202,7 @@ async def test_a_stalled_connection_holds_little_and_delays_no_other(desk: Desk)
         far = await desk.ports.accept()
         pushing = asyncio.create_task(loop.sock_sendall(stalled.near, bytes(64 << 20)))
         forwards = desk.office.administration.forwards
-        for number in range(8):  # others carry as before, on the same connection
+        for number in range(8):  # other forwards on the same connection are not affected
             async with forwarded(channel, desk.machine.id, 1000 + number) as other:
                 end = await desk.ports.accept()
                 with end:
@@ -215,7 +215,7 @@ async def test_a_stalled_connection_holds_little_and_delays_no_other(desk: Desk)
         assert 0 < forwards.counters().held_bytes <= HELD, "what the server holds of it"
         assert stalled.pipe.held <= HELD, "what the caller's end holds of it"
         assert not pushing.done()
-        # and when it is read again, it goes on
+        # it continues when it is read again
         assert await read_exactly(far, 8 << 20) == bytes(8 << 20)
         pushing.cancel()
         far.close()
@@ -281,7 +281,7 @@ async def test_a_key_with_a_grant_reaches_that_machine_and_port_alone(desk: Desk
     metadata = {"authorization": f"Bearer {made.secret}"}
     async with desk.office.remote() as channel:
         forwards = pb.ForwardServiceStub(channel)
-        # another machine that takes the name later is not the one that was granted
+        # the grant does not apply to another machine that gets the name later
         await desk.office.administration.machines.rename(desk.machine.id, "edge")
         target = await forwards.check_forward(pb.ForwardRequest(machine="edge", port=50000), metadata=metadata)
         assert (target.machine_id, target.name) == (desk.machine.id, "edge")
@@ -327,7 +327,7 @@ async def test_socket_buffers_are_small_and_the_servers_own_address_is_refused(
     monkeypatch.setattr(forwards_module, "dial_overlay", dial)
     server = IPv6Address("fdae:41e4:649b:9303::1")
     with await open_machine_port(desk.machine, 1, source=server, interface="lo") as sock:
-        # the kernel doubles what is set, and grows it no more
+        # the kernel doubles the value and then stops growing the buffer
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * RECEIVE_BUFFER_BYTES
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == UNSENT_BYTES
     desk.ports.wanted.clear()
@@ -393,7 +393,7 @@ async def test_a_first_request_that_names_no_port_is_refused(desk: Desk, first: 
 
 
 async def test_more_than_the_window_is_refused(desk: Desk) -> None:
-    """A peer that does not keep to its credit, and a message that is none."""
+    """A peer that exceeds its credit, and a malformed message."""
     for message in (b"\x08\x01", b"\x12\x01x", b"\x0a\x7f"):
         async with local(desk) as channel, forwarded(channel, desk.machine.id) as carried:
             with await desk.ports.accept():

@@ -26,7 +26,7 @@ from tests.unit.admin.test_matrix import PREFIX, ROWS
 pytestmark = pytest.mark.anyio
 
 TURNS = (0, 1, 2, 3, 5, 8)
-"""After so many turns of the event loop in which the call has run, its caller hangs up."""
+"""The caller disconnects after the call has run in this many turns of the event loop."""
 SECONDS = (0.0003, 0.001, 0.002, 0.004, 0.008, 0.02)
 """The same in time, for a call that waits for a thread or for the database."""
 POINTS = (*TURNS, *SECONDS)
@@ -84,7 +84,7 @@ async def busy_office(folder: Path, kind: str) -> AsyncIterator[tuple[Office, st
 
 
 def request_for(name: str, node_uuid: str, number: int) -> bytes:
-    """The row's request, about the machine that is there; what needs a new name gets one."""
+    """The row's request, for the existing machine; calls that need a new name get one."""
     message: Any = type(ROWS[name][1]).parse(bytes(ROWS[name][1]))
     if hasattr(message, "machine"):
         message.machine = node_uuid
@@ -128,7 +128,7 @@ async def test_the_server_goes_on_after_callers_disconnect_in_any_call(
         assert hanging_up.ended > 5 * len(ROWS), "most calls were ended amid their work"
         assert faults == []
         assert [record.getMessage() for record in caplog.records if record.name.startswith("siderolink")] == []
-        # what was changed was audited, and known at once
+        # changes were audited and took effect at once
         made = await office.administration.audit.page(AuditQuery(action="token.create", limit=100))
         names = [status.token.name for status in await office.administration.tokens.list(limit=100)]
         assert sorted(entry.object_name for entry in made.items) == sorted(name for name in names if name != "given")

@@ -125,7 +125,7 @@ async def outcome(channel: grpc.aio.Channel, name: str, metadata: list[tuple[str
 
 
 async def _begin(call: grpc.aio.UnaryStreamCall) -> None:
-    """Wait for a first message or a refusal, in short waits: one long wait may be all that a stalled host gives a refusal."""
+    """Wait for a first message or a refusal, in several short waits: on a stalled host a single long one may end too soon."""
     reading = asyncio.ensure_future(call.read())
     for _ in range(30):
         await asyncio.wait([reading], timeout=0.01)
@@ -171,7 +171,7 @@ async def test_each_role_on_the_local_socket(role: Role | None, kind: str) -> No
             async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
                 await check(channel, role, [], grpc.StatusCode.PERMISSION_DENIED)
             return
-        os.chmod(path, 0o666)  # the credentials decide, whatever the mode may be
+        os.chmod(path, 0o666)  # credentials decide in every mode
         groups = [] if role is None else [grp.getgrnam(GROUP).gr_gid]
         async with (
             relayed(path, path.parent / "elsewhere", groups=groups) as relay,

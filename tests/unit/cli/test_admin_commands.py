@@ -136,7 +136,7 @@ class Checked(Machines):
 
 
 class Fixture:
-    """A server on a local socket and one by TLS, and this process as the command."""
+    """A server on a local socket and one by TLS; this process runs the commands."""
 
     def __init__(self, folder: Path, machines: Machines, port: int, certified: Certified, capfd: Any, patch: Any) -> None:
         self.folder, self.machines, self.url, self.certified = folder, machines, f"https://localhost:{port}", certified
@@ -340,7 +340,7 @@ def test_a_terminal_is_asked_for_confirmation(siderolink: Fixture, answer: str, 
     assert siderolink.machines.removed == removed
 
 
-# --- from elsewhere
+# --- remote servers
 
 
 def test_a_server_elsewhere_takes_a_key_and_a_trusted_certificate(siderolink: Fixture) -> None:
@@ -410,7 +410,7 @@ def test_a_malformed_contexts_file_is_reported_with_line_and_key(tmp_path: Path,
 
 
 def complete(siderolink: Fixture, words: str) -> list[str]:
-    """What a real bash offers for these words, the cursor behind the last."""
+    """The completions of a real bash for these words, with the cursor after the last one."""
     program = siderolink.folder / "siderolink"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m siderolink "$@"\n')
     program.chmod(0o755)

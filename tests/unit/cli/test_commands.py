@@ -46,7 +46,7 @@ STATUS = StatusResponse(
 
 
 class Source:
-    """Asked with one status and one event."""
+    """A control socket that answers with one status and one event."""
 
     async def status(self) -> AsyncIterator[StatusResponse]:
         yield STATUS

@@ -20,7 +20,7 @@ SECRET = "a-very-secret-token"
 
 
 def fields_of(record: bytes) -> dict[str, bytes]:
-    """As systemd's page describes a record."""
+    """Parses a record as systemd documents it."""
     found: dict[str, bytes] = {}
     while record:
         line, _, rest = record.partition(b"\n")
@@ -114,7 +114,7 @@ def test_a_stuck_journal_loses_records_and_blocks_nothing(
         assert log.writer.lost > 5000
     stuck = [thread for thread in threading.enumerate() if thread.name == "log writer"]
     journal.settimeout(0.2)
-    while any(thread.is_alive() for thread in stuck):  # it goes on where it was held, and ends
+    while any(thread.is_alive() for thread in stuck):  # it continues where it stopped, and ends
         with contextlib.suppress(TimeoutError):
             journal.recv(65_536)
 

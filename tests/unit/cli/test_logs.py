@@ -99,7 +99,7 @@ def test_a_writer_with_a_stuck_reader_never_blocks_and_later_reports_its_losses(
     lines = received.decode().splitlines()
     assert writer.lost >= lost
     notice = " log records were lost: standard output did not accept them"
-    # one line, or several where more was lost after the first
+    # one line, or several if more was lost after the first
     assert sum(int(line.removesuffix(notice)) for line in lines if line.endswith(notice)) == writer.lost
     assert lines[-1] == "at last"
 

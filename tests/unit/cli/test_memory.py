@@ -13,10 +13,10 @@ async def test_memory_is_returned_to_the_system_once_after_a_flood() -> None:
     sizes = iter(
         [
             100,  # at the start
-            GROWTH + 100,  # not yet more than it may
+            GROWTH + 100,  # still below the limit
             5 * GROWTH,  # the flood
             6 * GROWTH,
-            6 * GROWTH + CALM,  # it is calm: given back
+            6 * GROWTH + CALM,  # the flood is over: memory is returned
             2 * GROWTH,  # what is left after that
             3 * GROWTH + 1,  # it grows again
             3 * GROWTH + 2,  # calm

@@ -76,7 +76,7 @@ async def test_idle_clients_hold_few_connections_and_exclude_nobody() -> None:
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(http.MAX_CONNECTIONS)]
         await asyncio.sleep(0)
         assert (await ask(port, b"GET /hello HTTP/1.1\r\n\r\n")).endswith(b"\r\n\r\nhello")
-        with contextlib.suppress(ConnectionError):  # the first has made room
+        with contextlib.suppress(ConnectionError):  # the first one was closed to make room
             assert await idle[0][0].read() == b""
         last_reader, last = idle[-1]
         last.write(b"GET /hello HTTP/1.1\r\n\r\n")
@@ -254,7 +254,7 @@ async def test_a_page_is_rendered_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Failing(MemoryStore):
-    """Fails as it is told."""
+    """Fails on request."""
 
     error: StoreError | None = None
 
@@ -300,7 +300,7 @@ async def test_labels_from_machines_are_escaped() -> None:
 
 
 class Fixed:
-    """A source that gives always the same, and counts how often it was read."""
+    """A source that always gives the same values and counts how often it was read."""
 
     certificate = None
     is_leaving = False

@@ -29,7 +29,7 @@ async def test_each_destination_gets_each_line_once_also_after_others_are_added(
     reporting = Reporting()
 
     async def collect(count: int, *logs: LogURL) -> None:
-        """Until so many lines wait, and then some time for more."""
+        """Wait until this many lines are queued, and then a moment for more."""
         async with background_tasks() as tasks:
             tasks.start_soon(reporting.collect, ReportPart(None, logs))
             with anyio.fail_after(30):
@@ -41,12 +41,12 @@ async def test_each_destination_gets_each_line_once_also_after_others_are_added(
     await collect(3, one)
     await collect(6, one, other)
     await collect(3, other)
-    # one that was given up and comes again has it anew
+    # a destination that was removed and added again gets the whole log again
     await collect(6, one, other)
 
 
 async def test_a_collector_outside_the_overlay_needs_no_link(monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
-    """How one learns why a machine cannot join; what goes into the overlay waits for the link, and leaves by no other way."""
+    """Such a collector shows why a machine cannot join. Reports to the overlay wait for the link and go only through it."""
     monkeypatch.setattr("siderolink.cli.reporting.read_kernel_log", three_records)
     received: list[bytes] = []
     done = anyio.Event()

@@ -155,7 +155,7 @@ def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
     for name, field in ServeConfig.model_fields.items():
         if "shown" not in extra_of(name):
             assert shown[kebab(name)] == field.default, name
-    for line in lines:  # each alone, beside what is needed
+    for line in lines:  # each one alone, with the required keys
         given = yaml.safe_load(line)
         needed: dict[str, object] = {} if given.keys() & {"tunnel-only", "wireguard-endpoint"} else {"tunnel-only": True}
         needed |= {"tls-cert": "/c", "admin-tls-cert": "/c", "admin-listen": "[::1]:1"}

@@ -120,7 +120,7 @@ PARTS = ("versions", "status", "doctor", "configuration", "history", "log_file",
 
 
 def test_a_secret_in_any_part_is_masked(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part is given everything that may not be in it, and in the forms of programs."""
+    """Each part gets every secret, in every form in which programs write it."""
     planted = LOG + IN_CONTEXTS + " key-of-a-file " + json.dumps({"detail": LOG, "token": TOKEN})
     for part in PARTS:
         monkeypatch.setattr(support, part, lambda *_: planted)
@@ -168,7 +168,7 @@ def test_rates_are_computed_between_two_samples() -> None:
     assert (first.received_rate, first.sent_rate) == (0.0, 0.0)
     (second,) = rates.rows([answer(peer("a", 3000, 500))], 12.0)
     assert (second.received_rate, second.sent_rate, list(second.history)) == (1000.0, 250.0, [1250.0])
-    (again,) = rates.rows([answer(peer("a", 10, 10))], 14.0)  # its peer was made anew
+    (again,) = rates.rows([answer(peer("a", 10, 10))], 14.0)  # its peer was created again
     assert (again.received_rate, again.history) == (0.0, ())
     for moment in range(100):
         (last,) = rates.rows([answer(peer("a", 10 + moment, 10))], 15.0 + moment)

@@ -34,7 +34,7 @@ async def test_the_note_of_a_trial_is_found_for_the_same_settings_only(tmp_path:
 
 
 async def test_the_end_of_a_trial_leaves_nothing_of_this_machine_behind(tmp_path: Path) -> None:
-    await SettingsTrial(tmp_path, "m").begin(NEW, OLD)  # by a process that was killed
+    await SettingsTrial(tmp_path, "m").begin(NEW, OLD)  # written by a process that was killed
     await SettingsTrial(tmp_path, "another machine").begin(NEW, OLD)
     trial = SettingsTrial(tmp_path, "m")
     await trial.begin(OTHER, OLD)

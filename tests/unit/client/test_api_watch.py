@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
 
 class Watched:
-    """A server on one port, again and again, and what a machine's watch tells of it."""
+    """A server that starts and stops on one port, and what a machine's watch reports about it."""
 
     def __init__(self, services: Sequence[Servable]) -> None:
         self._services = services
@@ -44,7 +44,7 @@ class Watched:
         await self.until(lambda: self._server.connections == 1)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """With no patience: what waits before another try is woken."""
+        """Skips the pause before another try."""
         with anyio.fail_after(30):
             while not condition():
                 self.retry.fire()
@@ -99,7 +99,7 @@ async def test_the_health_call_tells_a_machine_of_failed_servers() -> None:
         for deaths in range(1, 3):
             with anyio.fail_after(30):
                 while len(bench.told) < deaths:
-                    health.notify_watchers()  # the first may be told before the machine's call has come
+                    health.notify_watchers()  # the first failure may be reported before the machine's call arrives
                     await anyio.sleep(0.1)
         assert set(bench.told) == {signals.ServerDied()}
 
@@ -119,7 +119,9 @@ async def test_the_health_call_names_failed_servers_and_the_answering_one() -> N
         await bench.stop()
         await bench.until(lambda: bench.told[-1] == signals.ApiLost(frozenset({HostPort("192.0.2.1", 51820)})))
         await bench.start()
-        await bench.until(lambda: bench.told[-1] == gone)  # with the first message, too: it may have happened meanwhile
+        await bench.until(
+            lambda: bench.told[-1] == gone
+        )  # also in the first message, because it may have happened before the call
 
 
 async def test_the_health_call_names_failures_within_the_message_limit() -> None:

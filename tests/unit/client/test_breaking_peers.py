@@ -34,7 +34,7 @@ from tests.support.fake_device import FakeDevice, VirtualClock
 from tests.support.provision import new_key
 
 HASTE = 0.2
-"""Seconds after which a silent peer is given up."""
+"""The time limit for a silent peer, in seconds."""
 Run = Callable[[Callable[[str], Awaitable[None]]], None]
 UUID = "6ecae4f1-8b8e-4b3a-9a7a-1f3c0f0b1a5e"
 
@@ -138,7 +138,7 @@ def test_a_broken_sink_during_the_delivery_of_events(run: Run, moment: str) -> N
 def test_a_broken_server_during_the_health_call(run: Run, moment: str) -> None:
     async def test(way: str) -> None:
         retry = RetryTrigger()
-        # who stays silent, or answers in an unknown way and stays, is watched for as long as the connection stands
+        # a peer that is silent, or answers in an unknown way, is watched while the connection lasts
         times = 1 if way in ("settings-silence", "odd-status") else 2
         async with breaking_peer(way, moment) as peer, background_tasks() as tasks:
             tasks.start_soon(watch_api, JoinURL("127.0.0.1", peer.port, tls=False), None, lambda signal: None, retry)
@@ -166,7 +166,7 @@ def test_a_broken_process_behind_the_control_socket(
 
 
 async def again(peer: BreakingPeer, hurry: Callable[[], None], times: int = 3) -> None:
-    """Until the client has come back `times` times, waits between its tries cut short."""
+    """Wait until the client has tried again `times` times, with shortened pauses."""
     async with background_tasks() as tasks:
 
         async def keep_hurrying() -> None:

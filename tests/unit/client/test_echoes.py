@@ -100,7 +100,7 @@ async def test_a_server_that_never_answered_an_echo_is_not_suspected_for_its_sil
         await until(bench, 1)
         await anyio.wait_all_tasks_blocked()
         assert bench.told == []
-        check.check_now()  # it is different where a server died
+        check.check_now()  # unless a server died
         await until(bench, 2)
         await anyio.wait_all_tasks_blocked()
         assert [type(one) for one in bench.told] == [EchoesUnanswered]
@@ -166,5 +166,5 @@ async def test_a_server_that_is_heard_again_has_not_failed(bench: Bench) -> None
         bench.answers = [True]
         with anyio.fail_after(10):
             while isinstance(bench.device, Kernel) and not await check.still_carries():
-                await anyio.sleep(0.005)  # not directly after the unanswered one
+                await anyio.sleep(0.005)  # not right after an unanswered one
         assert check.shows_failure is isinstance(bench.device, Userspace)

@@ -62,7 +62,7 @@ def test_what_is_drawn_at_random_is_drawn_once_and_kept(tmp_path: Path) -> None:
     nothing = tmp_path / "nothing"
     first = machine_uuid(nothing, nothing, tmp_path / "state")
     assert machine_uuid(nothing, nothing, tmp_path / "state") == first
-    (tmp_path / "state" / "machine-uuid").write_text("")  # cut short by a crash
+    (tmp_path / "state" / "machine-uuid").write_text("")  # truncated by a crash
     again = machine_uuid(nothing, nothing, tmp_path / "state")
     assert again != first
     assert machine_uuid(nothing, nothing, tmp_path / "state") == again

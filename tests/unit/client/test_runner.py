@@ -34,7 +34,7 @@ E = TypeVar("E", bound=events.LinkEvent)
 
 
 class Bench:
-    """One link under test: what it did, the device it has, and the host it is on."""
+    """One link under test: its events, its device and its host."""
 
     def __init__(self, service: FakeProvision) -> None:
         self.service = service
@@ -95,7 +95,7 @@ class Bench:
         return self.trial
 
     async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:
-        """Nobody listens."""
+        """Does nothing, because nobody listens."""
 
     def state(self) -> ConnectionState:
         return self.runner.state
@@ -201,7 +201,7 @@ async def test_where_the_api_broke_other_servers_are_asked_for_after_one_unanswe
 ) -> None:
     """The first of the calls hangs, as it may at a dead address."""
     monkeypatch.setattr("siderolink.client.link.watch.PROBE_INTERVAL", 0.05)
-    monkeypatch.setattr("siderolink.client.link.watch.PROBE_LIMIT", 1000)  # the link is not given up meanwhile
+    monkeypatch.setattr("siderolink.client.link.watch.PROBE_LIMIT", 1000)  # meanwhile the link stays
     server = new_key()
     async with running(response(server, *endpoints)) as bench:
         await bench.saw(events.Connecting)
@@ -215,7 +215,7 @@ async def test_where_the_api_broke_other_servers_are_asked_for_after_one_unanswe
         told, shake = Provisioner.request, device.handshake
 
         async def handshake(key: PublicKey) -> None:
-            for _ in range(10):  # a call that was begun after the last one is counted first, however late this task is
+            for _ in range(10):  # the next call counts from the last one, even if this task runs late
                 await anyio.lowlevel.checkpoint()
             await shake(key)
 

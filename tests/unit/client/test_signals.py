@@ -138,7 +138,7 @@ async def test_a_link_whose_echoes_are_answered_too_late_is_left_only_if_handsha
 
 @pytest.mark.usefixtures("patient", "echo_seconds")
 async def test_a_server_that_answers_an_echo_has_not_failed() -> None:
-    """Later echoes that go unanswered have another reason, and a handshake decides."""
+    """A later unanswered echo has another cause, so a handshake decides."""
     server, one = new_key(), HostPort.parse(ONE)
     async with running(response(server, TWO, ONE)) as bench:
         await connect(bench, server)
@@ -217,7 +217,7 @@ async def test_if_the_api_and_the_links_server_end_the_link_moves_unless_that_se
 async def test_unanswered_data_is_a_reason_for_echoes_where_there_are_other_servers(
     endpoints: tuple[str, ...], seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Data that was sent only now is none yet."""
+    """Data that was just sent does not count as unanswered yet."""
     monkeypatch.setattr("siderolink.client.link.echoes.UNANSWERED_AFTER", 0.3)
     server, looks = new_key(), 0
 
@@ -267,7 +267,7 @@ async def test_a_network_change_without_a_new_route_causes_nothing() -> None:
         await connect(bench, server)
         before = handshakes_begun(bench)
         bench.put(signals.NetworkChanged())
-        bench.put(signals.NetworkChanged(carriers=frozenset((1, 3))))  # of containers, say
+        bench.put(signals.NetworkChanged(carriers=frozenset((1, 3))))  # for example of containers
         await anyio.wait_all_tasks_blocked()
         assert handshakes_begun(bench) == before
         bench.put(signals.NetworkChanged(carriers=frozenset((2, 3))))
@@ -288,7 +288,7 @@ async def test_a_suspicion_resets_the_kernels_session_only_if_the_server_does_no
         if is_answering:
             assert bench.device.calls == []
             bench.is_server_answering = False
-            bench.put(signals.ApiLost())  # another doubt, and another end
+            bench.put(signals.ApiLost())  # another suspicion, which ends differently
         with anyio.fail_after(30):
             while ("remove", server) not in bench.device.calls:
                 await anyio.sleep(0.01)
@@ -419,7 +419,7 @@ async def test_regular_cuts_of_a_stream_are_reported(monkeypatch: pytest.MonkeyP
 
 
 class FailsOnce(FakeDevice):
-    """A device whose first peer brings an error that nobody foresaw."""
+    """A device that raises an unexpected error for its first peer."""
 
     has_failed = False
 

@@ -58,7 +58,7 @@ def test_a_link_taken_by_another_server_moves_without_going_down() -> None:
     assert not progress.down.is_set()
     assert progress.state is ConnectionState.CONNECTED
     assert not any(isinstance(event, Disconnected) for event in told)
-    # one whose server has not answered yet is down
+    # a link whose server has not answered yet is down
     progress.replaced("udp b:1", "b stops", has_link=False)
     progress.replaced("udp c:1", "c stops, too", has_link=True)
     progress.connecting("udp d:1")

@@ -167,7 +167,7 @@ async def test_a_change_of_uuid_is_answered_before_its_handshake_and_reports_a_r
 
 
 async def test_settings_that_worked_before_a_crash_are_not_replaced_by_untested_ones() -> None:
-    """Neither link has been up in this process yet."""
+    """In this process neither link has been up yet."""
     async with running(response(new_key(), ONE)) as bench, background_tasks() as tasks:
         supervisor = LinkSupervisor(bench.runner, bench.emit)
         tasks.start_soon(supervisor.run)

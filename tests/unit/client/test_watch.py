@@ -16,7 +16,7 @@ def up_at(now: float) -> HandshakeWatch:
 
 
 def probes(watch: HandshakeWatch, now: float) -> tuple[list[float], float, str]:
-    """Walk on without an answer: when handshakes were begun, when the link was down, and why."""
+    """Advance without an answer; returns when handshakes began, when the link went down, and why."""
     begun: list[float] = []
     while True:
         reason = watch.check(now)
@@ -182,7 +182,7 @@ class Machine:
 
 
 def live(wire: Wire, machine: Machine, until: float, *, packet_every: float | None) -> None:
-    """Walk on in steps of half a second; the machine sends a packet now and then, and the server answers each."""
+    """Advance in steps of half a second; the machine sends packets at intervals, and the server answers each."""
     server = wire.nodes["b"]
     next_packet = wire.clock.now
     while wire.clock.now < until:

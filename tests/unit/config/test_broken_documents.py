@@ -43,7 +43,7 @@ def is_text(file: Path) -> bool:
     return True
 
 
-# a file that is no text, or has more documents than are read, is ignored as a whole
+# a file that is not text, or has too many documents, is ignored completely
 STREAMS = [file for file in BROKEN if is_text(file) and file.stem != "too-many-documents"]
 
 

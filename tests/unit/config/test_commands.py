@@ -13,7 +13,7 @@ URL = f"https://siderolink.example?jointoken={TOKEN}"
 
 
 def run(*args: str, status: int = 0, **environment: str) -> str:
-    """What the command writes: where it fails, its one line of complaint."""
+    """The command's output, or its error line if it fails."""
     known = {name: value for name, value in os.environ.items() if not name.startswith("SIDEROLINK_")}
     done = subprocess.run(
         [sys.executable, "-m", "siderolink", *args], capture_output=True, text=True, check=False, env=known | environment

@@ -106,7 +106,7 @@ def test_a_stream_of_documents_knows_its_lines() -> None:
 def test_refusals_name_the_line(text: str | bytes, line: int, words: str) -> None:
     said = refusal(text)
     assert words in said
-    # a parser may notice the end of what it was given one line later
+    # a parser may notice the end of its input one line later
     assert int(re.match(r"f\.yaml:(\d+):", said)[1]) in (line, line + 1)  # type: ignore[index]
 
 

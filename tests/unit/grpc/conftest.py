@@ -10,13 +10,13 @@ from siderolink.common.grpc import private
 
 @pytest.fixture(scope="session", autouse=True)
 def used_uvloop() -> None:
-    """The first use of it opens a pipe for the process's life."""
+    """Its first use opens a pipe that stays open as long as the process."""
     anyio.run(anyio.sleep, 0, backend_options={"use_uvloop": True})
 
 
 @pytest.fixture(autouse=True, params=["short ways", "public API"])
 def h2_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All holds with what this package does past h2, and where another h2 does not allow it."""
+    """Runs each test with the shortcuts past h2 and without them, as with another h2."""
     if request.param == "public API":
         monkeypatch.setattr(private, "has_shortcuts", lambda: False)
 

@@ -74,7 +74,7 @@ def test_connections_are_reserved_for_known_addresses() -> None:
         door.fill(f"203.0.113.{number}", 1)
     assert len(door.budget) == 100
     door.closed.clear()
-    # and all of it, if they need it
+    # or all of it, if they need it
     door.fill("192.0.2.1", 1)
     assert len(door.budget) == 100
     assert [refusal for _, refusal in door.closed] == [Refusal.CROWDED_OUT]
@@ -94,7 +94,7 @@ def test_a_call_with_a_valid_token_makes_all_of_its_address_known() -> None:
 
 
 def test_an_address_known_by_its_machine_is_no_stranger() -> None:
-    """A tunnel that comes back after a restart carries no token; its machine is heard by it."""
+    """A tunnel opened again after a restart carries no token, but packets of its machine."""
     heard = {"192.0.2.1"}
     closed: list[str] = []
     limits = replace(LIMITS, max_connections_per_address=100)
@@ -105,7 +105,7 @@ def test_an_address_known_by_its_machine_is_no_stranger() -> None:
 
     for _ in range(45):
         assert isinstance(enter("192.0.2.1"), Held)
-    # another one is heard only after it has connected
+    # another machine is heard only after it has connected
     for _ in range(30):
         assert isinstance(enter("192.0.2.2"), Held)
     heard.add("192.0.2.2")
@@ -260,7 +260,7 @@ async def test_a_stranger_with_all_connections_excludes_no_machine() -> None:
                 assert frames
                 assert peers[0].goaway is not None
                 assert peers[0].goaway.error_code == ErrorCodes.ENHANCE_YOUR_CALM
-                # the stranger's next one is its own loss, and the machine's connection stays
+                # the stranger's next connection replaces its own, and the machine's stays
                 async with RawPeer.connect(server.port, "127.0.0.1"):
                     assert (await method(channel)(Raw(b"x"), timeout=30)).data == b"x"
         assert server.refusals[Refusal.CROWDED_OUT] >= 1
@@ -276,7 +276,7 @@ async def test_connections_in_their_tls_handshake_are_evicted_too(tmp_path: Path
         serve([Tokens()], host="127.0.0.1", limits=limits, has_tokens=True, tls=server_tls(tmp_path / "pem")) as server,
         contextlib.AsyncExitStack() as stack,
     ):
-        strangers = []  # kept, since a writer that is gone closes its connection
+        strangers = []  # kept, because a discarded writer closes its connection
         for _ in range(5):
             _, writer = await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0))
             strangers.append(writer)
@@ -308,8 +308,8 @@ async def test_strangers_have_fewer_connections_by_tls_which_are_larger(tmp_path
 
 @pytest.mark.anyio
 async def test_a_thousand_machines_behind_one_address_join_again_at_once(no_leaks: None) -> None:
-    """Each with a connection of its own for the call, and one that it keeps; beside a stranger who holds all that he can."""
-    patient = Limits(preface_timeout=90, connect_timeout=90)  # how busy this host is, is another matter
+    """Each uses a connection for the call and keeps another one, while a stranger holds as many as it can."""
+    patient = Limits(preface_timeout=90, connect_timeout=90)  # the load of this host is not part of the test
     limits = replace(patient, max_connections=4000, max_connections_per_address=1024, max_unproven_connections=1500)
     served = 0
 

@@ -73,7 +73,7 @@ async def test_a_deadline_cancels_the_handler() -> None:
     service = Service()
     service.hold.clear()
     async with calling(service) as channel:
-        while not service.begun.is_set():  # on a stalled host a deadline passes before its call has come
+        while not service.begun.is_set():  # on a stalled host a deadline may pass before its call arrives
             with pytest.raises((GRPCError, TimeoutError)):
                 await method(channel)(Raw(b"x"), timeout=0.05)
         await service.cancelled.wait()
@@ -211,7 +211,7 @@ async def test_a_channel_dials_again_after_its_connection_was_lost() -> None:
                         await method(channel)(Raw(b"x"))
                         break
                 await channel.wait_lost()
-            # on a busy machine a connection may end before its call, and is counted, too
+            # on a busy host a connection may end before its call, and is counted, too
             assert set(server.refusals) == {Refusal.CONNECTION_IDLE}
             assert server.refusals[Refusal.CONNECTION_IDLE] >= times
 
@@ -317,7 +317,7 @@ async def test_an_answer_is_one_write_unless_the_window_is_smaller(ends_late: bo
 
 
 async def test_a_smaller_header_table_applies_from_the_next_header_block() -> None:
-    """RFC 7541, 4.2: what shrinks the table has to be said at the beginning of the block that follows."""
+    """RFC 7541, 4.2: the next header block has to begin with the smaller size."""
     async with serving(None, Service()) as server, RawPeer.greeted(server.port) as peer:
         settings = SettingsFrame(0)
         settings.settings = {SettingsFrame.HEADER_TABLE_SIZE: 0}
@@ -336,7 +336,7 @@ async def test_a_smaller_header_table_applies_from_the_next_header_block() -> No
 
 @pytest.mark.parametrize("uvloop", [False, True])
 def test_an_answer_longer_than_the_send_limit_is_delivered(uvloop: bool) -> None:
-    """It leaves as the peer takes it, and never waits here whole."""
+    """It is sent at the peer's pace and never buffered whole."""
 
     async def run() -> None:
         answer = bytes(8 << 20)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 
 def client_hello() -> bytes:
-    """What a client says first."""
+    """A client's first bytes."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["h2"])
     outgoing = ssl.MemoryBIO()
@@ -87,7 +87,7 @@ async def test_a_closed_connection_ends_the_wait() -> None:
 
 
 async def test_a_burst_of_handshakes_takes_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a turn of no time there is one handshake in a turn of the loop."""
+    """With a time slice of zero, each turn of the event loop runs one handshake."""
     monkeypatch.setattr("siderolink.common.grpc.turns.TURN_SECONDS", -1.0)
     asked: list[float] = []
     real = Turns.wait

@@ -10,7 +10,7 @@ from siderolink.common.grpc.outbound import CorkedTransport
 
 
 class Greeter(asyncio.Protocol):
-    """Writes at once, as HTTP/2 does, while who connects is being cancelled."""
+    """Writes at once, like HTTP/2, while its connect() is being cancelled."""
 
     def __init__(self, connecting: "asyncio.Future[object]") -> None:
         self._connecting = connecting
@@ -21,7 +21,7 @@ class Greeter(asyncio.Protocol):
 
 
 async def connect_and_cancel() -> list[str]:
-    """What the loop would have printed."""
+    """The errors that the event loop would have printed."""
     loop, complaints = asyncio.get_running_loop(), list[str]()
     loop.set_exception_handler(lambda _, context: complaints.append(context["message"]))
     server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)

@@ -33,7 +33,7 @@ async def test_of_two_dials_that_finish_in_one_turn_one_socket_is_closed(monkeyp
         await original(sock, address)
         if len(dialled) < 2:
             await both.wait()
-        else:  # both go on in the loop's next turn
+        else:  # both continue in the event loop's next turn
             both.set()
             await asyncio.sleep(0)
 

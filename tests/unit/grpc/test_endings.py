@@ -136,7 +136,7 @@ def test_connections_ended_in_each_way_at_each_point(use_uvloop: bool, caplog: p
 
 
 class Boom(Exception):
-    """No error that anyone foresees."""
+    """An unexpected error."""
 
 
 @pytest.mark.anyio

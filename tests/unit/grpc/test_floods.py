@@ -77,7 +77,7 @@ def test_h2_sees_only_known_settings_and_a_small_header_table(entries: list[tupl
         known[1] = min(known[1], 4096)
     assert dict(struct.iter_unpack(">HI", seen[9:])) == known
     assert found.has_settings
-    assert bool(found.replies) == (not known)  # an ACK: the engine sends it for the others
+    assert bool(found.replies) == (not known)  # an ACK, which h2 sends for the others
 
 
 # --- frames that cost
@@ -193,7 +193,7 @@ def late_headers(peer: RawPeer) -> list[Frame]:
 @pytest.mark.parametrize("make", [overflow, too_large, compressed, malformed, no_method, no_grpc, late_headers])
 async def test_streams_that_we_are_made_to_reset_are_counted(make: Callable[[RawPeer], list[Frame]]) -> None:
     begun = 0
-    # a host that stalls passes all frames on at once, and they would be a flood of small frames before one of resets
+    # a stalled host delivers all frames at once, which would count as a flood of small frames before one of resets
     limits = replace(TIGHT, max_small_frames=1000)
 
     async def count(stream: ByteStream) -> None:

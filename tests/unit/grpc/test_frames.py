@@ -40,7 +40,7 @@ def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
 
 
 def scan(found: FrameScanner, pieces: list[bytes]) -> tuple[bytes, bytes]:
-    """What went to the engine, and what to the raw stream."""
+    """The bytes passed to h2, and those passed to the raw stream."""
     out = {0: b"", RAW: b""}
     for piece in pieces:
         for stream_id, taken in found.feed(piece):

@@ -118,7 +118,7 @@ async def test_streams_that_received_less_than_they_acknowledge_leave_the_connec
         opened = [await stack.enter_async_context(open_byte_stream(channel)) for _ in range(streams)]
         async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
             for _ in opened:
-                await are_accepted.acquire()  # what came before would be acknowledged by h2
+                await are_accepted.acquire()  # h2 would acknowledge what came before
             for stream in opened:
                 tasks.create_task(send(stream))
             await is_complete.wait()
@@ -135,7 +135,7 @@ def test_one_source_is_limited_once_half_of_a_budget_is_used() -> None:
     assert not budget.take("b", 1)
     assert budget.take("c", 20)
     assert budget.take("d", 10)
-    assert not budget.take("e", 1)  # there is no more
+    assert not budget.take("e", 1)  # the budget is used up
     budget.give_back("a", 50)
     assert budget.take("e", 1)
     assert budget.used == 51
@@ -320,7 +320,7 @@ def varint(value: int) -> bytes:
 
 
 class Counted(Raw):
-    """Counts how often anyone decodes one."""
+    """Counts how often a message is decoded."""
 
     decoded = 0
 
@@ -383,7 +383,7 @@ def test_each_method_open_to_strangers_has_its_own_bounds(service: Any, name: st
 
 
 async def test_a_long_read_is_processed_in_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a turn of no time, each piece has its own: the loop runs other callbacks between them."""
+    """With a time slice of zero, each piece has its own turn, and the event loop runs other callbacks between them."""
     monkeypatch.setattr("siderolink.common.grpc.turns.TURN_SECONDS", -1.0)
     turns = [0]
 
@@ -439,11 +439,11 @@ async def test_a_long_read_of_a_raw_stream_is_delivered_in_parts() -> None:
 def test_a_source_that_takes_most_of_a_busy_processor_waits() -> None:
     budget = CallBudget(Limits())
     now, waited = 100.0, dict.fromkeys("ab", 0.0)
-    for _ in range(100):  # a quarter of the time: nobody waits
+    for _ in range(100):  # a quarter of the time: neither waits
         assert budget.charge("a", 0.0025, now) == 0.0
         now += 0.01
     used = 0.0
-    for _ in range(100):  # as much as it can get: a waits, b with its little does not
+    for _ in range(100):  # a uses all the time that it can get and waits; b uses little and does not
         waited["b"] += budget.charge("b", 0.0001, now)
         wait = budget.charge("a", 0.01, now)
         used += 0.01
@@ -476,7 +476,7 @@ async def test_input_of_a_delayed_source_is_not_read(monkeypatch: pytest.MonkeyP
 
 
 async def test_a_delayed_peer_does_not_count_as_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer to a ping may be among what waits for a turn."""
+    """Its answer to a ping may be in the input that waits for its turn."""
     monkeypatch.setattr(Account, "charge", lambda *_: 1.0)
     limits = Limits(server_ping_interval=0.05, ping_timeout=0.05)
     async with serving(limits) as server, RawPeer.greeted(server.port) as peer:

@@ -53,7 +53,7 @@ class Renamed(H2Connection):
 
 
 class Counting(H2Connection):
-    """An h2 that does not see a stream's end from its state."""
+    """An h2 whose stream state does not show the stream's end."""
 
     @property
     def open_inbound_streams(self) -> int:
@@ -61,7 +61,7 @@ class Counting(H2Connection):
 
 
 class Strict(H2Connection):
-    """An h2 that has another name for what takes a GOAWAY frame."""
+    """An h2 with another name for the method that receives a GOAWAY frame."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "_receive_goaway_frame" and inspect.stack()[1].filename.endswith("private.py"):
@@ -102,7 +102,7 @@ def test_an_encoder_without_its_private_table_falls_back(monkeypatch: pytest.Mon
 
 
 class HiddenEncoder:
-    """Has nothing of hpack's but what h2 calls."""
+    """Has only those members of hpack's class that h2 calls."""
 
     header_table_size = 4096
     huffman = False
@@ -116,7 +116,7 @@ FIELDS = st.lists(st.sampled_from([*PLAIN, ("grpc-timeout", "1S"), ("authorizati
 
 
 def told(decoder: Decoder, blocks: list[bytes]) -> tuple[list[object], dict[str, Any]]:
-    """What a decoder makes of the blocks of one connection, up to the first that is refused, and its table then."""
+    """The decoded header blocks of one connection, up to the first refused one, and the decoder's table then."""
     found: list[object] = []
     for block in blocks:
         try:

@@ -204,7 +204,7 @@ async def test_a_connection_that_is_accepted_as_the_server_stops_is_closed() -> 
     listening = socket.create_server(("127.0.0.1", 0))
     with socket.create_connection(listening.getsockname(), timeout=5) as client:
         async with serve([Service()], listening=[listening]) as server:
-            # two turns of the loop: it is accepted, and nothing else has been done with it
+            # two turns of the event loop: the connection is accepted, and nothing else has happened to it
             for _ in range(2):
                 await asyncio.sleep(0)
             assert server.connections == 1

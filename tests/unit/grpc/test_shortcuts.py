@@ -73,7 +73,7 @@ class Outcome:
 
 
 def told(event: Event) -> tuple[str, list[tuple[str, str]]]:
-    """The event in words, the parts of it included."""
+    """The event with its parts, as text."""
     fields = ((name, repr(value)) for name, value in vars(event).items() if name != "frame")
     return type(event).__name__, sorted(fields)
 

@@ -126,7 +126,7 @@ HEADERS = [
 @pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
 @pytest.mark.parametrize("pace", [1, 7, 10_000])
 async def test_not_a_byte_beyond_the_header_is_read(header: bytes, pace: int) -> None:
-    """Whole, byte by byte, and with what follows in the same segment."""
+    """The header whole, byte by byte, and with data in the same segment."""
     near, far = socket.socketpair()
     with near, far:
         near.setblocking(False)
@@ -286,7 +286,7 @@ def test_any_forwarded_field_gives_an_address_or_none(fields: list[str]) -> None
 
 @given(st.text(max_size=60), st.ip_addresses(v=4))
 def test_forwarded_fields_of_clients_are_ignored(forged: str, client: ipaddress.IPv4Address) -> None:
-    """A proxy appends the address it saw; whatever stood there before is left of it."""
+    """A proxy appends the address that it saw to what the client sent."""
     if not contains(FORWARDED.forwarded_from, str(client)):
         assert FORWARDED.forwarded_for("127.0.0.1", [f"{forged}, {client}"]) == str(client)
 
@@ -354,7 +354,7 @@ async def test_limits_per_address_apply_to_forwarded_callers() -> None:
 
 @pytest.mark.anyio
 async def test_forwarded_calls_are_charged_to_their_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory and turns of the loop: one behind the proxy meets its limit, the others and the proxy do not."""
+    """Memory and processor time: one client behind the proxy reaches its limit; the others and the proxy do not."""
     waited: list[str] = []
     real = Turns.wait
 
@@ -399,7 +399,7 @@ async def test_forwarded_calls_are_charged_to_their_clients(monkeypatch: pytest.
 
 @pytest.fixture
 def quiet() -> None:
-    """Limits that are met are logged."""
+    """Reached limits are logged."""
 
 
 @pytest.mark.parametrize("text", ["", "192.0.2.1/24", "proxy.example", "192.0.2.0/33", "*"])

@@ -28,12 +28,12 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a turn of no time, known sources and strangers have one piece of work each in a turn of the loop."""
+    """With a time slice of zero, each turn of the event loop runs one piece of work of known sources and one of strangers."""
     monkeypatch.setattr("siderolink.common.grpc.turns.TURN_SECONDS", -1.0)
 
 
 def noting(done: list[str], name: str) -> Callable[[float], float]:
-    """Work that only says that it was done."""
+    """Work that only records that it ran."""
 
     def work(_: float) -> float:
         done.append(name)
@@ -213,7 +213,7 @@ async def test_a_proven_machines_stream_does_not_wait_behind_strangers() -> None
             while not isinstance(await machine.frame(), DataFrame):
                 pass
             assert served - before < 8 * 32 // 2
-            while served < 8 * 32:  # but they have their turn
+            while served < 8 * 32:  # but they get their turn
                 await asyncio.sleep(0)
         tasks.cancel_scope.cancel()
 
@@ -247,7 +247,7 @@ def test_strangers_share_a_part_of_the_memory_budget() -> None:
     for name, size in (("a", 70), ("b", 20), ("c", 20), ("d", 20), ("e", 200)):
         budget.give_back(name, size)
     assert (budget.used, budget.used_unproven) == (0, 0)
-    assert CallBudget(limits).take("a", 200)  # where nobody can show a token, nobody has less for that
+    assert CallBudget(limits).take("a", 200)  # without tokens there are no strangers with less
 
 
 async def test_strangers_have_a_lower_limit_of_concurrent_calls() -> None:
@@ -273,7 +273,7 @@ async def test_strangers_have_a_lower_limit_of_concurrent_calls() -> None:
             assert server.refusals == {Refusal.TOO_MANY_STREAMS: 4}
 
 
-# --- nothing stays
+# --- nothing is left behind
 
 
 async def too_long(peer: RawPeer) -> None:
@@ -316,7 +316,7 @@ async def no_http2(peer: RawPeer) -> None:
 
 @pytest.mark.parametrize("leave", [too_long, unfinished, gave_up, cut_stream, flooded, no_http2])
 async def test_an_ended_connection_leaves_no_reference_cycle(leave: Callable[[RawPeer], Awaitable[None]]) -> None:
-    """A server's collector looks at old objects seldom: what lies in cycles would stay for minutes."""
+    """A server collects old objects rarely, so reference cycles would stay for minutes."""
     async with serving() as server:
         gc.collect()
         gc.disable()

@@ -146,7 +146,7 @@ ODD: dict[str, bytes] = {
 
 
 async def flooded(port: int, wire: bytes) -> bool:
-    """Whether the server ends a connection that says this."""
+    """Whether the server ends a connection that sends this."""
     async with RawPeer.connect(port) as peer:
         peer.write(PREFACE + frame(SETTINGS) + wire)
         with anyio.move_on_after(30):

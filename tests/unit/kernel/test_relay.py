@@ -163,7 +163,7 @@ print(said)
     async with relaying() as kernel:
         path = Stream()
         address = socket.inet_ntoa(kernel.relay.slot(path).address)
-        # it becomes another user only once it runs, because that one may not be let near this interpreter
+        # it changes its user after its start, because that user may have no access to this interpreter
         program = f"import encodings.idna, os, socket; os.setgroups([]); os.setuid({OTHER_USER})\n" + program
         command = [sys.executable, "-c", program, address, str(kernel.relay.port), str(kernel.port)]
         done = await anyio.run_process(command)
@@ -213,7 +213,7 @@ async def test_responses_and_packets_on_a_new_stream_cause_a_poll() -> None:
         kernel.relay.hold(kernel.relay.slot(path), b"the key", None)
         kernel.send(path, *numbered(1, 96))
         await until(path, 3)
-        assert len(kernel.hints) == 2  # it is where the kernel was known to send
+        assert len(kernel.hints) == 2  # the kernel already used this stream
 
 
 async def test_a_blocked_stream_carries_nothing() -> None:

@@ -21,7 +21,7 @@ KEY = bytes(32)
 
 
 class Watched:
-    """One peer, looked at when a test says so."""
+    """One peer, polled when a test asks for it."""
 
     def __init__(self, keepalive: int = 0) -> None:
         self.facts = PeerFacts(KEY, keepalive=keepalive)
@@ -75,7 +75,7 @@ def test_attempts_that_go_unanswered_are_given_up_once() -> None:
         told += [(now, change) for change in peer.look(now, sent=sent)]
     # the first initiation could, by its size, be answers that want none themselves
     assert told == [(5 + GIVE_UP_AFTER, GaveUp())]
-    # it is heard again, and then no more: that is told again
+    # it is heard again and then goes silent, which is reported again
     peer.look(200, received=100, sent=sent)
     told = []
     for now in range(205, 400, 5):

@@ -180,7 +180,7 @@ async def test_resources_are_found_by_alias_and_an_embedders_own_among_them() ->
 
 
 def attempt(call: Callable[[], object]) -> None:
-    """What can be made of such a message is taken, and what cannot is refused; nothing else happens."""
+    """A message is decoded or refused; nothing else happens."""
     try:
         call()
     except grpc.RpcError as error:
@@ -256,7 +256,7 @@ async def test_tls_is_1_3_with_http2_and_a_leaf_of_a_day() -> None:
         old.maximum_version = ssl.TLSVersion.TLSv1_2
         with pytest.raises((ssl.SSLError, anyio.BrokenResourceError)):
             await anyio.connect_tcp("127.0.0.1", port, ssl_context=old, tls=True)
-        # bytes that are no TLS at all
+        # bytes that are not TLS
         async with await anyio.connect_tcp("127.0.0.1", port) as stream:
             await stream.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(1000))
             with anyio.fail_after(30), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):

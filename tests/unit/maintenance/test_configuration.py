@@ -34,7 +34,7 @@ OTHER = b'apiVersion: v1alpha1\nkind: EventSinkConfig\nendpoint: "[fdae::1]:9999
 
 
 class Machine:
-    """A keeper, and what it put into force."""
+    """A configuration keeper, and what it applied."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.used: list[MachineSettings] = []
@@ -157,7 +157,7 @@ async def test_a_try_is_taken_back_after_its_timeout() -> None:
 
 
 async def test_a_try_that_cannot_be_taken_back_at_once_is_taken_back_later() -> None:
-    """The server of before does not answer in the moment in which the trial ends."""
+    """The previous server does not answer when the trial ends."""
     async with running(Machine()) as machine:
         await machine.apply(SINK)
         await machine.apply(OTHER, "try", try_timeout=timedelta(seconds=0.05))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 DENIED = ("PERMISSION_DENIED", "not authorized")
 
 
-# the table of peers' facts, written out once more
+# the rights of existing machines' methods, written out independently
 READERS = [
     "ApplyConfiguration",
     "Containers",
@@ -116,7 +116,7 @@ async def test_readers_have_the_rights_of_existing_machines(monkeypatch: pytest.
             assert status not in ("UNKNOWN", "INTERNAL"), path
         for path in [f"{MACHINE}{name}" for name in ADMINS] + OTHER_ADMINS:
             assert outcome(stubs, path) == DENIED, path
-        # what no machine has: the role comes before the method
+        # methods that no machine has: the role is checked first
         for path in (f"{MACHINE}Nothing", "/no.Service/Method", "/", "/*", "/machine.MachineService/"):
             assert outcome(stubs, path) == DENIED, path
 

@@ -128,7 +128,7 @@ def test_a_lossy_link_gets_a_session_and_packets_are_unchanged(seed: int) -> Non
         assert max(Counter(received).values()) == 1
         assert set(received) <= set(sent)
         assert len(received) > len(sent) * 0.6
-    # Once the wire is good, everything passes.
+    # Without loss everything passes.
     wire.faults.drop = wire.faults.duplicate = wire.faults.delay = wire.faults.corrupt = 0.0
     wire.run(340.0)
     a.send(inner_packet("fd00::a", "fd00::b", b"last"))
@@ -160,7 +160,7 @@ def test_every_truncation_and_every_bit_flip_of_a_handshake_message(which: str) 
     a, b, wire, initiation, response = handshake_messages()
     node, path, good = (b, a.path, initiation) if which == "initiation" else (a, b.path, response)
     if which == "initiation":
-        b = node = Node("b", "fd00::b", wire.clock, 11)  # the same identity, which has not seen it yet
+        b = node = Node("b", "fd00::b", wire.clock, 11)  # the same identity, which has not received it yet
         b.add(a, dial=False)
     allowed = {Drop.BAD_MAC1, Drop.MALFORMED}
     bystander = Node("c", "fd00::c", wire.clock, 77)

@@ -176,7 +176,7 @@ def test_a_flood_from_one_source_leaves_half_of_the_cookies_to_others() -> None:
     assert SOURCE_BURST <= taken <= COOKIE_RATE / 2 + SOURCE_BURST
     assert sum(budget.allows(address(number), 0.0) for number in range(2, 50_000)) == COOKIE_RATE - taken
     assert not budget.allows(address(9), 0.0)
-    # a tenth of what comes is answered, whoever sends it
+    # a tenth of all initiations is answered, whoever sends them
     assert sum(budget.allows(address(number), 1.0 + number / 100_000) for number in range(100_000)) >= COOKIE_RATE
 
 

@@ -79,6 +79,6 @@ def test_a_thousand_machines_behind_one_nat_come_back_within_seconds() -> None:
         scene.exchange()
         scene.flood()
         scene.clock.now += TICK
-    # all were asked for a cookie, and no stranger got further than that
+    # a cookie was required of all, and no stranger got any further
     assert dropped(scene.server)[Drop.BAD_MAC2] > MACHINES
     assert dropped(scene.server)[Drop.UNKNOWN_PEER] <= 500 * 2

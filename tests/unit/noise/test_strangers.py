@@ -26,7 +26,7 @@ def come_too_early() -> tuple[Node, Node, Wire]:
 
 
 def configure(a: Node, b: Node, **fields: bool) -> None:
-    """As a device does; more than once if asked more than once."""
+    """Releases what the engine kept, like a device, as often as it is called."""
     peer = PeerConfig(public_key=PublicKey(a.engine.public_key), **fields)  # type: ignore[arg-type]
     Configurator(b.engine, None, None).set_peer(peer, b.clock.now)
     b.drain()
@@ -54,7 +54,7 @@ def test_a_peer_added_later_has_to_initiate_again() -> None:
 
 
 def test_a_removed_peers_initiations_are_of_no_use_to_the_next_one_of_its_key() -> None:
-    """What was kept is taken once."""
+    """A kept initiation is used once."""
     a, b, wire = come_too_early()
     configure(a, b)
     b.take()
@@ -68,7 +68,7 @@ def test_strangers_are_bounded_and_the_oldest_gives_way() -> None:
     strangers, path = Strangers(), VirtualPath("a")
     for number in range(3 * MAX_STRANGERS):
         strangers.keep(number.to_bytes(32), bytes([number % 256]), path, 0.0)
-        strangers.keep(number.to_bytes(32), bytes([number % 255]), path, 0.0)  # the last one of a key counts
+        strangers.keep(number.to_bytes(32), bytes([number % 255]), path, 0.0)  # only the latest one of a key is kept
     assert len(strangers) == MAX_STRANGERS
     assert strangers.take((2 * MAX_STRANGERS - 1).to_bytes(32), 0.0) is None
     last = 3 * MAX_STRANGERS - 1

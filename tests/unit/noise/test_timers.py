@@ -46,7 +46,7 @@ def test_initiation_is_repeated_every_five_seconds_with_jitter_and_given_up_afte
     assert isinstance(a.events[-1], HandshakeTimedOut)
     assert a.engine.drops[Drop.HANDSHAKE_GAVE_UP] == 1
     assert a.engine.next_deadline() == 90.0 + 540.0
-    # It begins anew with the next packet, and the attempt has ninety seconds of its own.
+    # The next packet begins another attempt, with its own ninety seconds.
     wire.clock.now = 100.0
     a.send(inner_packet("fd00::a", "fd00::b", b"y"))
     assert types(a) == [messages.INITIATION]
@@ -217,6 +217,6 @@ def test_a_handshake_on_demand_waits_for_no_timer_and_costs_no_session() -> None
         assert len(a.engine.output.take_datagrams()) == sent
     assert peer.current is session
     peer.path = VirtualPath("c")
-    for sent in (1, 0):  # another path is no repetition
+    for sent in (1, 0):  # on another path it does not count as a repetition
         a.engine.handshake(peer, 2.01)
         assert len(a.engine.output.take_datagrams()) == sent

@@ -21,7 +21,7 @@ ECHO = bytes((128, 0, 0, 0, 0, 1, 0, 1))
 
 @dataclass(frozen=True)
 class Read:
-    """One frame, and what is known of it because it was made so."""
+    """One frame with its expected flow and size."""
 
     frame: bytes
     addresses: tuple[int, int, int]
@@ -68,7 +68,7 @@ def reads(draw: st.DrawFn) -> Read:
 
 @given(st.lists(st.one_of(reads(), st.none()), max_size=60))
 def test_packets_of_one_flow_keep_their_order_and_none_is_lost(steps: list[Read | None]) -> None:
-    """None stands for a turn in which the oldest is sent."""
+    """None: the oldest frame is sent in this step."""
     backlog, sent, waiting = Backlog(), list[Read](), list[Read]()
     passed = 0
     for read in [*steps, *[None] * len(steps)]:

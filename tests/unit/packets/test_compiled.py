@@ -31,7 +31,7 @@ def functions() -> Functions:
 
 @pytest.fixture(scope="module")
 def endless() -> Iterator[tuple[int, int]]:
-    """A descriptor that gives zeros for ever, and one that takes everything."""
+    """A descriptor with endless zeros, and one that accepts everything."""
     with open("/dev/zero", "rb") as source, open("/dev/null", "wb") as sink:
         yield source.fileno(), sink.fileno()
 
@@ -49,7 +49,7 @@ def test_numbers_are_accepted_or_refused(
     counter: int,
     count: int,
 ) -> None:
-    """Nothing but a ValueError, and around the buffer nothing is touched."""
+    """Raises ValueError at most, and changes nothing outside the buffer."""
     guard = b"\xa5" * 64
     whole = bytearray(guard + bytes(size) + guard)
     buffer = memoryview(whole)[64 : 64 + size]

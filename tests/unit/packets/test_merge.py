@@ -53,7 +53,7 @@ def opened(rows: list[bytes]) -> Opened:
 
 
 class Interface:
-    """Takes what a merger makes and cuts it up again, packet by packet."""
+    """Splits the merger's output into packets again."""
 
     def __init__(self, *, tso: bool = True, uso: bool = True, refuse: frozenset[bytes] = frozenset()) -> None:
         self.drops: Counter[Drop] = Counter()
@@ -249,7 +249,7 @@ def test_merging_does_not_hide_damage(version: int, protocol: int, last: int) ->
 def test_a_udp_packet_without_a_checksum_never_gains_one() -> None:
     base = Packet(protocol=UDP, payload=bytes(2))
     packet = Packet(protocol=UDP, payload=base.encode()[46:48])
-    assert packet.encode()[46:48] == b"\xff\xff"  # so that zero in its place would still sum up
+    assert packet.encode()[46:48] == b"\xff\xff"  # so that the sum would also hold with zero in its place
     bare = packet.encode()[:46] + b"\0\0" + packet.encode()[48:]
     rows = [packet.encode(), packet.encode(), bare, bare, packet.encode(), bare]
     assert Interface().packets([pad(row) for row in rows]) == rows

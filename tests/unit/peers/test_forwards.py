@@ -60,7 +60,7 @@ async def relay(tmp_path: Path) -> AsyncIterator[Relay]:
 
 
 async def standing(relay: Relay, carried: Carried) -> dict[str, int]:
-    """What is held once nothing moves any more: the same at all three for half a second."""
+    """The held bytes once all three have not changed for half a second."""
     with anyio.fail_after(60):
         same, before = 0, (-1, relay.held())
         while same < 10:
@@ -95,10 +95,10 @@ async def test_a_stalled_forward_holds_little_memory_at_each_server_and_delays_n
             assert HELD // 2 < held["owner"] <= HELD, held
             assert PIPE_WINDOW_BYTES // 2 < stalled.pipe.held <= HELD
             await echo(relay, 1003, 1 << 20)
-            with anyio.fail_after(20):  # the others are counted no more
+            with anyio.fail_after(20):  # the others no longer count
                 while relay.open_and_relayed() != [(1, 0), (0, 1)]:
                     await anyio.sleep(0.01)
-            # what is read again goes on where it stood
+            # reading continues where it stopped
             for end in (far, stalled.near):
                 assert await read_exactly(end, len(data)) == data
             await asyncio.gather(*pushing)
@@ -143,7 +143,7 @@ async def test_a_key_with_grants_at_several_servers_cannot_use_up_all_forwards(
         channel = await stack.enter_async_context(relay.b.office.remote())
         for machine in grants:
             await open_one(channel, machine, ci)
-        # each owner has one, and would open a second
+        # each owner has one grant and would open a second forward
         async with forwarded(channel, other, metadata=ci) as refused:
             with pytest.raises(GRPCError, match="2 forwarded connections of this API key are relayed already") as caught:
                 await asyncio.wait_for(refused.done, 20)

@@ -54,7 +54,7 @@ async def two(folder: Path, *reports: Reports) -> AsyncIterator[tuple[Sibling, S
 
 
 async def answer_of(a: Sibling, identity: PeerIdentity, fingerprint: str = "") -> str:
-    """What a stranger with this identity hears at a server: "" where it is answered."""
+    """A server's refusal of a client with this identity; "" if it is answered."""
     row = a.registry.rows["a"]
     host, _, port = row.peer_address.rpartition(":")
     pinned = fingerprint or row.peer_fingerprint
@@ -75,12 +75,12 @@ async def test_only_a_living_server_with_the_shared_key_and_its_own_row_is_answe
     registry = Registry()
     async with open_sibling(tmp_path, "a", registry) as a:
         member = PeerIdentity.make(SHARED_KEY, "c")
-        assert await answer_of(a, member) == "UNAUTHENTICATED"  # signed by the root, and no row
+        assert await answer_of(a, member) == "UNAUTHENTICATED"  # signed by the root, but without a row
         registry.rows["c"] = FleetServer(
             id="c", peer_address="127.0.0.1:1", peer_fingerprint=member.fingerprint, heartbeat_at=0.0
         )
         assert await answer_of(a, member) == ""
-        other = PeerIdentity.make(PrivateKey.generate(), "c")  # the row names it, and another key has signed it
+        other = PeerIdentity.make(PrivateKey.generate(), "c")  # its row exists, but another key has signed it
         registry.rows["c"] = replace(registry.rows["c"], peer_fingerprint=other.fingerprint)
         assert (
             "TLS" in (refusal := await answer_of(a, other)) or "lost" in refusal or "trusted" in refusal or "abort" in refusal
@@ -198,7 +198,7 @@ async def test_a_dead_owner_is_skipped_and_its_running_calls_end(tmp_path: Path)
         machine_id = await a.join(FakeMachine())
         await b.knows(machine_id)
         assert (await b.get(machine_id)).link == "up"
-        a.registry.rows["a"] = replace(a.registry.rows["a"], peer_address="127.0.0.1:9")  # lives, and cannot be reached
+        a.registry.rows["a"] = replace(a.registry.rows["a"], peer_address="127.0.0.1:9")  # alive, but unreachable
         assert (await b.get(machine_id)).id == machine_id
         a.die()
         assert (await b.get(machine_id)).link != "up"
@@ -279,7 +279,7 @@ async def test_a_malformed_forward_is_refused_by_the_first_server(tmp_path: Path
         bad_prefix = b"\x01\0\0\0\x01x"
         async with b.office.local() as channel:
             for sent in (
-                framed(b"\x08\x05\x10\x50"),  # the machine is a number
+                framed(b"\x08\x05\x10\x50"),  # the machine is a number instead of a name
                 framed(bytes(pb.ForwardRequest(machine="a\0b", port=1))),
                 framed(b"\xff" * 40),
                 bad_prefix,
@@ -291,7 +291,7 @@ async def test_a_malformed_forward_is_refused_by_the_first_server(tmp_path: Path
                         stream.send(memoryview(sent))
                         await stream.wait_ended()
                 assert refused.value.status is Status.INVALID_ARGUMENT, sent
-        with anyio.fail_after(10):  # and none of the calls waits on
+        with anyio.fail_after(10):  # and no call keeps waiting
             while any("_run_byte_stream" in repr(task) for task in asyncio.all_tasks()):
                 await anyio.sleep(0.01)
     assert not [record for record in caplog.records if record.exc_info]
@@ -331,7 +331,7 @@ async def test_a_refused_connection_shows_a_dead_server_and_a_closed_one_alone_d
 
 
 async def connected(channel: GrpcChannel) -> None:
-    """Wait until the channel has a connection that nobody here asked for."""
+    """Wait until the channel has connected by itself."""
     with anyio.fail_after(20):
         while True:
             with anyio.move_on_after(0.05) as waiting:

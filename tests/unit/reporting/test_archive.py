@@ -297,7 +297,7 @@ def test_a_full_disk_loses_reports_only_and_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_loop_never_waits_for_the_disk(tmp_path: Path) -> None:
-    archive = Archive(KeepOptions(folder=tmp_path, write_after=0.0))  # nobody writes: it was not opened
+    archive = Archive(KeepOptions(folder=tmp_path, write_after=0.0))  # the folder was not opened, so nobody writes
     for number in range(QUEUE_ITEMS + 100):
         archive.add(line(f"{number}"))
     assert archive.lost["queue full"] >= 100
@@ -398,7 +398,7 @@ async def test_a_slow_follower_reads_missed_lines_from_the_files(tmp_path: Path)
             async for one in ReportSearch(ingest, archive).lines("m-1", ReportQuery(since=0.0), follow=True):
                 seen.append(one.message)
                 if len(seen) in (1, 301):
-                    for number in range(300):  # thirty times what waits for it
+                    for number in range(300):  # thirty times the queue's bound
                         ingest.add_line(owner, json.dumps({"msg": str(len(seen) + number)}).encode())
                 if len(seen) == 601:
                     break
@@ -436,7 +436,7 @@ async def test_one_machine_s_reports_are_deleted_and_the_others_stay(tmp_path: P
         for name in ("m-1", "m-2", "m-3"):
             archive.add(line("text", of=machine(name)))
             archive.add(event("boot", of=machine(name)))
-        assert archive.delete("m-1") > 100  # what waited was written, and deleted
+        assert archive.delete("m-1") > 100  # queued lines were written and deleted
         assert archive.delete("uuid-of-m-2") > 100
         assert archive.delete("m-4") == 0
         assert [len(await found(archive, name)) for name in ("m-1", "m-2", "m-3")] == [0, 0, 1]

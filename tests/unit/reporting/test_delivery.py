@@ -189,7 +189,7 @@ async def test_events_beyond_the_queue_are_lost_counted_and_reported(caplog: pyt
 
 
 class Receiver:
-    """Takes lines by TCP; breaks off, without a goodbye, when told to."""
+    """Receives lines by TCP; resets its connections on request."""
 
     def __init__(self) -> None:
         self.data = b""

@@ -264,7 +264,7 @@ def test_counted_memory_is_the_memory_used() -> None:
 
 
 async def publish(found: ReportIngest, events: list[bytes]) -> list[str]:
-    """What a real client is answered."""
+    """The answer that a real client gets."""
     async with serve([EventSink(found)], host="::1") as server:
 
         def call() -> Iterator[str]:
@@ -284,7 +284,7 @@ async def publish(found: ReportIngest, events: list[bytes]) -> list[str]:
 async def test_events_are_limited_by_their_bytes_before_they_are_read() -> None:
     found = ingest(event_bytes_per_second=1, event_burst_bytes=100_000)
     large = [request("PhaseEvent", field(1, b"x" * 60_000), name=str(number).encode()) for number in range(4)]
-    # what exceeds the burst is let through once, and owed
+    # one message beyond the burst passes, and counts against the next ones
     assert await publish(found, large) == ["OK", "OK", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
     assert (found.taken_events, found.drops_of("m")) == (2, {"event rate limited": 2})
 

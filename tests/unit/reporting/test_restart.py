@@ -79,7 +79,7 @@ async def test_what_a_killed_receiver_had_not_read_is_sent_again(no_leaks: None)
                 first, _ = await accept(server)
                 with first:
                     read = await loop.sock_recv(first, 10_000)
-                    while sender.waiting:  # the kernel has taken them all
+                    while sender.waiting:  # the kernel has accepted them all
                         await anyio.sleep(0.05)
                 # closed with data that was not read, as by a process that is killed
                 second, _ = await accept(server)
@@ -92,7 +92,7 @@ async def test_what_a_killed_receiver_had_not_read_is_sent_again(no_leaks: None)
 
 
 def numbers(data: bytes) -> set[int]:
-    """Of the lines that are whole."""
+    """The numbers of the complete lines."""
     return {json.loads(line)["seq"] for line in data.split(b"\n")[:-1]}
 
 

@@ -28,7 +28,7 @@ DAY, YEAR = 86_400.0, 31_536_000.0
 
 
 class Stepped(VirtualClock):
-    """A wall clock that somebody sets."""
+    """A wall clock that a test sets."""
 
     step = 0.0
 

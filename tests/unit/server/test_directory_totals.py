@@ -55,7 +55,7 @@ class Totals(RuleBasedStateMachine):
 
     @rule(target=links, link=links)
     def claim(self, link: MachineLink) -> MachineLink:
-        """A claim is no machine, though it has the row of one."""
+        """A claim does not count as a machine, although it has a machine's row."""
         self.added += 1
         claim = Claim(
             id=f"c{self.added}",
@@ -83,7 +83,7 @@ class Totals(RuleBasedStateMachine):
     def remove(self, link: MachineLink, state: LinkState) -> None:
         self.directory.remove(link)
         self.present.remove(link)
-        self.directory.set_state(link, LinkState.DOWN)  # it is still held by whoever found it before
+        self.directory.set_state(link, LinkState.DOWN)  # callers that found it earlier still hold it
 
     @invariant()
     def totals_are_those_of_a_count(self) -> None:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 @asynccontextmanager
 async def draining(fleet: Fleet, name: str, asked: list[IPv6Address]) -> AsyncIterator[Draining]:
     manager = fleet[name]
-    # a time of its own: its two tasks turn it, and heartbeats would grow old in the fleet's
+    # its own clock, which its two tasks advance; in the fleet's clock heartbeats would expire
     found = Draining(manager.membership, manager.fleet.owners, manager.links, asked.append, VirtualClock().clock)
     async with background_tasks() as tasks:
         tasks.start_soon(found.watch)
@@ -117,7 +117,7 @@ async def test_a_drain_by_command_reports_progress_is_audited_and_can_be_undone(
         await fleet.pass_time(1)
         assert [(one.id, one.is_draining) for one in b.everyone()] == [("b", False), ("a", True)]
         assert b.heir("any") == "b"
-        # who comes while the server drains is asked, too, though nobody follows the drain
+        # machines that arrive during the drain are asked, too, even without a follower
         asked.clear()
         later = await at(fleet, "a")
         address = (await fleet["a"].row(later)).overlay_address

@@ -116,7 +116,7 @@ async def test_without_the_database_only_machines_heard_just_now_are_sent_to() -
         await fleet.pass_time(22, "b")
         fleet["a"].device.hear(heard.key)
         assert await passive() == [False, True]
-        fleet["a"].device.hear(silent.key, UdpPath("198.51.100.7:5"))  # it is here after all
+        fleet["a"].device.hear(silent.key, UdpPath("198.51.100.7:5"))  # the machine is here after all
         assert await passive() == [False, False]
         await fleet.pass_time(31, "b")
         assert await passive() == [True, True]
@@ -172,7 +172,7 @@ async def test_a_server_that_was_away_trusts_its_links_only_after_reading_what_o
 
 
 async def test_heartbeats_go_on_while_a_server_reads_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With very many machines that takes longer than the others wait; a gap meanwhile is a doubt of its own."""
+    """With very many machines this takes longer than the others wait. Another outage meanwhile is handled separately."""
     monkeypatch.setattr("siderolink.server.fleet.membership.HEARTBEAT_SECONDS", 0.001)
     async with fleet_of("a", "b") as fleet:
         a, told, refreshed = membership(fleet["a"]), list[float | None](), list[float]()
@@ -216,7 +216,7 @@ def failover_of(fleet: Fleet, name: str) -> Failover:
 
 async def test_a_stream_that_was_opened_before_its_server_was_known_to_be_dead_is_used_then() -> None:
     async with fleet_of("a", "b", "c") as fleet:
-        for _ in range(4):  # whoever of the two would dial it
+        for _ in range(4):  # whichever of the two would dial it
             machine = FakeMachine(tunnel=True)
             answer = await fleet["a"].join(machine)
             await settled(lambda: all(machine.key in one.device.configs for one in fleet.managers.values()))  # noqa: B023
@@ -266,7 +266,7 @@ async def test_the_machines_of_a_dead_server_are_dialled_by_exactly_one_of_the_o
             await settled(lambda: owners(fleet["b"]).owner_of(row.id) == owners(fleet["c"]).owner_of(row.id) == name)  # noqa: B023
             owner = owners(fleet[name]).of(row.id)
             assert owner is not None
-            assert owner.endpoint is not None  # for who dials it next
+            assert owner.endpoint is not None  # for the server that dials it next
             assert ("handshake", machine.key) in fleet[name].device.calls
         await fleet.is_owned_by(at_b, "b")
 
@@ -363,7 +363,7 @@ async def test_a_kernel_device_drops_old_sessions_before_dialling_and_keeps_used
 
 
 async def stays(fleet: Fleet, name: str, is_draining: bool) -> None:
-    """This server is to be left, or stays after all; all have heard."""
+    """Begin or cancel the drain of a server; all servers have seen it."""
     membership(fleet[name]).describe(is_draining=is_draining)
     await fleet.pass_time(2)
 
@@ -398,9 +398,9 @@ async def test_machines_that_stay_at_a_server_that_drains_are_dialled_by_one_suc
         [successor] = [name for name, key in dialled if key == comes.key]
         await fleet.is_owned_by(comes, successor)
         for machine in (*machines[1:], by_tunnel):
-            await fleet.is_owned_by(machine, "a")  # who does not answer stays, and is sent to by its owner alone
+            await fleet.is_owned_by(machine, "a")  # a machine that does not answer stays, and only its owner sends to it
         await fleet.is_owned_by(at_b, "b")
-        assert INVITE_SECONDS < IN_FLIGHT_SECONDS  # two of them send for no longer
+        assert INVITE_SECONDS < IN_FLIGHT_SECONDS  # the two no longer both send
 
 
 @pytest.mark.parametrize("is_noted_first", [True, False])
@@ -410,7 +410,7 @@ async def test_an_invited_machine_is_its_successors_in_whatever_order_both_serve
         await stays(fleet, "a", True)
         await failover_of(fleet, "b").invite("a")
         assert ("handshake", machine.key) in fleet["b"].device.calls
-        fleet["a"].device.hear(machine.key, UdpPath("192.0.2.77:1"), handshake=True)  # it speaks to both for a moment
+        fleet["a"].device.hear(machine.key, UdpPath("192.0.2.77:1"), handshake=True)  # the machine sends to both for a moment
         fleet["b"].device.hear(machine.key, UdpPath("198.51.100.7:2"), handshake=True)
         commits = [fleet["a"].fleet.last_seen.write, owners(fleet["b"]).settle]
         for commit in commits if is_noted_first else reversed(commits):

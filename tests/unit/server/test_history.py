@@ -56,7 +56,7 @@ async def test_the_history_has_each_change_of_a_machine_with_its_reason() -> Non
     await manager.join(machine)
     manager.device.hear(machine.key, NamedPath("198.51.100.7:1000"))
     await manager.handshake(machine)
-    await manager.handshake(machine)  # a renewal is no news
+    await manager.handshake(machine)  # a renewed session makes no entry
     await manager.pass_time(100)
     row = await manager.row(machine)
     manager.device.hear(machine.key, NamedPath("203.0.113.9:1000"))
@@ -142,7 +142,7 @@ async def test_a_flood_of_different_refusals_makes_a_bounded_number_of_entries()
 
 
 class Away(MemoryStore):
-    """Does not answer for a while."""
+    """A store that does not answer for a while."""
 
     is_away = False
 
@@ -197,7 +197,7 @@ async def test_a_storm_of_joins_waits_for_no_entry_and_all_are_written_in_few_tr
     for machine in machines:
         await manager.join(machine)
         await manager.handshake(machine)
-    assert history.counters().waiting == 0  # nothing was done while they joined
+    assert history.counters().waiting == 0  # nothing was written while they joined
     manager.store.transact = counted  # type: ignore[method-assign]
     assert len(await noted(history)) == 600
     assert transactions == 2

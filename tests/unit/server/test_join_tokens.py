@@ -118,7 +118,7 @@ SIGNED_RULES = [
     ("v2", OWN, None, INVALID),
     ("v2", OWN, "p2", ADMITTED),
     ("v2", DEFAULT, "p2", INVALID),
-    ("v2", DEFAULT, "unknown", INVALID),  # an unknown provider is no token that cannot be read
+    ("v2", DEFAULT, "unknown", INVALID),  # an unknown provider does not make the token malformed
     ("v2", OWN, "p1", INVALID),  # p1's machines join by the default token
 ]
 
@@ -188,10 +188,10 @@ async def test_a_use_is_reserved_with_the_call_and_spent_by_its_handshake() -> N
     text = (await tokens.create("one", one_time=True)).secret
     machine, other = FakeMachine(), FakeMachine()
     await manager.join(machine, join_token=text)
-    await manager.join(machine, join_token=text)  # existing machines call twice
+    await manager.join(machine, join_token=text)  # existing machines call Provision twice
     assert (await tokens.get("one")).state is TokenState.USED_UP
     assert (await manager.refuses(other, join_token=text))[0] is DENIED
-    await manager.pass_time(601)  # no handshake: the row goes, and its use with it
+    await manager.pass_time(601)  # without a handshake the row is removed, and its use with it
     assert (await tokens.get("one")).uses == 0
     await manager.join(other, join_token=text)
     await manager.handshake(other)
@@ -439,7 +439,7 @@ async def test_queries_that_end_in_refusals_are_limited_per_source() -> None:
 
 @asynccontextmanager
 async def two_stores(kind: str) -> AsyncIterator[tuple[Store, Store]]:
-    """Of two servers, with the same rows."""
+    """The tables of two servers, with the same rows."""
     if kind == "memory":
         store = MemoryStore()
         yield store, store
@@ -468,7 +468,7 @@ async def test_tokens_of_another_server_are_known_by_the_feed(kind: str) -> None
 
 
 async def test_without_a_given_token_a_call_without_a_token_is_refused() -> None:
-    """Neither by an empty token nor by any other, until one is made."""
+    """Until a token is created, neither an empty token nor any other one admits."""
     check = JoinTokenCheck(None, admits_any=False)
     for text in (None, "", "x", TOKEN, sign("v1", "", {}), sign("v2", "None", None)):
         assert not check.accepts(text)
@@ -489,7 +489,7 @@ def test_without_a_given_token_only_stored_tokens_admit(other: dict[str, Any]) -
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 async def test_a_signed_token_that_names_an_unreadable_provider_is_refused_as_any_other(version: str) -> None:
-    """It costs its caller, and is no outage of the database."""
+    """It is refused and does not count as an outage of the database."""
     async with opened("postgres") as store:
         manager = Manager(store=store)
         own = (await tokens_of(manager).create("default", make_default=True)).secret

@@ -218,7 +218,7 @@ async def test_a_key_goes_to_another_uuid_only_with_its_token_or_before_it_is_pr
     assert await manager.machines.find(thief.node_uuid) is None
     renamed = FakeMachine(key=machine.key, unique_token="u")
     moved = await manager.join(renamed)
-    # the old address lingers for the answers that are under way; test_moves.py shows its end
+    # the old address stays for answers in flight; test_moves.py tests its removal
     assert manager.device.configs[machine.key].allowed_ips == tuple(
         IPv6Network(IPv6Interface(found.node_address_prefix).ip) for found in (moved, answer)
     )
@@ -344,7 +344,7 @@ def test_any_request_is_answered_with_a_join_or_a_refusal() -> None:
         try:
             request = ProvisionRequest.parse(message)
         except Exception:
-            return  # the API layer's own refusal; see its tests
+            return  # the API layer refuses this itself; see its tests
 
         async def status(manager: Manager) -> Status:
             try:
@@ -436,7 +436,7 @@ async def test_limits_refuse_new_machines_and_leave_known_ones_alone() -> None:
 
 
 async def test_a_refused_join_leaves_no_reference_cycle() -> None:
-    """Whoever guesses tokens would leave some fifty objects with each guess, and the collector would hold the loop for them."""
+    """Otherwise each guessed token would leave some fifty objects, and collecting them would block the event loop."""
     manager = Manager()
     request = ProvisionRequest(node_uuid=str(uuid.uuid4()), node_public_key="A" * 43 + "=", join_token="guess")
 

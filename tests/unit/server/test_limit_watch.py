@@ -60,7 +60,7 @@ async def test_a_limit_that_takes_effect_permanently_makes_two_entries_at_most()
 
 
 async def test_a_count_never_falls_while_the_machine_is_known() -> None:
-    """A new key is a new peer, which counts from nothing."""
+    """A new key is a new peer, whose counters begin at zero."""
     manager, watch, machine, machine_id = await watched()
     manager.device.beyond_limits[machine.key] = (7, 3)
     await watch.poll()
@@ -73,7 +73,7 @@ async def test_a_count_never_falls_while_the_machine_is_known() -> None:
     await watch.poll()
     assert (await watch.totals()).dropped == {machine_id: {IN: 10, OUT: 3}}
     await manager.machines.remove(machine_id)
-    manager.device.beyond_limits[new_key()] = (5, 5)  # nobody's
+    manager.device.beyond_limits[new_key()] = (5, 5)  # of an unknown machine
     await watch.poll()
     assert (await watch.totals()).dropped == {}
 

@@ -26,7 +26,7 @@ NEW_UUID = "11111111-2222-4333-8444-555555555555"
 
 
 async def pass_time_of_moves(manager: Manager, seconds: float = 0) -> None:
-    """Let moves be looked after for three turns of their clock, or until none is left; each turn takes so long."""
+    """Run the moves' task for three turns of its clock, or until no move is left."""
     turns = 0
 
     def on_sleep() -> None:
@@ -79,7 +79,7 @@ async def test_a_key_moves_to_another_uuid_once_its_holder_answers_at_the_new_ad
 
 
 async def test_with_its_token_a_key_moves_at_once_and_packets_in_flight_still_arrive() -> None:
-    """An order that came by the old address (META 15) is answered by it; a tunnel's stream goes on."""
+    """The write of META 15 that arrived at the old address is answered from it; a tunnel's stream continues."""
     manager, machine = Manager(), FakeMachine(tunnel=True, unique_token="its own")
     first = await manager.join(machine)
     path, ended = FakePath(machine.key), list[object]()
@@ -183,7 +183,7 @@ async def test_a_stranger_that_sends_the_key_does_not_stop_the_machines_move() -
     assert manager.device.configs[machine.key].allowed_ips == (IPv6Network(address),)
 
 
-# --- who gives way
+# --- which row is evicted
 
 
 async def test_rows_without_a_handshake_exclude_nobody() -> None:
@@ -244,7 +244,7 @@ async def test_a_thousand_machines_behind_one_address_come_back_at_once() -> Non
 
 
 class Failing(MemoryStore):
-    """Fails as often as it is told."""
+    """Fails a given number of times."""
 
     failures = 0
 
@@ -400,7 +400,7 @@ async def test_an_answer_that_comes_too_late_moves_nothing_and_the_address_is_ta
     assert manager.device.configs[machine.key].allowed_ips == (network(first.node_address_prefix),)
 
 
-# --- where machines without a unique token are pending
+# --- machines without a unique token are pending
 
 
 @pytest.mark.parametrize("mode", [JoinTokensMode.LEGACY_ALLOWED, JoinTokensMode.STRICT])

@@ -43,7 +43,7 @@ async def test_the_epoch_rises_and_a_server_that_lost_a_link_writes_nothing(stor
         second = await take(store, owned_by("b", heard_at=4.0))
         assert not await note(store, replace(first, rx=6))
         again = await take(store, owned_by("a", heard_at=5.0))
-        assert not await note(store, replace(first, rx=7))  # what it wrote under an earlier epoch is not of this one
+        assert not await note(store, replace(first, rx=7))  # what it wrote in an earlier epoch does not count in this one
         assert not await note(store, second)
         assert [one.epoch for one in (first, second, again)] == [1, 2, 3]
         assert again.stamp == bytes([7]) * 12  # a successor begins above it
@@ -93,7 +93,7 @@ async def test_servers_are_listed_and_heartbeats_make_no_changes(store: Store) -
 
 @pytest.mark.parametrize("is_noted_first", [True, False])
 async def test_concurrent_notes_and_takeovers_on_two_servers_are_serialized(is_noted_first: bool) -> None:
-    """The note of the old owner runs while another server takes the link: it is stored before that, or refused."""
+    """The old owner writes while another server takes the link: the write comes first, or is refused."""
     with cluster().database() as name:
         url = cluster().url(name)
         async with PostgresStore.open(url, key=STATE_KEY) as one, PostgresStore.open(url, key=STATE_KEY) as two:

@@ -53,7 +53,7 @@ def url(database: str) -> str:
 
 @pytest.fixture
 def own_cluster() -> Iterator[Cluster]:
-    """One that the test may stop."""
+    """A cluster that the test may stop."""
     found = Cluster(is_durable=True)
     try:
         yield found
@@ -487,7 +487,7 @@ async def test_behind_a_pooler_by_transaction_the_feed_goes_on(tmp_path: Path, d
                     tasks.start_soon(add, number)
             found = [await anext(changes) for _ in range(30)]
             async with await psycopg.AsyncConnection.connect(url, autocommit=True, prepare_threshold=None) as connection:
-                for _ in range(6):  # each may be by another session
+                for _ in range(6):  # each may use another session
                     cursor = await connection.execute("SELECT count(*) FROM pg_prepared_statements")
                     assert await cursor.fetchone() == (0,)
     assert {change.machine.id for change in found if isinstance(change, MachineChanged)} == {

@@ -51,7 +51,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 async def test_a_database_behind_tls_and_a_password(roots: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its name is proved, or nothing is sent to it; the password is nowhere to be read."""
+    """Nothing is sent to a server that does not prove its name, and the password is printed nowhere."""
     caplog.set_level(logging.DEBUG)
     other = roots.with_name("other.pem")
     other.write_text(make_certificate("another CA").certificate_pem)
@@ -98,7 +98,7 @@ async def test_times_are_those_of_a_database_whose_clock_is_off() -> None:
 
 
 async def test_a_database_with_another_isolation_is_refused() -> None:
-    """What is checked under locks would be looked up in what was there before them."""
+    """With another isolation level, checks under locks would read a state from before the locks."""
     with cluster().database() as name:
         async with PostgresStore.open(cluster().url(name), key=STATE_KEY):
             pass
@@ -161,7 +161,7 @@ async def test_a_promoted_replica_takes_over_and_all_is_read_again() -> None:
             await store.transact(work_of("insert", machine(2, 2, overlay=2)))
             primary.stop(signal.SIGQUIT)
             await anyio.to_thread.run_sync(replica.start)
-            with pytest.raises(StoreUnavailableError):  # one that follows takes nothing
+            with pytest.raises(StoreUnavailableError):  # a replica accepts no writes
                 await store.transact(work_of("insert", machine(3, 3, overlay=3)))
             replica.execute("SELECT pg_promote()")
             with anyio.fail_after(30):
@@ -182,14 +182,14 @@ async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection() -
             async with PostgresStore.open(cluster().url(database), key=STATE_KEY) as store:
                 await store.tokens()
                 await anyio.sleep(0.001 * (number % 4))
-            with anyio.fail_after(30):  # one that is left stays for good
+            with anyio.fail_after(30):  # a connection that is not closed stays for good
                 while cluster().execute(asked.format(database)) != [(0,)]:
                     await anyio.sleep(0.02)
 
 
 @pytest.fixture
 def uncollected() -> Iterator[None]:
-    """Without the garbage collector, which would close what was merely forgotten."""
+    """Without garbage collection, which would close forgotten connections."""
     gc.disable()
     yield
     gc.enable()

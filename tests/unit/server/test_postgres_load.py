@@ -50,7 +50,7 @@ async def load() -> AsyncIterator[Load]:
 
 
 async def test_a_transaction_waits_only_for_earlier_ones(load: Load) -> None:
-    """Otherwise workers that come again at once have all connections, and others wait for as long as the load lasts."""
+    """Otherwise busy workers would keep all connections, and others would wait as long as the load lasts."""
     for _ in range(20):
         before = load.done
         with anyio.fail_after(60):
@@ -59,7 +59,7 @@ async def test_a_transaction_waits_only_for_earlier_ones(load: Load) -> None:
 
 
 async def test_a_heartbeat_waits_for_no_transaction(load: Load) -> None:
-    """Otherwise the other servers take one under load for dead."""
+    """Otherwise other servers would declare a busy server dead."""
     for store in (load.store, MeasuredStore(load.store)):
         waited = 0
         for _ in range(50):
@@ -67,5 +67,5 @@ async def test_a_heartbeat_waits_for_no_transaction(load: Load) -> None:
             with anyio.fail_after(60):
                 await store.transact_urgently(load.read)
             waited += load.done - before
-        # a connection of its own: about as many as the others complete meanwhile on theirs, never the whole queue
+        # it has its own connection, so few of the others complete meanwhile, never the whole queue
         assert waited < 50 * (WORKERS - CONNECTIONS)

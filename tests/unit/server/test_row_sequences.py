@@ -121,7 +121,7 @@ class World:
                 await self.manager.handshake(actor)
 
     async def do_thief_replays_the_key(self) -> None:
-        if self.machine.key in self.named_keys:  # nobody can have read it before
+        if self.machine.key in self.named_keys:  # nobody can have read this key earlier
             await self._call(replace(self.machine, source=ELSEWHERE, unique_token="a thief's"))
 
     async def _call(self, actor: FakeMachine) -> bool:

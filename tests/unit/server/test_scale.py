@@ -68,7 +68,7 @@ async def costs(crowd: Crowd) -> dict[str, int]:
 async def test_the_cost_of_events_does_not_grow_with_the_machines() -> None:
     async with open_crowd(FEW) as few, open_crowd(MANY) as many:
         before, after = await costs(few), await costs(many)
-    # a search in a heap of twelve times as many takes four steps more
+    # a heap with twelve times as many entries takes four more steps
     assert {kind: after[kind] for kind in after if after[kind] > 1.3 * before[kind] + 4 * EVENTS} == {}
 
 

@@ -131,7 +131,7 @@ async def fill(store: Store) -> None:
 
 
 async def opens(store: Store) -> None:
-    """All three can be used."""
+    """Check that all three can be used."""
     assert (await recall_server(store, None, None)).private_key == GIVEN
     assert await Tokens(store, JoinTokenCheck(None)).show("one") == TOKEN
     row = await store.transact(lambda transaction: transaction.machine("1"))
@@ -157,7 +157,7 @@ def looked_at(path: Path, key: StateKey | None = None) -> None:
 
 
 def found_in(folder: Path) -> list[str]:
-    """Which secrets stand in any file of the folder but its keys'."""
+    """The secrets found in any file of the folder, except key files."""
     data = b"".join(file.read_bytes() for file in folder.iterdir() if not file.name.endswith(".key"))
     secrets = {"server": bytes(GIVEN), "token": TOKEN.encode(), "assigned": b'"Token":"assigned"'}
     return [name for name, secret in secrets.items() if secret in data]
@@ -324,7 +324,7 @@ def test_a_store_in_memory_seals_too() -> None:
     anyio.run(work)
 
 
-# --- databases, which have no place for a key of their own
+# --- databases, which do not store their key
 
 
 def test_a_database_opens_without_a_key_only_on_request() -> None:

@@ -61,7 +61,7 @@ async def test_a_dead_server_is_reported_before_the_next_heartbeat(phase: float)
                 fleet.time.advance(a.pause)
         assert DEAD_AFTER < fleet.time.clock.time() - killed_at < DEAD_AFTER + 0.1
         assert beats <= DEAD_AFTER / HEARTBEAT_SECONDS + 2
-        assert a.pause == HEARTBEAT_SECONDS  # the dead do not hurry it
+        assert a.pause == HEARTBEAT_SECONDS  # dead servers do not make it faster
 
 
 async def test_a_server_that_was_away_declares_no_other_dead() -> None:
@@ -71,7 +71,7 @@ async def test_a_server_that_was_away_declares_no_other_dead() -> None:
         a.on_dead = dead.append
         fleet.time.advance(3600)
         assert a.is_alive("b")
-        await a.beat()  # an outage of the database has ended: the others come next
+        await a.beat()  # an outage of the database has ended, and the others' heartbeats follow
         assert a.is_alive("b")
         assert a.outage_ended_at == fleet.time.clock.time()
         await fleet.pass_time(DEAD_AFTER + 1, "a")
@@ -130,7 +130,7 @@ async def test_answers_list_the_living_servers_this_one_first() -> None:
         membership(fleet["a"]).describe(is_draining=True)
         await fleet.pass_time(1)
         assert await given("b", machine) == ["b"] * 3 + ["c"] * 3
-        assert await given("a", machine) == of_a[3:] + of_a[:3]  # a machine that asks it goes to another one
+        assert await given("a", machine) == of_a[3:] + of_a[:3]  # a machine that calls it goes to another server
         await fleet.pass_time(DEAD_AFTER + 1, "a", "b")
         assert await given("b", machine) == ["b"] * 3
 
@@ -167,13 +167,13 @@ async def test_machines_are_told_which_servers_failed_until_these_are_heard_agai
         assert [failed(fleet[name]) for name in "ac"] == [[], []], "nobody uses it any more"
 
 
-# --- what two servers did to each other (each began as a fault)
+# --- conflicts of two servers (each was once a bug)
 
 
 @BOTH
 @pytest.mark.parametrize("is_connected", [True, False])
 async def test_a_thief_gets_nothing_at_a_server_that_does_not_hear_the_machine(is_connected: bool, kind: str) -> None:
-    """Also where the owner cannot be asked: then its heartbeat counts."""
+    """Also if the owner cannot be queried: then its heartbeat counts."""
     async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
         fleet.is_connected = is_connected
@@ -198,7 +198,7 @@ async def test_a_machine_that_its_owner_does_not_hear_may_be_replaced_at_another
         await fleet.pass_time(2)
         await fleet["b"].join(again)
         await settled(lambda: again.key in fleet["a"].device.configs)
-        # it is heard again before the claim's handshake, which so proves nothing
+        # it is heard again before the claim's handshake, which therefore proves nothing
         fleet["a"].device.hear(machine.key)
         await fleet["b"].handshake(again)
         assert (await fleet["a"].row(machine)).public_key == machine.key
@@ -211,7 +211,7 @@ async def test_a_machine_that_its_owner_does_not_hear_may_be_replaced_at_another
 
 @pytest.mark.parametrize("is_back", [False, True])
 async def test_a_goodbye_to_another_server_counts_until_the_machine_is_back_there(is_back: bool) -> None:
-    """Its return is not stored yet."""
+    """The machine's return is not stored yet."""
     async with fleet_of("a", "b") as fleet:
         machine = await linked(fleet, "a")
         link = fleet["a"].links.by_key(machine.key)
@@ -235,7 +235,7 @@ async def test_the_silence_of_a_dead_servers_machine_counts_from_its_last_heartb
         again = FakeMachine(node_uuid=machine.node_uuid)
         await fleet.pass_time(55, "b")
         assert (await fleet["b"].refuses(again))[0] is Status.ALREADY_EXISTS
-        assert not fleet.asked  # nobody is there to be asked
+        assert not fleet.asked  # there is no server to query
         await fleet.pass_time(6, "b")
         await fleet["b"].join(again)
 
@@ -335,7 +335,7 @@ async def test_a_server_that_lost_a_link_is_silent_until_the_machine_returns(kin
         await fleet.is_owned_by(machine, "b")
         assert fleet["a"].device.configs[machine.key].persistent_keepalive == 0
         assert link.state is LinkState.DOWN
-        # what was under way to the old server changes nothing
+        # packets in flight to the old server change nothing
         fleet["a"].device.hear(machine.key, UdpPath("198.51.100.7:3"))
         await fleet.pass_time(IN_FLIGHT_SECONDS)
         await fleet.is_owned_by(machine, "b")
@@ -430,7 +430,7 @@ async def test_takeovers_lost_by_a_promoted_replica_are_repeated_with_higher_epo
         assert (again.server_id, again.epoch) == ("b", last.epoch + 1)
         await fleet.is_owned_by(machine, "b")
         fleet["b"].device.hear(machine.key, UdpPath("198.51.100.7:2"))
-        await fleet["b"].fleet.last_seen.write()  # what it notes is stored again
+        await fleet["b"].fleet.last_seen.write()  # its last-seen times are stored again
         assert (await stored()).endpoint == "198.51.100.7:2"
         await fleet["a"].handshake(machine)
         await fleet.is_owned_by(machine, "a")

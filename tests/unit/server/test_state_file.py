@@ -52,7 +52,7 @@ def modes(folder: Path) -> dict[str, int]:
 
 
 async def refusal(path: Path) -> str:
-    """Why the file is not opened; it has to stay as it is."""
+    """The reason why the file is not opened; checks that it is unchanged."""
     before = content(path)
     with pytest.raises(StoreError) as caught:
         async with SqlStore.open(path):
@@ -71,7 +71,7 @@ async def test_rows_outlive_the_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a?b", "c%20d", "e#f", "g:h@i"])
 async def test_file_names_are_used_literally(tmp_path: Path, name: str) -> None:
-    """Not a part of the URL by which the database's driver is told of it."""
+    """It is not interpreted as part of the database driver's URL."""
     assert len(await fill(tmp_path / name)) == 1
     found = modes(tmp_path)
     assert set(found) <= {name, f"{name}-wal", f"{name}-shm"}
@@ -146,7 +146,7 @@ async def test_a_damaged_file_is_not_touched(tmp_path: Path) -> None:
     ],
 )
 async def test_a_value_of_another_type_than_its_column_is_damage(tmp_path: Path, column: str, value: str) -> None:
-    """SQLite lets anybody write one, in any column."""
+    """SQLite accepts any type in any column."""
     path = tmp_path / "state"
     await fill(path)
     async with SqlStore.open(path) as store:
@@ -226,7 +226,7 @@ async def test_of_two_first_starts_at_once_one_finds_the_state_in_use(tmp_path: 
 async def test_a_cancelled_opening_leaves_the_file_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: int
 ) -> None:
-    """At whichever of its statements it is cancelled."""
+    """Cancelled at each of its statements in turn."""
     path = tmp_path / "state"
     await fill(path)
     calls = 0
@@ -289,7 +289,7 @@ async def test_many_rows_are_read_in_pages(tmp_path: Path) -> None:
 
 
 async def test_unique_columns_hold_for_transactions_that_did_not_query_them(tmp_path: Path) -> None:
-    """The database refuses it; the work is told so all the same, and its neighbours lose nothing."""
+    """The database refuses the row; its transaction gets the same error, and others in the batch lose nothing."""
     errors: list[str] = []
     async with SqlStore.open(tmp_path / "state") as store:
         await store.transact(work_of("insert", machine(1, 1, overlay=7)))

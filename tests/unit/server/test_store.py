@@ -63,7 +63,7 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
 
 
 class Model:
-    """The rows as a list; uniqueness by looking at all of them."""
+    """Keeps rows in a list and checks uniqueness by comparing all of them."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Machine] = {}
@@ -256,7 +256,7 @@ async def test_concurrent_transactions_are_serialized(store: Store) -> None:
         assert sorted(log, key=int) == sorted(rows, key=int)
         assert len({row.public_key for row in rows.values()}) == 11  # one holder each, and None
         replayed: dict[str, Machine] = {}
-        while replayed != rows:  # the feed tells it in an order that makes sense
+        while replayed != rows:  # the feed reports it in a consistent order
             change = await anext(changes)
             assert isinstance(change, MachineChanged)
             before = replayed.get(change.machine.id)
@@ -314,7 +314,7 @@ async def test_notes_and_the_server_record_are_rolled_back(store: Store) -> None
 
 @pytest.mark.parametrize("text", ["half of a pair \ud800", "a NUL \0"])
 async def test_a_text_that_cannot_be_stored_is_refused_and_the_store_goes_on(store: Store, text: str) -> None:
-    """It is no outage either. Memory can hold anything."""
+    """It does not count as an outage. The memory store accepts any text."""
     insert, find = work_of("insert", replace(machine(1, 1), unique_fingerprint=text)), lambda found: found.machine(text)
     errors: list[type[StoreError]] = []
     for work in (insert, find):
@@ -339,13 +339,13 @@ async def test_a_caller_that_gives_up_breaks_nothing(store: Store) -> None:
         tasks.start_soon(store.transact, slow)
         await begun.wait()
         tasks.cancel_scope.cancel()
-        go_on.set()  # on Postgres, what was begun is done whole
+        go_on.set()  # on Postgres a started transaction is completed
     await store.transact(work_of("insert", machine(2, 2, overlay=2)))
     assert "2" in {row.id async for row in store.machines()}
 
 
 async def test_a_reader_that_is_cut_off_breaks_nothing(store: Store) -> None:
-    """Each read, cancelled at each of its steps, as a handler is whose client hangs up."""
+    """Cancel each read at each of its steps, like a handler whose client disconnects."""
     await store.transact(work_of("insert", machine(1, 1)))
 
     async def rows() -> list[Machine]:

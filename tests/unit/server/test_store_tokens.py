@@ -158,7 +158,7 @@ async def test_an_unspent_use_goes_with_its_row_and_a_spent_one_stays(store: Sto
 
 
 async def test_concurrent_transactions_take_each_use_once(store: Store) -> None:
-    """Whoever finds no free slot has lost; nobody fails otherwise."""
+    """Transactions fail only if no place is free."""
     await put(store, token(1, max_uses=5))
     taken: list[int] = []
 

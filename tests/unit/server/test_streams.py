@@ -144,7 +144,7 @@ async def test_a_machine_that_changes_to_udp_ends_its_stream() -> None:
 
 
 async def test_a_stranger_does_not_crowd_out_the_machine() -> None:
-    """Who knows the virtual address opens streams all the time: its own give way, and the machine's stays."""
+    """A stranger who knows the virtual address keeps opening streams: its own are ended, and the machine's stays."""
     manager, machine = Manager(), FakeMachine(tunnel=True)
     link = manager.link(await manager.join(machine))
     ended = {"thief": 0, "machine": 0}
@@ -192,7 +192,7 @@ async def test_a_server_that_drains_refuses_a_second_stream_while_the_first_carr
         assert await opened() == 1
         assert service.refusals == {StreamRefusal.DRAINING: 1}
         service.refusals.clear()
-        assert await opened() == 2  # it stays after all
+        assert await opened() == 2  # the drain is cancelled
         leaving.append(True)
         manager.time.advance(10)  # silent for so long that its stream may be dead
         with anyio.fail_after(10):

@@ -120,7 +120,7 @@ async def test_secrets_are_returned_only_on_request(kind: str, caplog: pytest.Lo
 
 
 async def _use_everything(store: Store, seen: list[str]) -> None:
-    """Appends the secrets first, and then all that may be shown."""
+    """Collects the secrets first, then everything that is shown."""
     manager = Manager(store=store)
     tokens = tokens_of(manager)
     made = await tokens.create("one", one_time=True, actor=ADMIN)

@@ -45,7 +45,7 @@ async def test_a_machine_that_is_removed_makes_room_for_another_one() -> None:
     assert (await manager.refuses(FakeMachine(), join_token=text))[0] is FULL
     assert manager.service.refusals[JoinRefusal.TOKEN_FULL] == 1
     await manager.pass_time(120)
-    await joined(manager, text, replace(first, key=new_key()))  # its own row is no other machine
+    await joined(manager, text, replace(first, key=new_key()))  # its own row does not count as another machine
     await remove(manager, first)
     assert (await tokens.get("few")).state is TokenState.ACTIVE
     await joined(manager, text)
@@ -77,7 +77,7 @@ async def test_a_machine_that_joins_by_another_token_counts_for_that_one() -> No
 
 
 async def test_a_unique_token_admits_a_machine_whose_join_token_is_full() -> None:
-    """It stays a machine of the token before; where there is room it goes to the new one, and counts there."""
+    """It stays with its previous token until the new one has room; then it counts there."""
     manager, tokens = managed()
     one, two = [(await tokens.create(name, max_machines=1)).secret for name in ("one", "two")]
     machine = await joined(manager, one, FakeMachine(unique_token=UNIQUE))
@@ -103,7 +103,7 @@ async def test_an_unproven_claim_returns_its_place() -> None:
 
 @pytest.mark.parametrize("limit", ["max_uses", "max_machines"])
 async def test_a_limit_that_is_lowered_holds(limit: str) -> None:
-    """Slots beyond it may be taken, and count all the same."""
+    """Places beyond the lowered limit may be in use, and still count."""
     manager, tokens = managed()
     text = (await tokens.create("many", **{limit: 50})).secret  # type: ignore[arg-type]
     for _ in range(3):
@@ -169,7 +169,7 @@ async def test_concurrent_joins_do_not_exceed_the_tokens_limit_of_machines(kind:
 )
 @settings(max_examples=60, deadline=None)
 def test_the_limit_holds_whatever_happens(steps: list[tuple[int, str]]) -> None:
-    """There are never more rows of the token than it may have, and as soon as there are fewer there is room."""
+    """A token never has more rows than its limit, and has room as soon as it has fewer."""
 
     async def run() -> None:
         manager, tokens = managed()

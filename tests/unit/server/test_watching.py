@@ -293,7 +293,7 @@ class CountedStore(MemoryStore):
     async def transact(self, work: Work[T]) -> T:
         self.under_way += 1
         self.most = max(self.most, self.under_way)
-        await anyio.lowlevel.checkpoint()  # as one that waits for a disk
+        await anyio.lowlevel.checkpoint()  # like a store that waits for a disk
         try:
             return await super().transact(work)
         finally:

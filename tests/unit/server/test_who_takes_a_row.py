@@ -37,7 +37,7 @@ class Place(FakePath):
 
 
 class Link(StrEnum):
-    """What became of the machine's link."""
+    """The state of the machine's link."""
 
     ALIVE = "alive"
     KILLED = "killed 5 s ago"
@@ -175,7 +175,7 @@ YES, SAME, NO = Verdict.TAKES, Verdict.SAME, Verdict.REFUSED
 
 # bound, link, server restarted: the machine from its own address and from another, the thief from either, who replays
 TABLE: list[tuple[bool, Link, bool, tuple[Verdict, Verdict, Verdict, Verdict, Verdict]]] = [
-    # A bound unique token decides, whatever else is so.
+    # A bound unique token always decides.
     (True, Link.ALIVE, False, (YES, YES, NO, NO, NO)),
     (True, Link.KILLED, False, (YES, YES, NO, NO, NO)),
     (True, Link.SILENT, False, (YES, YES, NO, NO, NO)),
@@ -185,13 +185,13 @@ TABLE: list[tuple[bool, Link, bool, tuple[Verdict, Verdict, Verdict, Verdict, Ve
     (True, Link.ALIVE, True, (YES, YES, NO, NO, NO)),
     (True, Link.KILLED, True, (YES, YES, NO, NO, NO)),
     (True, Link.GOODBYE, True, (YES, YES, NO, NO, NO)),
-    # Without one, whoever calls by another key than a living machine's is not that machine.
+    # Without one, a call with another key than a living machine's is not from that machine.
     (False, Link.ALIVE, False, (NO, NO, NO, NO, SAME)),
-    # A dead link gives way at once to who calls from its address, and to others after a minute.
+    # A caller from a dead link's address takes its row at once, others after a minute.
     (False, Link.KILLED, False, (YES, NO, YES, NO, SAME)),
     (False, Link.SILENT, False, (YES, YES, YES, YES, SAME)),
     (False, Link.GOODBYE, False, (YES, YES, YES, YES, SAME)),
-    # The end of a stream is no death.
+    # The end of a stream does not prove that the machine died.
     (False, Link.CUT, False, (NO, NO, NO, NO, SAME)),
     (False, Link.CUT_AND_KILLED, False, (YES, NO, YES, NO, SAME)),
     (False, Link.PROXY_CUT, False, (NO, NO, NO, NO, SAME)),
@@ -242,7 +242,7 @@ async def test_the_thief_that_claims_a_silent_row_loses_it_to_the_machine_that_i
 
 @pytest.mark.parametrize("is_alive", [True, False], ids=["idle", "killed"])
 async def test_the_server_cannot_tell_an_idle_machine_from_a_dead_one_after_a_proxy_cut(is_alive: bool) -> None:
-    """Living machines may be idle for 50 s by then (docs/decisions.md). Both worlds are one until the first word."""
+    """A living machine may be idle for 50 s by then (docs/decisions.md); until its first packet the server sees no difference."""
     scene = Scene(False, Link.PROXY_CUT)
     await scene.set_up()
     for seconds in (0, 20, 29):
@@ -336,7 +336,7 @@ async def test_claims_do_not_exclude_a_caller_with_the_bound_token() -> None:
 
 
 async def test_a_token_is_not_bound_to_a_key_that_another_call_presented() -> None:
-    """The machine's claim ran out before its handshake: who read its key then names it with a token of its own."""
+    """The machine's claim expired before its handshake; a stranger who read its key then presents it with another token."""
     scene = Scene(False, Link.SILENT)
     await scene.set_up()
     manager, again = scene.manager, machine_again(scene, HERE)
@@ -393,7 +393,7 @@ async def test_a_machine_heard_after_its_goodbye_is_alive() -> None:
 async def test_a_handshake_that_was_under_way_at_the_goodbye_does_not_undo_it() -> None:
     scene = Scene(False, Link.GOODBYE)
     await scene.set_up()
-    scene.manager.device.hear(scene.machine.key, handshake=True, keys_age=1.2)  # the goodbye was said a second ago
+    scene.manager.device.hear(scene.machine.key, handshake=True, keys_age=1.2)  # the goodbye came a second ago
     row = await scene.manager.row(scene.machine)
     link = scene.manager.links.get(row.id)
     assert link is not None
@@ -423,7 +423,7 @@ async def test_a_machine_that_asks_to_be_forgotten_is() -> None:
 
 
 async def test_a_key_presented_with_two_different_tokens_is_bound_to_neither() -> None:
-    """A server that lost its state: who read a machine's key calls before the machine does."""
+    """The server lost its state, and a stranger who read a machine's key calls before the machine."""
     manager, machine = Manager(), FakeMachine(unique_token=TOKEN)
     await manager.join(replace(machine, unique_token="a thief's", source=ELSEWHERE))
     await manager.join(machine)

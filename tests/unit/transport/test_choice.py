@@ -134,7 +134,7 @@ class Mover(Journal):
 
 
 class Streams:
-    """A server whose streams do what is said of each, the last for all that follow; it knows which are open."""
+    """A server with a given behaviour for each stream; the last one applies to all later streams. Counts the open ones."""
 
     def __init__(self, *kinds: str) -> None:
         self.kinds = kinds

@@ -37,7 +37,7 @@ def batch(size: int, count: int, mark: int = 0) -> Datagrams:
 
 
 class Inbox:
-    """What has come by a path."""
+    """The datagrams received from a path."""
 
     def __init__(self) -> None:
         self.datagrams: list[bytes] = []
@@ -155,7 +155,7 @@ async def test_a_peer_that_is_not_allowed_is_told_exactly() -> None:
 
 async def test_a_full_path_drops_the_oldest_whole_datagrams_and_counts_them() -> None:
     async with tunnel_server(SMALL) as (server, _), tunnel_client(server) as stream:
-        # the server's handler takes all; what makes the path full is that the loop is not given a turn
+        # the server's handler reads everything; the path is full because the event loop gets no turn
         path = TunnelPath(stream, NAME, queue_bytes=20_000)
         for mark in range(100):
             path.send(batch(1312, 2, mark))
@@ -167,7 +167,7 @@ async def test_a_full_path_drops_the_oldest_whole_datagrams_and_counts_them() ->
 async def test_a_writable_path_has_room_for_a_batch_and_a_super_packet_beyond_it() -> None:
     async with tunnel_server(SMALL) as (server, _), tunnel_client(server) as stream:
         path = TunnelPath(stream, NAME)
-        while path.queued_bytes < QUEUE_BYTES // 4 - 2000:  # the loop is not given a turn meanwhile
+        while path.queued_bytes < QUEUE_BYTES // 4 - 2000:  # meanwhile the event loop gets no turn
             path.send(batch(1312, 1))
         path.send(batch(1312, path.batch_bytes // 1280 + 49))
         assert not path.is_writable
@@ -184,7 +184,7 @@ async def test_what_remains_after_drops_arrives_whole_and_in_order() -> None:
         assert path.drops.total() > 0
         expected = [bytes((mark,)) * size for size, mark in sent for _ in range(3)]
         found = iter(expected)
-        assert all(datagram in found for datagram in end.inbox.datagrams)  # a subsequence: nothing torn, nothing swapped
+        assert all(datagram in found for datagram in end.inbox.datagrams)  # a subsequence: nothing truncated, nothing reordered
         assert end.inbox.datagrams[-1] == expected[-1]
 
 

@@ -159,7 +159,7 @@ async def test_what_each_key_of_a_peer_does(tmp_path: Path) -> None:
             PUBLIC: ["10.0.0.0/8"],
             second: ["10.1.0.0/16", "fd00::/8"],
         }
-        # only its owner can give a prefix back
+        # only its owner can release a prefix
         assert await peers(f"public_key={PUBLIC}\nallowed_ip=-fd00::/8\npublic_key={second}\nallowed_ip=-10.1.0.0/16") == {
             PUBLIC: ["10.0.0.0/8"],
             second: ["fd00::/8"],
@@ -168,12 +168,12 @@ async def test_what_each_key_of_a_peer_does(tmp_path: Path) -> None:
             PUBLIC: ["10.3.0.0/16"],
             second: ["fd00::/8"],
         }
-        # its own key is no peer's
+        # its own key cannot be a peer
         own = bytes(device.public_key).hex()
         assert set(await peers(f"public_key={own}\nallowed_ip=0.0.0.0/0\npublic_key={second}\nremove=true")) == {PUBLIC}
         assert await peers(f"replace_peers=true\npublic_key={second}") == {second: []}
         assert await peers("replace_peers=true") == {}
-        # another private key: what was a peer's is now our own
+        # with another private key, a peer's key becomes the device's own
         private = bytes(PrivateKey(bytes(32 * [9]))).hex()
         assert await peers(f"public_key={second}\npublic_key={PUBLIC}") == {second: [], PUBLIC: []}
         assert await peers(f"private_key={private}") == {PUBLIC: []}

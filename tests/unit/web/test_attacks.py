@@ -37,7 +37,7 @@ STEERING = "\N{RIGHT-TO-LEFT OVERRIDE}\N{ZERO WIDTH SPACE}\x1b[31m\x00\r\n\N{LIN
 
 
 async def raw(stage: Stage, head: str, body: bytes = b"") -> str:
-    """The head of the answer to a request as it is written here; a connection that is ended says nothing."""
+    """The head of the answer to these bytes; empty if the connection is closed."""
     async with await anyio.connect_tcp("127.0.0.1", stage.port) as stream:
         with anyio.fail_after(60):
             try:
@@ -202,7 +202,7 @@ async def test_connections_without_tls_are_dropped_and_leave_room_for_others(
     begun = (b"", hello.read(50), b"GET / HTTP/1.1")
 
     async def is_ended(stream: SocketStream) -> None:
-        """By an alert, where what was said is no TLS."""
+        """With a TLS alert if the bytes were not TLS."""
         with anyio.fail_after(60), suppress(anyio.EndOfStream, anyio.BrokenResourceError):
             while await stream.receive():
                 pass

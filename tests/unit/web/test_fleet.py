@@ -61,7 +61,7 @@ async def fill(office: Office) -> None:
 
 
 async def look(office: Office, follower: Follower) -> pb.MachinesPart:
-    """All parts of a look as one."""
+    """All parts of one poll, merged."""
     whole = pb.MachinesPart()
     async for part in follower.changes():
         assert len(part.machines) <= 20
@@ -122,7 +122,7 @@ async def test_the_number_of_followers_is_limited(tmp_path: Path) -> None:
 
 
 async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) -> None:
-    """In the same order, whatever is asked; only a page of it."""
+    """In the same order for each query, one page of it."""
     async with open_office(tmp_path) as office:
         await fill(office)
         for number in (5, 77):
@@ -169,7 +169,7 @@ async def test_pages_that_ask_the_same_share_what_is_found_until_something_chang
     steps = 0
 
     async def step() -> None:
-        """Where a search lets other tasks run: twice each, with so few machines."""
+        """Searches yield to other tasks: twice each, with so few machines."""
         nonlocal steps
         steps += 1
         await (anyio.sleep_forever() if steps == 1 else checkpoint())
@@ -201,7 +201,7 @@ async def test_pages_that_ask_the_same_share_what_is_found_until_something_chang
     fleet.apply(pb.MachinesPart(gone=["7"], is_last=True))
     assert (await fleet.find(same, 1)).total == 249
     assert steps == 1 + 3 * 2
-    for number in range(40):  # so many are not kept
+    for number in range(40):  # that many searches are not kept
         await fleet.find(Query(text=str(number)), 1)
     await fleet.find(same, 1)
     assert steps == 1 + (3 + 40 + 1) * 2
@@ -259,7 +259,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, calls: Counter[str], face: type, n
 
 
 async def test_a_stream_ends_when_its_session_signs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The list goes on by the key of somebody who is still signed in."""
+    """The list continues with the key of another signed-in session."""
     callers: list[str] = []
     inner: Any = MachineService.follow_machines
 
@@ -309,7 +309,7 @@ async def test_a_page_of_machines_has_100_rows_and_makes_few_calls(tmp_path: Pat
         assert "230 machines" in texts[0]
         assert "201 to 230 on this page" in texts[0]
         assert "No machine is like that" in (await browser.get("/machines?text=nobody")).text
-        half = await browser.get("/machines?selector=site+in+(")  # as one types
+        half = await browser.get("/machines?selector=site+in+(")  # while typing
         assert (half.status, half.text.count('<tr id="machine-')) == (200, 0)
         assert 'role="alert"' in half.text
         assert calls == {"get_version": 10, "follow_machines": 1}

@@ -40,7 +40,7 @@ class Answer:
 
 @dataclass
 class Browser:
-    """As far as requests go: a cookie, and the headers that browsers send."""
+    """A browser's requests: its cookie and the headers that browsers send."""
 
     port: int
     cookie: str = ""
@@ -136,7 +136,7 @@ async def test_signing_in_needs_a_valid_key_and_sets_a_protected_cookie(tmp_path
 
 
 async def test_wrong_keys_are_answered_late_and_limited_per_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits, waits at the server, whose clock stands still here."""
+    """The delay is the server's, whose clock does not advance here."""
     released = anyio.Event()
 
     waiting: list[float] = []
@@ -215,7 +215,7 @@ async def test_forged_requests_are_refused(tmp_path: Path) -> None:
             {"origin": ""},
             {"origin": "null"},
             {"origin": f"https://127.0.0.1:{stage.port}"},
-            {"origin": f"http://localhost:{stage.port}"},  # the page's own, but not the one that is asked
+            {"origin": f"http://localhost:{stage.port}"},  # a host name of the site, but not of this request
         ):
             assert (await browser.post("/bans", ban, **headers)).status == 403, headers
         assert (await browser.post("/bans", ban, host="evil.example")).status == 421
@@ -288,7 +288,7 @@ async def test_a_token_is_made_and_shown_with_an_audit_and_leads_where_the_form_
 
 
 async def test_behind_a_proxy_the_visitors_address_counts(tmp_path: Path) -> None:
-    """For the session, and in the audit; what a visitor writes into the header himself does not."""
+    """For the session and in the audit; a header written by the visitor is ignored."""
     public = {"host": "fleet.example.com", "origin": "https://fleet.example.com"}
 
     def says(address: str, **more: str) -> dict[str, str]:
@@ -304,7 +304,10 @@ async def test_behind_a_proxy_the_visitors_address_counts(tmp_path: Path) -> Non
         assert (await browser.post("/bans", ban, **says("198.51.100.7", **public))).headers["location"] == "/bans"
         entry = (await stage.office.administration.audit.page()).items[0]
         assert (entry.action, entry.actor.source) == ("ban.add", "127.0.0.1"), "the page has no key of its own at this server"
-        for thief, said in (("127.0.0.1", "192.0.2.66"), ("127.0.0.2", "198.51.100.7")):  # elsewhere; and past the proxy
+        for thief, said in (
+            ("127.0.0.1", "192.0.2.66"),
+            ("127.0.0.2", "198.51.100.7"),
+        ):  # from another address, and without the proxy
             browser = Browser(stage.port, cookie=cookie, source=thief)
             assert (await browser.get("/machines", **says(said, host=public["host"]))).status == 303
             again = Browser(stage.port)
