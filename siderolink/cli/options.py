@@ -16,7 +16,6 @@ from siderolink.common.hostport import HostPort
 COMPLETION_VARIABLE = "_SIDEROLINK_COMPLETE"
 """The environment variable by which a shell requests completions."""
 DEFAULT_API_PORT = 8090
-DEFAULT_WIREGUARD_PORT = 50180
 DEFAULT_EVENT_SINK_PORT = 8091
 """Differs from the API's port, because an API on all addresses uses its port on the overlay, too."""
 DEFAULT_LOG_PORT = 8092

@@ -112,7 +112,6 @@ Listen = Annotated[str, BeforeValidator(number_as_text), AfterValidator(is_liste
 LAX = Field(strict=False)
 """Paths and choices are text in a file."""
 FilePath = Annotated[Path, LAX]
-Port = Annotated[int, Field(ge=1, le=65535)]
 PortOrNone = Annotated[int, Field(ge=0, le=65535)]
 
 

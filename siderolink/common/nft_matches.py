@@ -72,10 +72,6 @@ def ipv6_address(side: Literal["source", "destination"]) -> Match:
     return [*is_ipv6, _payload(_NETWORK_HEADER, 8 if side == "source" else 24, 16)]
 
 
-def ipv4() -> Match:
-    return [_meta(Meta.NFT_META_NFPROTO), _compare(Cmp.NFT_CMP_EQ, struct.pack("B", NFPROTO_IPV4))]
-
-
 def connection_in(*states: ConnectionState) -> Match:
     """Packets whose connection, by the kernel's connection tracking, is in one of these states."""
     bits = sum(2 ** get_args(ConnectionState).index(state) for state in states)

@@ -62,7 +62,6 @@ class SimulatedMachine:
         self._asked_at: float | None = None
         self.is_up = False
         """Whether a handshake has completed since the last connect began."""
-        self.pings_answered = 0
 
     async def join(self) -> None:
         """Call Provision with a new key. Raises SideroLinkError."""
@@ -157,7 +156,6 @@ class SimulatedMachine:
         for packet in received[1].packets(received[0]) if received is not None else ():
             reply = echo_reply(packet)
             if reply is not None:
-                self.pings_answered += 1
                 self._engine.send(reply, now)
         self._drain(now)
 

@@ -25,7 +25,6 @@ contain 50,000 of them."""
 
 _FIELD = 2
 _TAG = 0x12
-_TAG_AND_VARINT = 3
 _PREFIX = 5
 _SHORTEST_DATAGRAM = 32
 """WireGuard's keepalive."""
@@ -100,11 +99,6 @@ class TunnelReader:
         self._partial = bytearray()
         self._missing = 0
         self._useless = 0
-
-    @property
-    def is_between_messages(self) -> bool:
-        """Whether all bytes so far formed complete messages."""
-        return not self._partial
 
     def feed(self, pieces: Sequence[memoryview]) -> Iterator[Datagrams]:
         """Yield the datagrams completed by the next bytes, as slices of the piece if possible.

@@ -101,10 +101,6 @@ class JoinTokenCheck:
     def secret(self) -> str | None:
         return self._secret
 
-    def accepts(self, token: str | None) -> bool:
-        """Whether the token is valid."""
-        return self.check(token).is_valid
-
     def admits(self, digest: bytes | None) -> bool:
         """Whether the token with this digest would be valid now. False for signed tokens, where that is unknown."""
         if self._digest is None:

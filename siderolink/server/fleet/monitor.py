@@ -248,7 +248,7 @@ class Monitor:
             self._wake = anyio.Event()
             if self._proved or self._keepalive_changes:
                 continue
-            next_at = self._deadlines.next_at
+            next_at = self.next_check_at
             with anyio.move_on_after(None if next_at is None else max(0.0, next_at - self._clock.monotonic())):
                 await self._wake.wait()
 

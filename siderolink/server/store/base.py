@@ -6,7 +6,6 @@ between joins (and between servers that share a store) are decided by its unique
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from ipaddress import IPv6Address
 from typing import Protocol, TypeVar
 
 from siderolink.common.keys import PublicKey
@@ -39,8 +38,6 @@ class Transaction(Protocol):
         """The accepted machine of the UUID."""
 
     async def machine_by_key(self, public_key: PublicKey) -> Machine | None: ...
-
-    async def machine_by_virtual_address(self, address: IPv6Address) -> Machine | None: ...
 
     async def machine_by_name(self, name: str) -> Machine | None:
         """The machine with this name."""

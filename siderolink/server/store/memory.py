@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from ipaddress import IPv6Address
 from itertools import islice
 from typing import TypeVar
 
@@ -135,9 +134,6 @@ class _RowChanges:
 
     async def machine_by_key(self, public_key: PublicKey) -> Machine | None:
         return self._table.find("public_key", public_key)
-
-    async def machine_by_virtual_address(self, address: IPv6Address) -> Machine | None:
-        return self._table.find("virtual_address", address)
 
     async def machine_by_name(self, name: str) -> Machine | None:
         return self._table.find("name", name)

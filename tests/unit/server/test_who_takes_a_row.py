@@ -242,7 +242,7 @@ async def test_the_thief_that_claims_a_silent_row_loses_it_to_the_machine_that_i
 
 @pytest.mark.parametrize("is_alive", [True, False], ids=["idle", "killed"])
 async def test_the_server_cannot_tell_an_idle_machine_from_a_dead_one_after_a_proxy_cut(is_alive: bool) -> None:
-    """A living machine may be idle for 50 s by then (docs/decisions.md); until its first packet the server sees no difference."""
+    """A living machine may be idle for 50 s (docs/decisions.md); until its first packet the server sees no difference."""
     scene = Scene(False, Link.PROXY_CUT)
     await scene.set_up()
     for seconds in (0, 20, 29):

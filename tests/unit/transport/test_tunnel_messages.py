@@ -80,7 +80,7 @@ def test_a_run_cut_by_a_frame_goes_on_as_one_batch() -> None:
     reader = TunnelReader()
     assert [batch.count for batch in reader.feed([wire[:2000]])] == [1]
     assert [batch.count for batch in reader.feed([wire[2000:4000], wire[4000:]])] == [11]
-    assert reader.is_between_messages
+    assert [batch.count for batch in reader.feed([wire])] == [12], "nothing was left over"
 
 
 def test_a_length_of_one_byte_makes_a_batch_and_one_of_three_comes_singly() -> None:

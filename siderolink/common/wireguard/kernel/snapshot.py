@@ -123,10 +123,6 @@ class PollSchedule:
         """Stop expecting a handshake: it was completed, or the peer was removed."""
         self._expected.pop(key, None)
 
-    @property
-    def is_expecting(self) -> bool:
-        return bool(self._expected)
-
     def polled(self, cost: float, now: float) -> None:
         """Note the end of a poll."""
         self.cost = cost

@@ -12,10 +12,7 @@ LABEL_MAC1 = b"mac1----"
 LABEL_COOKIE = b"cookie--"
 
 KEY_BYTES = 32
-HASH_BYTES = 32
-TAG_BYTES = 16
 MAC_BYTES = 16
-TIMESTAMP_BYTES = 12
 
 # Section 6.1; times are seconds.
 REKEY_AFTER_MESSAGES = 2**60
@@ -34,7 +31,6 @@ ZERO_KEYS_TIME = REJECT_AFTER_TIME * 3
 REKEY_JITTER = 1 / 3
 """Upper bound of the random delay of a retry, so that two ends that start together do not stay synchronised."""
 
-PADDING_MULTIPLE = 16
 COUNTER_WINDOW = 8128
 """How far behind the newest counter a datagram may still be accepted."""
 
@@ -55,7 +51,6 @@ _FIXED_BYTES = {INITIATION: INITIATION_BYTES, RESPONSE: RESPONSE_BYTES, COOKIE_R
 _INITIATION = struct.Struct("<II32s48s28s16s16s")
 _RESPONSE = struct.Struct("<III32s16s16s16s")
 _COOKIE_REPLY = struct.Struct("<II24s32s")
-_TRANSPORT = struct.Struct("<IIQ")
 _KIND_AND_INDEX = struct.Struct("<II")
 _WORD = struct.Struct("<I")
 
@@ -136,7 +131,3 @@ def encode_response(message: Response) -> bytes:
 
 def encode_cookie_reply(message: CookieReply) -> bytes:
     return _COOKIE_REPLY.pack(COOKIE_REPLY, *message)
-
-
-def encode_transport_header(receiver: int, counter: int) -> bytes:
-    return _TRANSPORT.pack(TRANSPORT, receiver, counter)

@@ -109,13 +109,8 @@ def hchacha20(key: bytes, nonce16: bytes) -> bytes:
     return struct.pack("<8I", *((word - initial) & 0xFFFFFFFF for word, initial in rows))
 
 
-def xseal(key: bytes, nonce24: bytes, plaintext: bytes, associated: bytes) -> bytes:
-    """XChaCha20-Poly1305 (draft-irtf-cfrg-xchacha)."""
-    return seal_under(hchacha20(key, nonce24[:16]), bytes(4) + nonce24[16:], plaintext, associated)
-
-
 def xopen(key: bytes, nonce24: bytes, ciphertext: bytes, associated: bytes) -> bytes | None:
-    """The plaintext, or None for a bad tag."""
+    """XChaCha20-Poly1305 (draft-irtf-cfrg-xchacha): the plaintext, or None for a bad tag."""
     try:
         return ChaCha20Poly1305(hchacha20(key, nonce24[:16])).decrypt(bytes(4) + nonce24[16:], ciphertext, associated)
     except InvalidTag:

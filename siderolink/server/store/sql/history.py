@@ -5,7 +5,7 @@ Entries are counted and deleted in pieces of a few rows, each in its own transac
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Delete, Select, delete, func, insert, or_, select, tuple_
+from sqlalchemy import Delete, Select, delete, func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import ColumnElement
 
@@ -22,9 +22,6 @@ ROWS_DELETED = 200
 """Entries deleted per piece."""
 _MACHINES = 10
 """Machines whose entries are deleted per piece."""
-
-INSERT = insert(table)
-"""Takes the result of `values`."""
 
 
 def values(entries: Sequence[HistoryEntry]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import IPv6Address
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
@@ -96,9 +95,6 @@ class _RowChanges:
             if row is not None and getattr(row, column) == value and (column != "node_uuid" or row.is_accepted):
                 return row
         return None
-
-    async def machine_by_virtual_address(self, address: IPv6Address) -> Machine | None:
-        return await self._find(("virtual_address", address))
 
     async def machine_by_name(self, name: str) -> Machine | None:
         return await self._find(("name", name))
