@@ -42,7 +42,7 @@ class SocketPath:
         self.endpoint = endpoint
 
     def send(self, datagrams: Datagrams) -> None:
-        with contextlib.suppress(OSError):  # no way there now, or the buffer is full: as lost on the way
+        with contextlib.suppress(OSError):  # no route, or the buffer is full: the same as a lost packet
             self._sock.sendto(datagrams.data, self.endpoint)
 
 

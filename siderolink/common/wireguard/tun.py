@@ -148,14 +148,14 @@ class Tun:
             self._splitter = Splitter(_MAX_PACKET)
         try:
             self._splitter.add(memoryview(b"".join(buffers)))
-        except MalformedFrame:  # the kernel was right
+        except MalformedFrame:  # the kernel refused it rightly
             self.write_errors += 1
             return False
         if was_refused:
             self._note_refusal()
         packets = self._splitter.take()
         failed = 0
-        assert packets is not None  # one was added
+        assert packets is not None  # a frame was just added
         for index in range(packets.count):
             row = packets.data[index * packets.stride :]
             try:
