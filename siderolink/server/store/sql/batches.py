@@ -21,8 +21,8 @@ from siderolink.common.errors import StoreError
 from siderolink.server.store.base import Work
 from siderolink.server.store.feed import Change
 from siderolink.server.store.sql import statements
+from siderolink.server.store.sql.batch_reads import Key, Reader
 from siderolink.server.store.sql.file import translated
-from siderolink.server.store.sql.reading import Key, Reader
 from siderolink.server.store.sql.transaction import SqlTransaction
 
 log = logging.getLogger(__name__)

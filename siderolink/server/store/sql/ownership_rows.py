@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from siderolink.server.store.feed import Change
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, is_published
-from siderolink.server.store.sql.reading import OWNER_OF, SERVERS, Key, Reads
+from siderolink.server.store.sql.batch_reads import OWNER_OF, SERVERS, Key, Reads
 
 
 class SqlOwnership:

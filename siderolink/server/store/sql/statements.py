@@ -13,9 +13,9 @@ from siderolink.server.store.audit import AuditEntry, Principal
 from siderolink.server.store.history import HistoryEntry
 from siderolink.server.store.rows import Ban, BanGrounds, Claim, LastSeen, Machine, ServerRecord
 from siderolink.server.store.sql import audit, history, tables
+from siderolink.server.store.sql.batch_reads import Sought
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
 from siderolink.server.store.sql.queries import READERS, Statement, matches, names
-from siderolink.server.store.sql.reading import Sought
 from siderolink.server.store.sql.token_rows import SqlTokens
 
 _DIALECT = sqlite.dialect()

@@ -23,7 +23,7 @@ from siderolink.server.store.sql.reads import Reads
 T = TypeVar("T")
 
 
-class SqlStore(Reads):
+class SqlStore(StoreReads):
     """See `Store`. Only one server at a time can open the file."""
 
     kind = "sqlite"

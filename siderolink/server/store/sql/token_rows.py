@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 
 from siderolink.server.store.feed import Change
 from siderolink.server.store.rows import UniqueViolationError
-from siderolink.server.store.sql.reading import TOKEN, USES_OF, Key, Reads
+from siderolink.server.store.sql.batch_reads import TOKEN, USES_OF, Key, Reads
 from siderolink.server.store.tokens import JoinToken, TokenChanged, TokenColumn, TokenUse, unique_token_values
 
 _SLOT, _USER = "slot", "user"

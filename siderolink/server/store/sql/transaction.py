@@ -27,8 +27,8 @@ from siderolink.server.store.rows import (
     UniqueViolationError,
     unique_values,
 )
+from siderolink.server.store.sql.batch_reads import BAN, CLAIM_KEY, CLAIMS_OF, HISTORY, PRINCIPALS, SERVER, TOKEN, Key, Reads
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
-from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, HISTORY, PRINCIPALS, SERVER, TOKEN, Key, Reads
 from siderolink.server.store.sql.token_rows import SqlTokens
 from siderolink.server.store.tokens import TokenKey
 

@@ -40,10 +40,10 @@ from sqlalchemy.sql import ClauseElement, ColumnElement
 
 from siderolink.server.store.rows import MachineAdmission
 from siderolink.server.store.sql import audit, history, tables
+from siderolink.server.store.sql.batch_reads import Sought
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
 from siderolink.server.store.sql.postgres.feed import encode_change
 from siderolink.server.store.sql.queries import READERS, Statement, matches, names
-from siderolink.server.store.sql.reading import Sought
 from siderolink.server.store.sql.token_rows import SqlTokens
 from siderolink.server.store.sql.transaction import SqlTransaction
 

@@ -14,7 +14,7 @@ from siderolink.server.store.sealing import GivenKey, Sealer, StateKey
 from siderolink.server.store.sql.postgres.database import CONNECTIONS, ContendedError, Database, database_url
 from siderolink.server.store.sql.postgres.feed import FeedReader
 from siderolink.server.store.sql.postgres.transactions import run_work
-from siderolink.server.store.sql.reads import Reads
+from siderolink.server.store.sql.store_reads import StoreReads
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ NO_KEY = (
 )
 
 
-class PostgresStore(Reads):
+class PostgresStore(StoreReads):
     """See `Store`."""
 
     kind = "postgres"

@@ -21,10 +21,10 @@ from siderolink.common.tasks import to_its_end
 from siderolink.server.store.base import Work
 from siderolink.server.store.rows import Machine
 from siderolink.server.store.sql import tables
+from siderolink.server.store.sql.batch_reads import Found, Key, answers, is_optimistic, seek
 from siderolink.server.store.sql.postgres import queries
 from siderolink.server.store.sql.postgres.database import ContendedError, Database, answer_awaited
 from siderolink.server.store.sql.postgres.queries import Step, Version
-from siderolink.server.store.sql.reading import Found, Key, answers, is_optimistic, seek
 from siderolink.server.store.sql.transaction import SqlTransaction
 
 T = TypeVar("T")

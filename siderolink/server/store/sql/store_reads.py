@@ -23,7 +23,7 @@ _ROWS_IN_ONE_GO = 64
 """Rows that are parsed before other tasks run."""
 
 
-class Reads(ABC):
+class StoreReads(ABC):
     """The part of `Store` that SQLite and Postgres share. Every method raises StoreError."""
 
     @abstractmethod
