@@ -33,7 +33,7 @@ from siderolink.server.store import (
     Transaction,
     UniqueViolationError,
 )
-from siderolink.server.store.audit import EMBEDDER, Grant
+from siderolink.server.store.audit import EMBEDDER, ForwardGrant
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ def _actor(principal: Principal, source: str) -> Actor:
     return Actor(name=principal.name, role=principal.role, source=source, key_id=principal.id, grants=principal.grants)
 
 
-async def _grant(transaction: Transaction, text: str) -> Grant:
+async def _grant(transaction: Transaction, text: str) -> ForwardGrant:
     """Parse ``MACHINE`` or ``MACHINE:PORT``. The grant stores the machine's id, so it survives a rename."""
     name, colon, digits = text.rpartition(":")
     if not (colon and digits.isascii() and digits.isdigit()):
@@ -273,7 +273,7 @@ async def _grant(transaction: Transaction, text: str) -> Grant:
     machine = await find_named(transaction, name)
     if machine is None:
         raise NotFoundError(f"no machine has the name, id, UUID or public key {one_line(name, limit=64)!r}")
-    return Grant(machine.id, port)
+    return ForwardGrant(machine.id, port)
 
 
 def _digest(secret: str) -> bytes:

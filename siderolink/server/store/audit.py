@@ -25,7 +25,7 @@ _RANKS: Final = {role: rank for rank, role in enumerate(Role)}
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class ForwardGrant:
     """One machine's port, or that port of all machines, that an API key may forward to."""
 
     machine_id: str
@@ -57,7 +57,7 @@ class Actor:
     """Origin of the call: an address, or the user id on the local socket; with the server that relayed it, if any."""
     key_id: str = field(default="", compare=False)
     """The id of the API key; empty without one. Not stored."""
-    grants: tuple[Grant, ...] = ()
+    grants: tuple[ForwardGrant, ...] = ()
     """Forwards permitted in addition to those of the role."""
 
 
@@ -149,7 +149,7 @@ class Principal:
     last_used_at: float | None = None
     """Written with a delay."""
     last_source: str = ""
-    grants: tuple[Grant, ...] = ()
+    grants: tuple[ForwardGrant, ...] = ()
     """Forwards permitted without the role admin."""
 
     def is_active(self, now: float) -> bool:

@@ -21,7 +21,7 @@ from siderolink.server.store import (
     TunnelSetting,
     UniqueViolationError,
 )
-from siderolink.server.store.audit import Grant
+from siderolink.server.store.audit import ForwardGrant
 from tests.unit.server.test_store import machine, store
 
 pytestmark = pytest.mark.anyio
@@ -106,7 +106,7 @@ async def test_audit_entries_are_added_with_their_transaction_or_not_at_all(stor
     assert (await store.audit_entries(AuditQuery()))[0].seq > last, "numbers are never used again"
 
 
-GRANTS = (Grant("a1b2"), Grant("c3d4", 50000))
+GRANTS = (ForwardGrant("a1b2"), ForwardGrant("c3d4", 50000))
 
 
 async def test_principals_are_stored_by_name(store: Store) -> None:

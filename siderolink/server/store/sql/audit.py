@@ -8,7 +8,7 @@ from sqlalchemy import Float, Integer, Select, Text, bindparam, delete, or_, sel
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from siderolink.common.errors import StoreError
-from siderolink.server.store.audit import Actor, AuditEntry, AuditQuery, Grant, Principal, Role
+from siderolink.server.store.audit import Actor, AuditEntry, AuditQuery, ForwardGrant, Principal, Role
 from siderolink.server.store.sql.tables import audit, principals
 
 
@@ -97,7 +97,7 @@ def read_principal(row: Mapping[Any, Any]) -> Principal:
     """Raises StoreError for a row that no server wrote."""
     fields = dict(row)
     try:
-        grants = tuple(Grant.parse(one) for one in json.loads(fields.pop("grants")))
+        grants = tuple(ForwardGrant.parse(one) for one in json.loads(fields.pop("grants")))
         return Principal(role=Role(fields.pop("role")), grants=grants, **fields)
     except (ValueError, TypeError, AttributeError):
         raise StoreError("the state contains an invalid principal record") from None
