@@ -28,7 +28,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
 )
 from siderolink.common.tasks import in_parts
 from siderolink.server.store import Machine, Transaction
-from tests.support.office import Office, open_office
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.stores import KINDS, opened
 
 RUNS = 5
@@ -52,16 +52,16 @@ def machine(number: int) -> Machine:
     )
 
 
-async def fill(office: Office, machines: int, tokens: int) -> None:
+async def fill(admin_server: AdminServer, machines: int, tokens: int) -> None:
     async def work(transaction: Transaction, numbers: list[int]) -> None:
         for number in numbers:
             await transaction.insert(machine(number))
 
     for part in in_parts(range(machines), 500):
-        await office.manager.store.transact(lambda transaction, part=part: work(transaction, part))  # type: ignore[misc]
-    await office.manager.reconciler.load()
+        await admin_server.manager.store.transact(lambda transaction, part=part: work(transaction, part))  # type: ignore[misc]
+    await admin_server.manager.reconciler.load()
     for number in range(tokens):
-        await office.administration.tokens.create(f"token-{number}", labels={"rack": str(number % 100)})
+        await admin_server.administration.tokens.create(f"token-{number}", labels={"rack": str(number % 100)})
 
 
 async def measure(name: str, call: Callable[[], Awaitable[object]]) -> None:
@@ -90,9 +90,9 @@ async def measure(name: str, call: Callable[[], Awaitable[object]]) -> None:
 
 async def run(machines: int, tokens: int, kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        async with opened(kind) as store, open_office(Path(folder), store) as office:
-            await fill(office, machines, tokens)
-            async with open_channel(path=str(office.path), limits=Limits.for_answers(64 << 20)) as channel:
+        async with opened(kind) as store, open_admin_server(Path(folder), store) as admin_server:
+            await fill(admin_server, machines, tokens)
+            async with open_channel(path=str(admin_server.path), limits=Limits.for_answers(64 << 20)) as channel:
                 on_machines, on_tokens = MachineServiceStub(channel), TokenServiceStub(channel)
 
                 def listing(sort: str = "", size: int = 0, **wanted: str) -> Callable[[], Awaitable[object]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.netns.test_serve_memory import pings
-from tests.support.gate import Gate, gate
+from tests.support.database_relay import DatabaseRelay, database_relay
 from tests.support.netns import Namespace, stop
 from tests.support.postgres import cluster, faketime, pgbouncer
 from tests.support.server_pair import A, B, Pair, existing_machine, server_pair
@@ -49,7 +49,7 @@ class Lateness(threading.Thread):
 @dataclass
 class Faulty:
     pair: Pair
-    gates: dict[str, Gate]
+    relays: dict[str, DatabaseRelay]
     machines: dict[str, object]
     """The overlay address of each, by UUID."""
     record: Record
@@ -101,13 +101,13 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
         name = stack.enter_context(cluster().database())
         (folder / "pooler").mkdir()
         port = stack.enter_context(pgbouncer(folder / "pooler", name)).rpartition(":")[2].partition("/")[0]
-        gates = {
-            A: stack.enter_context(gate(folder / "gate-a", cluster().folder / f".s.PGSQL.{cluster().port}")),
-            B: stack.enter_context(gate(folder / "gate-b", ("127.0.0.1", int(port)))),
+        relays = {
+            A: stack.enter_context(database_relay(folder / "gate-a", cluster().folder / f".s.PGSQL.{cluster().port}")),
+            B: stack.enter_context(database_relay(folder / "gate-b", ("127.0.0.1", int(port)))),
         }
         clock = {"LD_PRELOAD": faketime(), "FAKETIME": "+5s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         pair = stack.enter_context(
-            server_pair(folder, cluster(), name, (gates[A].url(name), gates[B].url(name)), environment=clock)
+            server_pair(folder, cluster(), name, (relays[A].url(name), relays[B].url(name)), environment=clock)
         )
         by_udp, by_tunnel = pair.join(pair.machines[0]), pair.join(pair.machines[1], "&grpc_tunnel=true")
         raw, raw_link = stack.enter_context(existing_machine(pair.machines[2], A))
@@ -121,7 +121,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
         for server in (pair.a, pair.b):
             for address in machines.values():
                 stack.callback(stop, traffic(server.namespace, address))
-        yield Faulty(pair, gates, machines, record, Lateness())
+        yield Faulty(pair, relays, machines, record, Lateness())
         for server in (pair.a, pair.b):  # to explain a failed test
             log.info("%s said:\n%s", server.address, server.said())
 
@@ -135,12 +135,12 @@ def test_the_database_is_cut_for_all(fleet: Faulty) -> None:
     fleet.passes_at({A})
     before = fleet.epochs()
     with fleet.held():
-        for one in fleet.gates.values():
+        for one in fleet.relays.values():
             one.cut()
         time.sleep(FAULT_SECONDS)
         for address in fleet.machines.values():
             assert pings(fleet.pair.a.namespace, address, 30)
-        for one in fleet.gates.values():
+        for one in fleet.relays.values():
             one.open()
     assert fleet.epochs() == before
 
@@ -162,18 +162,18 @@ def test_a_split_that_heals(fleet: Faulty) -> None:
     fleet.passes_at({B})
     with fleet.held():
         fleet.others_first(B)
-        fleet.gates[B].silence()
+        fleet.relays[B].silence()
         drop = f"type filter hook forward priority 0; ip saddr {B} drop; ip daddr {B} drop"
         fleet.pair.router.nft(f"table ip split {{ chain forward {{ {drop}\n}}\n}}")
         fleet.passes_at({A})
         fleet.pair.router.nft("delete table ip split")
-        fleet.gates[B].open()
+        fleet.relays[B].open()
 
 
 def test_the_database_is_cut_for_the_server_that_has_the_machines(fleet: Faulty) -> None:
     """The server continues, and stops sending to a machine that another one takes, although it cannot learn of that."""
     fleet.passes_at({A})
     with fleet.held():
-        fleet.gates[A].cut()
+        fleet.relays[A].cut()
         time.sleep(FAULT_SECONDS)
-        fleet.gates[A].open()
+        fleet.relays[A].open()

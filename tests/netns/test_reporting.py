@@ -26,7 +26,7 @@ from siderolink.common.pb.machine import MachineStatusEvent, MachineStatusEventM
 from siderolink.common.tasks import background_tasks
 from siderolink.server import LinesDropped, LogLine, MachineEvent, ReportOptions
 from tests.conftest import descriptor_kinds, opened_since
-from tests.support.doorway import doorway
+from tests.support.grpcio_target import target_in_namespace
 from tests.support.machine_api import status_of
 from tests.support.topology import SERVER_V4, Net, routed
 
@@ -256,7 +256,7 @@ def test_strangers_are_refused() -> None:
 def test_unknown_events_are_kept_undecoded_and_repeated_ones_once() -> None:
     def publish(address: str, requests: list[bytes]) -> list[tuple[str, str]]:
         results = []
-        with doorway(address, SINK) as target, grpc.insecure_channel(target) as channel:
+        with target_in_namespace(address, SINK) as target, grpc.insecure_channel(target) as channel:
             method = channel.unary_unary("/events.EventSinkService/Publish")
             for request in requests:
                 try:

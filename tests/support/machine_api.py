@@ -14,7 +14,7 @@ from siderolink.common.pb.cosi import resource as cosi
 from siderolink.common.pb.cosi.resource.meta import ResourceDefinitionSpec
 from siderolink.common.pb.google.protobuf import Empty
 from siderolink.common.pb.machine import VersionResponse
-from tests.support.doorway import doorway
+from tests.support.grpcio_target import target_in_namespace
 
 A = TypeVar("A", bound=betterproto2.Message)
 
@@ -72,7 +72,7 @@ def machine_client(host: str, port: int) -> Iterator[MachineClient]:
     certificate = fetch_certificate(host, port)
     credentials = grpc.ssl_channel_credentials(certificate.encode())
     name = (("grpc.ssl_target_name_override", socket.gethostname()), ("grpc.enable_http_proxy", 0))
-    with doorway(host, port) as target, grpc.secure_channel(target, credentials, options=name) as channel:
+    with target_in_namespace(host, port) as target, grpc.secure_channel(target, credentials, options=name) as channel:
         yield MachineClient(channel)
 
 

@@ -16,9 +16,9 @@ from siderolink.server.fleet.directory import MachineLink
 from siderolink.server.peers import Peers, PeerService, relayed
 from siderolink.server.reporting import Reports
 from siderolink.server.store import FleetServer, MemoryStore, Ownership
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.fake_device import VirtualClock
 from tests.support.manager import FakeMachine, following
-from tests.support.office import Office, open_office
 
 SHARED_KEY = PrivateKey(bytes([7]) * 32)
 
@@ -56,15 +56,15 @@ class Sibling:
     """One of the servers."""
 
     id: str
-    office: Office
+    admin_server: AdminServer
     peers: Peers
     registry: Registry
 
     async def join(self, machine: FakeMachine) -> str:
         """A machine joins here and this server owns its link; returns its id."""
-        await self.office.manager.join(machine)
-        await self.office.manager.handshake(machine)
-        row = await self.office.manager.row(machine)
+        await self.admin_server.manager.join(machine)
+        await self.admin_server.manager.handshake(machine)
+        row = await self.admin_server.manager.row(machine)
         await self.own(row.id, machine)
         return row.id
 
@@ -75,7 +75,7 @@ class Sibling:
     async def knows(self, machine_id: str) -> MachineLink:
         """Wait for a row that another server wrote."""
         with anyio.fail_after(30):
-            while (link := self.office.manager.links.get(machine_id)) is None:
+            while (link := self.admin_server.manager.links.get(machine_id)) is None:
                 await anyio.lowlevel.checkpoint()
         return link
 
@@ -86,7 +86,7 @@ class Sibling:
         self.row = self.registry.rows.pop(self.id)
 
     async def get(self, name: str) -> pb.Machine:
-        async with self.office.local() as channel:
+        async with self.admin_server.local() as channel:
             return await pb.MachineServiceStub(channel).get_machine(pb.MachineRequest(name=name))
 
 
@@ -105,8 +105,8 @@ async def open_sibling(
     peers = Peers(View(name, registry), shared_key, registry.store, clock)
     (folder / name).mkdir(exist_ok=True)
     async with AsyncExitStack() as stack:
-        office = await stack.enter_async_context(
-            open_office(
+        admin_server = await stack.enter_async_context(
+            open_admin_server(
                 folder / name,
                 registry.store,
                 reports=reports,
@@ -115,7 +115,7 @@ async def open_sibling(
                 open_port=open_port,
             )
         )
-        manager = office.manager
+        manager = admin_server.manager
         await stack.enter_async_context(following(manager))
 
         async def heard_at(machine_id: str) -> float:
@@ -123,14 +123,14 @@ async def open_sibling(
             silence = None if link is None else await manager.fleet.liveness.silence(link.machine)
             return 0.0 if silence is None else registry.store.time() - silence
 
-        face = PeerService(manager.links, manager.device, registry.time.clock, heard_at, office.administration.limits)
-        listening = peers.listen("127.0.0.1:0", face, office.services, office.administration.api_keys)
+        face = PeerService(manager.links, manager.device, registry.time.clock, heard_at, admin_server.administration.limits)
+        listening = peers.listen("127.0.0.1:0", face, admin_server.services, admin_server.administration.api_keys)
         port = await stack.enter_async_context(listening)
-        office.administration.machines.other_servers = peers.queries
+        admin_server.administration.machines.other_servers = peers.queries
         registry.rows[name] = FleetServer(
             id=name, peer_address=f"127.0.0.1:{port}", peer_fingerprint=peers.identity.fingerprint, heartbeat_at=0.0
         )
         try:
-            yield Sibling(name, office, peers, registry)
+            yield Sibling(name, admin_server, peers, registry)
         finally:
             registry.rows.pop(name, None)

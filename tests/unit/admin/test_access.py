@@ -18,23 +18,23 @@ from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server import AdminOptions
 from siderolink.server.admin.services.access import Penalties
 from siderolink.server.store import AuditQuery, Principal, Role
-from tests.support.office import Office, open_office
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(params=KINDS)
-async def office(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Office]:
-    async with opened(request.param) as store, open_office(tmp_path, store) as office:
-        yield office
+async def admin_server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[AdminServer]:
+    async with opened(request.param) as store, open_admin_server(tmp_path, store) as admin_server:
+        yield admin_server
 
 
 @pytest.mark.parametrize(
     "value", ["", "Bearer", "Basic YWRtaW46", "Bearer slk_wrong", "bearer " + "x" * 8000, "slk_", "Bearer a b"]
 )
-async def test_an_invalid_key_is_refused_without_saying_why(office: Office, value: str) -> None:
-    async with office.remote() as remote:
+async def test_an_invalid_key_is_refused_without_saying_why(admin_server: AdminServer, value: str) -> None:
+    async with admin_server.remote() as remote:
         with pytest.raises(GRPCError) as caught:
             metadata = {"authorization": value} if value else {}
             await pb.ServerServiceStub(remote).get_version(pb.GetVersionRequest(), metadata=metadata)
@@ -43,9 +43,9 @@ async def test_an_invalid_key_is_refused_without_saying_why(office: Office, valu
     assert message in ("the API key is not valid", "give an API key as the metadata `authorization: Bearer KEY`")
 
 
-async def test_on_the_local_socket_a_given_key_overrides_the_users_rights(office: Office) -> None:
-    _, secret = await office.administration.api_keys.create("look", Role.VIEWER)
-    async with office.local() as local:
+async def test_on_the_local_socket_a_given_key_overrides_the_users_rights(admin_server: AdminServer) -> None:
+    _, secret = await admin_server.administration.api_keys.create("look", Role.VIEWER)
+    async with admin_server.local() as local:
         stub = pb.ServerServiceStub(local)
         assert (await stub.get_version(pb.GetVersionRequest())).role == "admin"
         metadata = {"authorization": f"Bearer {secret}", SOURCE_METADATA: "192.0.2.7"}
@@ -58,23 +58,23 @@ async def test_on_the_local_socket_a_given_key_overrides_the_users_rights(office
             with pytest.raises(GRPCError) as caught:
                 await stub.get_version(pb.GetVersionRequest(), metadata=metadata | {"authorization": wrong})
             assert caught.value.status is Status.UNAUTHENTICATED
-        (entry,) = (await office.administration.audit.page(AuditQuery(action="login."))).items
+        (entry,) = (await admin_server.administration.audit.page(AuditQuery(action="login."))).items
         assert entry.actor.source == "192.0.2.7"
-        await office.administration.api_keys.revoke("look")
+        await admin_server.administration.api_keys.revoke("look")
         with pytest.raises(GRPCError):
             await stub.get_version(pb.GetVersionRequest(), metadata=metadata)
 
 
-async def test_failed_logins_are_sampled_and_never_lock_a_key(office: Office) -> None:
-    _, secret = await office.administration.api_keys.create("ops", Role.OPERATOR)
-    async with office.remote() as remote:
+async def test_failed_logins_are_sampled_and_never_lock_a_key(admin_server: AdminServer) -> None:
+    _, secret = await admin_server.administration.api_keys.create("ops", Role.OPERATOR)
+    async with admin_server.remote() as remote:
         stub = pb.ServerServiceStub(remote)
         for _ in range(30):
             with pytest.raises(GRPCError):
                 await stub.get_version(pb.GetVersionRequest(), metadata={"authorization": "Bearer slk_guess"})
         told = await stub.get_version(pb.GetVersionRequest(), metadata={"authorization": f"Bearer {secret}"})
         assert told.role == "operator"
-    entries = (await office.administration.audit.page(AuditQuery(action="login."))).items
+    entries = (await admin_server.administration.audit.page(AuditQuery(action="login."))).items
     assert len(entries) == 1, "thirty attempts within a minute are one entry"
     assert entries[0].actor.source == "127.0.0.1"
     assert "guess" not in entries[0].to_json()
@@ -92,11 +92,11 @@ def test_repeated_refusals_of_one_source_are_delayed_more_each_time() -> None:
     assert penalties.next_delay("192.0.2.1") == 0.25, "forgiven"
 
 
-async def test_an_expired_key_is_refused(office: Office) -> None:
-    keys = office.administration.api_keys
+async def test_an_expired_key_is_refused(admin_server: AdminServer) -> None:
+    keys = admin_server.administration.api_keys
     made, secret = await keys.create("short", Role.VIEWER, ttl=1e6)
     assert keys.authenticate(secret, "x")[0].role is Role.VIEWER
-    office.manager.time.advance(1e6)
+    admin_server.manager.time.advance(1e6)
     with pytest.raises(UnauthenticatedError, match="has expired"):
         keys.authenticate(secret, "x")
     for ttl in (-1.0, 0.0, float("nan"), float("inf"), 1e300):
@@ -105,21 +105,21 @@ async def test_an_expired_key_is_refused(office: Office) -> None:
     assert made.expires_at is not None
 
 
-async def test_a_key_made_at_another_server_works_here_until_it_is_revoked_there(office: Office) -> None:
+async def test_a_key_made_at_another_server_works_here_until_it_is_revoked_there(admin_server: AdminServer) -> None:
     """Another server with the same store creates and deletes the key."""
-    keys = office.administration.api_keys
+    keys = admin_server.administration.api_keys
     _, secret = await keys.create("one", Role.VIEWER)
-    (stored,) = await office.manager.store.transact(lambda transaction: transaction.principals())
-    await office.manager.store.transact(lambda transaction: transaction.delete_principal(stored.id))
-    await _until(lambda: _is_refused(office, secret))
+    (stored,) = await admin_server.manager.store.transact(lambda transaction: transaction.principals())
+    await admin_server.manager.store.transact(lambda transaction: transaction.delete_principal(stored.id))
+    await _until(lambda: _is_refused(admin_server, secret))
     again = replace(stored, id="f" * 16)
-    await office.manager.store.transact(lambda transaction: transaction.put_principal(again))
-    await _until(lambda: not _is_refused(office, secret))
+    await admin_server.manager.store.transact(lambda transaction: transaction.put_principal(again))
+    await _until(lambda: not _is_refused(admin_server, secret))
 
 
-def _is_refused(office: Office, secret: str) -> bool:
+def _is_refused(admin_server: AdminServer, secret: str) -> bool:
     try:
-        office.administration.api_keys.authenticate(secret, "x")
+        admin_server.administration.api_keys.authenticate(secret, "x")
     except UnauthenticatedError:
         return True
     return False
@@ -131,9 +131,9 @@ async def _until(condition: object) -> None:
             await anyio.sleep(0.01)
 
 
-async def test_a_key_stays_valid_while_keys_are_reloaded(office: Office) -> None:
+async def test_a_key_stays_valid_while_keys_are_reloaded(admin_server: AdminServer) -> None:
     """A regression: while any key was created or revoked, all keys were refused for a moment."""
-    keys = office.administration.api_keys
+    keys = admin_server.administration.api_keys
     _, secret = await keys.create("ci", Role.VIEWER)
     is_read = anyio.Event()
 
@@ -144,12 +144,12 @@ async def test_a_key_stays_valid_while_keys_are_reloaded(office: Office) -> None
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(refresh)
         while not is_read.is_set():
-            assert not _is_refused(office, secret)
+            assert not _is_refused(admin_server, secret)
             await anyio.lowlevel.checkpoint()
 
 
-async def test_uses_of_keys_are_stored_in_batches(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, store, written = office.administration.api_keys, office.manager.store, list[int]()
+async def test_uses_of_keys_are_stored_in_batches(admin_server: AdminServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, store, written = admin_server.administration.api_keys, admin_server.manager.store, list[int]()
     note = store.note_principals
 
     async def count(used: Mapping[str, tuple[float, str]]) -> None:
@@ -160,7 +160,7 @@ async def test_uses_of_keys_are_stored_in_batches(office: Office, monkeypatch: p
     _, secret = await keys.create("ci", Role.VIEWER)
 
     async def stored() -> Principal:
-        (found,) = await office.manager.store.transact(lambda transaction: transaction.principals())
+        (found,) = await admin_server.manager.store.transact(lambda transaction: transaction.principals())
         return found
 
     for _ in range(100):
@@ -183,7 +183,7 @@ def test_the_loopback_needs_no_tls(listen: str) -> None:
     assert AdminOptions(listen=listen).address is not None
 
 
-async def test_secrets_are_returned_only_when_requested(office: Office) -> None:
+async def test_secrets_are_returned_only_when_requested(admin_server: AdminServer) -> None:
     log = io.StringIO()
     handler = logging.StreamHandler(log)
     ours = logging.getLogger("siderolink")
@@ -192,7 +192,7 @@ async def test_secrets_are_returned_only_when_requested(office: Office) -> None:
     ours.setLevel(logging.DEBUG)
     told: list[str] = []
     try:
-        async with office.local() as local, office.remote() as remote:
+        async with admin_server.local() as local, admin_server.remote() as remote:
             keys, tokens = pb.ApiKeyServiceStub(local), pb.TokenServiceStub(local)
             key = (await keys.create_api_key(pb.CreateApiKeyRequest(name="k", role="admin"))).secret
             random = (await tokens.create_token(pb.CreateTokenRequest(name="t"))).secret
@@ -214,9 +214,9 @@ async def test_secrets_are_returned_only_when_requested(office: Office) -> None:
             async for chunk in pb.AuditServiceStub(remote).export_audit(pb.ExportAuditRequest(), metadata=bearer):
                 told += map(json.dumps, map(json.loads, chunk.data.decode().splitlines()))
             assert (await tokens.show_token_secret(pb.TokenRequest(name="u"))).secret == given
-        told.append(repr(office.administration.api_keys.__dict__))
-        told.append(repr(await office.manager.store.transact(lambda transaction: transaction.principals())))
-        told.append(repr(await office.administration.tokens.list()))
+        told.append(repr(admin_server.administration.api_keys.__dict__))
+        told.append(repr(await admin_server.manager.store.transact(lambda transaction: transaction.principals())))
+        told.append(repr(await admin_server.administration.tokens.list()))
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)

@@ -20,8 +20,8 @@ from siderolink.server.admin import forwards as forwards_module
 from siderolink.server.admin.forwards import RECEIVE_BUFFER_BYTES, UNSENT_BYTES, open_machine_port
 from siderolink.server.admin.services.forward import FORWARD
 from siderolink.server.store import Actor, AuditEntry, AuditQuery, Machine, Role
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.manager import FakeMachine
-from tests.support.office import Office, open_office
 
 pytestmark = pytest.mark.anyio
 
@@ -60,7 +60,7 @@ class Ports:
 
 @dataclass
 class Desk:
-    office: Office
+    admin_server: AdminServer
     ports: Ports
     machine: Machine
 
@@ -69,10 +69,10 @@ class Desk:
 async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
     ports = Ports.open()
     with ports.listener:
-        async with open_office(tmp_path, open_port=ports.connect) as office:
+        async with open_admin_server(tmp_path, open_port=ports.connect) as admin_server:
             machine = FakeMachine()
-            await office.manager.join(machine)
-            yield Desk(office, ports, await office.manager.row(machine))
+            await admin_server.manager.join(machine)
+            yield Desk(admin_server, ports, await admin_server.manager.row(machine))
 
 
 @dataclass
@@ -114,7 +114,7 @@ async def forwarded(
 @asynccontextmanager
 async def local(desk: Desk) -> AsyncIterator[GrpcChannel]:
     limits = Limits(stream_window_bytes=PIPE_WINDOW_BYTES)
-    async with open_channel(path=str(desk.office.path), limits=limits) as channel:
+    async with open_channel(path=str(desk.admin_server.path), limits=limits) as channel:
         yield channel
 
 
@@ -138,7 +138,7 @@ async def entries(desk: Desk, count: int) -> list[AuditEntry]:
     """The audit entries of forwards, oldest first, once there are this many."""
     with anyio.fail_after(20):
         while True:
-            page = await desk.office.administration.audit.page(AuditQuery(action="forward."))
+            page = await desk.admin_server.administration.audit.page(AuditQuery(action="forward."))
             if len(page.items) >= count:
                 return list(reversed(page.items))
             await anyio.sleep(0.01)
@@ -169,7 +169,7 @@ async def test_bytes_and_half_closes_pass_both_ways_and_start_and_end_are_audite
     assert float(str(told.pop("seconds"))) >= 0
     assert told == {"port": 50000, "to_machine_bytes": 8, "from_machine_bytes": 1 << 20, "outcome": "closed"}
     assert desk.ports.wanted == [(str(desk.machine.overlay_address), 50000)]
-    counters = desk.office.administration.forwards.counters()
+    counters = desk.admin_server.administration.forwards.counters()
     assert (counters.open, counters.opened, counters.held_bytes) == (0, 1, 0)
     assert (counters.to_machines, counters.from_machines) == (8, 1 << 20)
 
@@ -201,7 +201,7 @@ async def test_a_stalled_connection_holds_little_and_delays_no_other(desk: Desk)
     async with local(desk) as channel, forwarded(channel, desk.machine.id) as stalled:
         far = await desk.ports.accept()
         pushing = asyncio.create_task(loop.sock_sendall(stalled.near, bytes(64 << 20)))
-        forwards = desk.office.administration.forwards
+        forwards = desk.admin_server.administration.forwards
         for number in range(8):  # other forwards on the same connection are not affected
             async with forwarded(channel, desk.machine.id, 1000 + number) as other:
                 end = await desk.ports.accept()
@@ -232,7 +232,7 @@ async def test_a_caller_that_reads_nothing_stalls_only_its_own_connection(desk: 
                 sending = asyncio.create_task(loop.sock_sendall(end, bytes(2 << 20)))
                 assert await read_exactly(other.near, 2 << 20) == bytes(2 << 20)
                 await sending
-        assert desk.office.administration.forwards.counters().held_bytes <= HELD
+        assert desk.admin_server.administration.forwards.counters().held_bytes <= HELD
         with anyio.fail_after(20):
             while stalled.pipe.held < PIPE_WINDOW_BYTES - (32 << 10):
                 await anyio.sleep(0.01)
@@ -242,8 +242,8 @@ async def test_a_caller_that_reads_nothing_stalls_only_its_own_connection(desk: 
 
 
 async def test_only_admins_and_keys_with_a_grant_forward(desk: Desk) -> None:
-    keys = desk.office.administration.api_keys
-    forwards = desk.office.administration.forwards
+    keys = desk.admin_server.administration.api_keys
+    forwards = desk.admin_server.administration.forwards
     for role in (Role.VIEWER, Role.OPERATOR):
         with pytest.raises(ForbiddenError, match="role admin"):
             await forwards.check(desk.machine.id, 50000, actor=Actor(name="x", role=role))
@@ -253,7 +253,7 @@ async def test_only_admins_and_keys_with_a_grant_forward(desk: Desk) -> None:
         await forwards.check(desk.machine.id, 65536)
     _, secret = await keys.create("looks", Role.OPERATOR)
     metadata = {"authorization": f"Bearer {secret}"}
-    async with desk.office.remote() as channel, forwarded(channel, desk.machine.id, metadata=metadata) as carried:
+    async with desk.admin_server.remote() as channel, forwarded(channel, desk.machine.id, metadata=metadata) as carried:
         with pytest.raises(GRPCError) as caught:
             await asyncio.wait_for(carried.done, 20)
         assert caught.value.status is Status.PERMISSION_DENIED
@@ -265,7 +265,7 @@ async def test_only_admins_and_keys_with_a_grant_forward(desk: Desk) -> None:
 
 async def test_a_key_with_a_grant_reaches_that_machine_and_port_alone(desk: Desk) -> None:
     other = FakeMachine()
-    await desk.office.manager.join(other)
+    await desk.admin_server.manager.join(other)
     async with local(desk) as channel:
         stub = pb.ApiKeyServiceStub(channel)
         named = pb.CreateApiKeyRequest(name="ci", role="viewer", forward=[f"{desk.machine.node_uuid}:50000"])
@@ -279,14 +279,14 @@ async def test_a_key_with_a_grant_reaches_that_machine_and_port_alone(desk: Desk
             assert caught.value.status is status
         every = await stub.create_api_key(pb.CreateApiKeyRequest(name="all", role="operator", forward=[desk.machine.id]))
     metadata = {"authorization": f"Bearer {made.secret}"}
-    async with desk.office.remote() as channel:
+    async with desk.admin_server.remote() as channel:
         forwards = pb.ForwardServiceStub(channel)
         # the grant does not apply to another machine that gets the name later
-        await desk.office.administration.machines.rename(desk.machine.id, "edge")
+        await desk.admin_server.administration.machines.rename(desk.machine.id, "edge")
         target = await forwards.check_forward(pb.ForwardRequest(machine="edge", port=50000), metadata=metadata)
         assert (target.machine_id, target.name) == (desk.machine.id, "edge")
-        await desk.office.administration.machines.rename(desk.machine.id, "")
-        await desk.office.administration.machines.rename(other.node_uuid, "edge")
+        await desk.admin_server.administration.machines.rename(desk.machine.id, "")
+        await desk.admin_server.administration.machines.rename(other.node_uuid, "edge")
         for machine, port in (("edge", 50000), (desk.machine.id, 22), ("nobody", 50000)):
             with pytest.raises(GRPCError) as caught:
                 await forwards.check_forward(pb.ForwardRequest(machine=machine, port=port), metadata=metadata)
@@ -302,9 +302,9 @@ async def test_a_key_with_a_grant_reaches_that_machine_and_port_alone(desk: Desk
 
 async def test_a_key_with_a_grant_cannot_use_up_all_forwards(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwards_module, "MAX_FORWARDS_BY_GRANT", 2)
-    secret = (await desk.office.administration.api_keys.create("ci", Role.VIEWER, forward=[desk.machine.id]))[1]
+    secret = (await desk.admin_server.administration.api_keys.create("ci", Role.VIEWER, forward=[desk.machine.id]))[1]
     metadata = {"authorization": f"Bearer {secret}"}
-    async with desk.office.remote() as channel, local(desk) as admin, AsyncExitStack() as stack:
+    async with desk.admin_server.remote() as channel, local(desk) as admin, AsyncExitStack() as stack:
         for _ in range(2):
             await stack.enter_async_context(forwarded(channel, desk.machine.id, metadata=metadata))
             stack.enter_context(await desk.ports.accept())
@@ -315,7 +315,7 @@ async def test_a_key_with_a_grant_cannot_use_up_all_forwards(desk: Desk, monkeyp
         for _ in range(3):
             await stack.enter_async_context(forwarded(admin, desk.machine.id))
             stack.enter_context(await desk.ports.accept())
-    assert desk.office.administration.forwards.counters().refusals == {"too many": 1}
+    assert desk.admin_server.administration.forwards.counters().refusals == {"too many": 1}
 
 
 async def test_socket_buffers_are_small_and_the_servers_own_address_is_refused(
@@ -337,10 +337,10 @@ async def test_socket_buffers_are_small_and_the_servers_own_address_is_refused(
 
 
 async def test_a_connection_ends_with_its_key_and_with_its_machine(desk: Desk) -> None:
-    keys = desk.office.administration.api_keys
+    keys = desk.admin_server.administration.api_keys
     _, secret = await keys.create("admin", Role.ADMIN)
     metadata = {"authorization": f"Bearer {secret}"}
-    async with desk.office.remote() as channel, forwarded(channel, desk.machine.id, metadata=metadata) as carried:
+    async with desk.admin_server.remote() as channel, forwarded(channel, desk.machine.id, metadata=metadata) as carried:
         with await desk.ports.accept() as far:
             await keys.revoke("admin")
             with pytest.raises(GRPCError) as caught:
@@ -350,7 +350,7 @@ async def test_a_connection_ends_with_its_key_and_with_its_machine(desk: Desk) -
                 await asyncio.wait_for(asyncio.get_running_loop().sock_recv(far, 1), 20)
     async with local(desk) as channel, forwarded(channel, desk.machine.id) as carried:
         with await desk.ports.accept():
-            await desk.office.administration.machines.remove(desk.machine.id)
+            await desk.admin_server.administration.machines.remove(desk.machine.id)
             with pytest.raises(GRPCError) as caught:
                 await asyncio.wait_for(carried.done, 20)
             assert "removed or denied" in (caught.value.message or "")
@@ -364,7 +364,7 @@ async def test_a_closed_port_is_reported(desk: Desk) -> None:
         assert caught.value.status is Status.FAILED_PRECONDITION
     closed = (await entries(desk, 2))[1]
     assert closed.after["outcome"] == f"nothing listens at port 22 of {desk.machine.shown_name}"
-    assert desk.office.administration.forwards.counters().refusals == {"port closed": 1}
+    assert desk.admin_server.administration.forwards.counters().refusals == {"port closed": 1}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from grpclib.const import Handler
 
 from siderolink.common.grpc import ByteStream, GrpcChannel, GRPCError, Status
 from siderolink.common.protobuf_wire import BYTES, VARINT, encode_varint
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.api import Raw
-from tests.support.office import Office, open_office
 from tests.support.stores import opened
 
 pytestmark = pytest.mark.anyio
@@ -21,9 +21,9 @@ NUL = "a\0b"
 
 
 @pytest.fixture(params=["sql", "postgres"])
-async def office(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Office]:
-    async with opened(request.param) as store, open_office(tmp_path, store) as office:
-        yield office
+async def admin_server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[AdminServer]:
+    async with opened(request.param) as store, open_admin_server(tmp_path, store) as admin_server:
+        yield admin_server
 
 
 def field(number: int, value: int | bytes) -> bytes:
@@ -78,10 +78,12 @@ async def status_of(channel: GrpcChannel, path: str, handler: Handler, data: byt
 
 
 @pytest.mark.parametrize("hostile", [of_another_type, with_nul])
-async def test_every_method_refuses_invalid_requests(office: Office, caplog: pytest.LogCaptureFixture, hostile: Any) -> None:
+async def test_every_method_refuses_invalid_requests(
+    admin_server: AdminServer, caplog: pytest.LogCaptureFixture, hostile: Any
+) -> None:
     count = 0
-    async with office.local() as channel:
-        for service in office.services:
+    async with admin_server.local() as channel:
+        for service in admin_server.services:
             for path, handler in service.__mapping__().items():
                 for data in () if handler.request_type is ByteStream else hostile(handler.request_type):
                     assert await status_of(channel, path, handler, data) is Status.INVALID_ARGUMENT, (path, data)

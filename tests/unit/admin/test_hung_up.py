@@ -18,8 +18,8 @@ from siderolink.server.reporting import KeepOptions, LogLine, ReportOptions, Rep
 from siderolink.server.reporting.archive import Archive
 from siderolink.server.reporting.ingest import ReportIngest
 from siderolink.server.store import Actor, AuditQuery, HistoryQuery
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.manager import FakeMachine
-from tests.support.office import Office, open_office
 from tests.support.stores import opened
 from tests.unit.admin.test_matrix import PREFIX, ROWS
 
@@ -65,20 +65,20 @@ class HangingUp:
 
 
 @asynccontextmanager
-async def busy_office(folder: Path, kind: str) -> AsyncIterator[tuple[Office, str]]:
+async def busy_admin_server(folder: Path, kind: str) -> AsyncIterator[tuple[AdminServer, str]]:
     """With a machine, its history and its log lines; and the machine's UUID."""
     archive = Archive(KeepOptions(folder=folder / "reports", max_age=1e12, write_after=0.0))
     archive.open()
     reports = Reports(ReportIngest(ReportOptions(), lambda address: None), archive)
-    async with opened(kind) as store, open_office(folder, store, reports=reports) as office:
+    async with opened(kind) as store, open_admin_server(folder, store, reports=reports) as admin_server:
         machine = FakeMachine()
-        await office.manager.join(machine)
-        await office.manager.handshake(machine)
-        row = await office.manager.row(machine)
+        await admin_server.manager.join(machine)
+        await admin_server.manager.handshake(machine)
+        row = await admin_server.manager.row(machine)
         for number in range(3000):
             archive.add(LogLine(machine=row, received_at=float(number), raw=b"<6>1,%d,1,-;line" % number))
         try:
-            yield office, machine.node_uuid
+            yield admin_server, machine.node_uuid
         finally:
             archive.close()
 
@@ -115,8 +115,8 @@ async def test_the_server_goes_on_after_callers_disconnect_in_any_call(
     faults: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: faults.append(context))
     caplog.set_level(logging.WARNING)
-    async with busy_office(tmp_path, kind) as (office, node_uuid):
-        async with grpc.aio.insecure_channel(f"unix:{office.path}") as channel:
+    async with busy_admin_server(tmp_path, kind) as (admin_server, node_uuid):
+        async with grpc.aio.insecure_channel(f"unix:{admin_server.path}") as channel:
             await channel.channel_ready()
             last = ("MachineService/DenyMachine", "MachineService/RemoveMachine")
             for name in (*(name for name in ROWS if name not in last), *last):
@@ -124,25 +124,27 @@ async def test_the_server_goes_on_after_callers_disconnect_in_any_call(
                     hanging_up.point = point
                     await call_and_leave(channel, name, request_for(name, node_uuid, number))
             hanging_up.point = None
-            await still_works(channel, office)
+            await still_works(channel, admin_server)
         assert hanging_up.ended > 5 * len(ROWS), "most calls were ended amid their work"
         assert faults == []
         assert [record.getMessage() for record in caplog.records if record.name.startswith("siderolink")] == []
         # changes were audited and took effect at once
-        made = await office.administration.audit.page(AuditQuery(action="token.create", limit=100))
-        names = [status.token.name for status in await office.administration.tokens.list(limit=100)]
+        made = await admin_server.administration.audit.page(AuditQuery(action="token.create", limit=100))
+        names = [status.token.name for status in await admin_server.administration.tokens.list(limit=100)]
         assert sorted(entry.object_name for entry in made.items) == sorted(name for name in names if name != "given")
-        seen = [(one.machine_id, one.kind, one.at) for one in await office.manager.store.history(HistoryQuery(after_seq=0))]
+        seen = [
+            (one.machine_id, one.kind, one.at) for one in await admin_server.manager.store.history(HistoryQuery(after_seq=0))
+        ]
         assert len(seen) == len(set(seen)), "no entry of the history is written twice"
 
 
-async def still_works(channel: grpc.aio.Channel, office: Office) -> None:
+async def still_works(channel: grpc.aio.Channel, admin_server: AdminServer) -> None:
     """The server answers, by its store too, and a machine can join."""
     call = channel.unary_unary(PREFIX + "TokenService/ListTokens")
     with anyio.fail_after(20):
         answer = pb.ListTokensResponse.parse(await call(bytes(pb.ListTokensRequest())))
         assert any(token.is_given for token in answer.tokens)
-        await office.administration.audit.page()
+        await admin_server.administration.audit.page()
         machine = FakeMachine()
-        await office.manager.join(machine)
-        await office.manager.handshake(machine)
+        await admin_server.manager.join(machine)
+        await admin_server.manager.handshake(machine)

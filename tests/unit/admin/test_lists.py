@@ -21,7 +21,7 @@ from siderolink.server.admin.machines import SORTS
 from siderolink.server.admin.names import check_name, check_note
 from siderolink.server.reporting import MachineEvent
 from siderolink.server.store import Machine, Transaction
-from tests.support.office import Office, open_office
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
@@ -45,25 +45,25 @@ def machine(number: int) -> Machine:
     )
 
 
-async def fill(office: Office, count: int = COUNT) -> None:
+async def fill(admin_server: AdminServer, count: int = COUNT) -> None:
     async def work(transaction: Transaction) -> None:
         for number in range(count):
             await transaction.insert(machine(number))
 
-    await office.manager.store.transact(work)
-    await office.manager.reconciler.load()
+    await admin_server.manager.store.transact(work)
+    await admin_server.manager.reconciler.load()
 
 
 @pytest.fixture(params=KINDS)
-async def office(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Office]:
-    async with opened(request.param) as store, open_office(tmp_path, store) as office:
-        await fill(office)
-        yield office
+async def admin_server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[AdminServer]:
+    async with opened(request.param) as store, open_admin_server(tmp_path, store) as admin_server:
+        await fill(admin_server)
+        yield admin_server
 
 
 @pytest.mark.parametrize("sort", ["", *SORTS, *(f"-{name}" for name in SORTS)])
-async def test_all_pages_together_contain_each_item_once(office: Office, sort: str) -> None:
-    async with office.local() as local:
+async def test_all_pages_together_contain_each_item_once(admin_server: AdminServer, sort: str) -> None:
+    async with admin_server.local() as local:
         stub = pb.MachineServiceStub(local)
         whole = await stub.list_machines(pb.ListMachinesRequest(page_size=1000, sort=sort))
         found, token = list[str](), ""
@@ -78,15 +78,17 @@ async def test_all_pages_together_contain_each_item_once(office: Office, sort: s
     assert sorted(found) == [f"{number:016x}" for number in range(COUNT)]
 
 
-async def test_versions_are_sorted_as_numbers(office: Office) -> None:
-    async with office.local() as local:
+async def test_versions_are_sorted_as_numbers(admin_server: AdminServer) -> None:
+    async with admin_server.local() as local:
         page = await pb.MachineServiceStub(local).list_machines(pb.ListMachinesRequest(sort="-version", page_size=1))
     assert page.machines[0].talos_version == "v1.10.0"
 
 
-async def test_a_long_answer_is_cut_into_pages_and_encoded_in_parts(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    await office.manager.store.transact(lambda transaction: more(transaction))
-    await office.manager.reconciler.load()
+async def test_a_long_answer_is_cut_into_pages_and_encoded_in_parts(
+    admin_server: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await admin_server.manager.store.transact(lambda transaction: more(transaction))
+    await admin_server.manager.reconciler.load()
     encode = pb.Machine.__bytes__
     counts: list[int] = []
     turn = 0
@@ -102,7 +104,7 @@ async def test_a_long_answer_is_cut_into_pages_and_encoded_in_parts(office: Offi
             await asyncio.sleep(0)
 
     monkeypatch.setattr(pb.Machine, "__bytes__", counted)
-    async with office.local() as channel:
+    async with admin_server.local() as channel:
         task = asyncio.create_task(turning())
         page = await pb.MachineServiceStub(channel).list_machines(pb.ListMachinesRequest(page_size=1000))
         task.cancel()
@@ -135,8 +137,8 @@ async def more(transaction: Transaction) -> None:
         pb.ListMachinesRequest(filter=pb.MachineFilter(selector="\0=\n")),
     ],
 )
-async def test_invalid_requests_are_refused_in_one_line(office: Office, request_: pb.ListMachinesRequest) -> None:
-    async with office.local() as local:
+async def test_invalid_requests_are_refused_in_one_line(admin_server: AdminServer, request_: pb.ListMachinesRequest) -> None:
+    async with admin_server.local() as local:
         with pytest.raises(GRPCError) as caught:
             await pb.MachineServiceStub(local).list_machines(request_)
     assert caught.value.status is Status.INVALID_ARGUMENT
@@ -194,17 +196,17 @@ def test_invalid_names_are_refused(name: str) -> None:
         check_name(name)
 
 
-async def test_a_machine_is_found_by_its_reported_hostname(office: Office) -> None:
+async def test_a_machine_is_found_by_its_reported_hostname(admin_server: AdminServer) -> None:
     told = ["Edge-7.example.com", "bad name", "", "x" * 300, "\u202eevil"]
-    link = office.manager.links.get(machine(3).id)
+    link = admin_server.manager.links.get(machine(3).id)
     assert link is not None
     for name in told:
         packed = pack_event(AddressEvent(hostname=name))
         event = MachineEvent(
             machine=link.machine, received_at=1.0, id="e", actor_id="", type_url=packed.type_url, data=packed.value
         )
-        office.administration.hostnames.note(event)
-    async with office.local() as local:
+        admin_server.administration.hostnames.note(event)
+    async with admin_server.local() as local:
         stub = pb.MachineServiceStub(local)
         page = await stub.list_machines(pb.ListMachinesRequest(filter=pb.MachineFilter(text="EDGE-7.ex")))
         assert [(one.id, one.hostname, one.name) for one in page.machines] == [

@@ -16,8 +16,8 @@ from siderolink.common.pb.storage import Disk, Disks, DisksResponse, StorageServ
 from siderolink.common.pb.talos.resource.definitions.network import HostnameStatusSpec, NodeAddressSpec
 from siderolink.common.pb.talos.resource.definitions.runtime import MachineStatusSpec, MachineStatusStatus, UnmetCondition
 from siderolink.server.admin.machine_answers import MachineDisk, query_machine
+from tests.support.admin_server import open_admin_server
 from tests.support.manager import FakeMachine
-from tests.support.office import open_office
 
 pytestmark = pytest.mark.anyio
 HOSTILE = "<script>\x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}" + "x" * 10_000
@@ -110,8 +110,8 @@ async def test_a_too_long_answer_ends_the_query() -> None:
 
 
 async def test_a_machine_without_a_link_is_not_queried(tmp_path: Path) -> None:
-    async with open_office(tmp_path) as office:
+    async with open_admin_server(tmp_path) as admin_server:
         machine = FakeMachine()
-        await office.manager.join(machine)
+        await admin_server.manager.join(machine)
         with pytest.raises(SideroLinkError, match="link is not up"):
-            await office.administration.answers.query(machine.node_uuid)
+            await admin_server.administration.answers.query(machine.node_uuid)

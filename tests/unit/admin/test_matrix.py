@@ -15,7 +15,7 @@ import pytest
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server.admin.services import admin_services
 from siderolink.server.store import Role
-from tests.support.office import Office, open_office
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.relay import relayed
 from tests.support.stores import KINDS, opened
 
@@ -99,11 +99,11 @@ def test_every_call_has_a_row() -> None:
 
 
 @asynccontextmanager
-async def served(kind: str) -> AsyncIterator[Office]:
+async def served(kind: str) -> AsyncIterator[AdminServer]:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        async with opened(kind) as store, open_office(Path(folder), store, group=GROUP) as office:
-            yield office
+        async with opened(kind) as store, open_admin_server(Path(folder), store, group=GROUP) as admin_server:
+            yield admin_server
 
 
 async def outcome(channel: grpc.aio.Channel, name: str, metadata: list[tuple[str, str]]) -> grpc.StatusCode:
@@ -151,11 +151,11 @@ async def check(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("role", [*Role, None])
 async def test_each_role_remotely(role: Role | None, kind: str) -> None:
-    async with served(kind) as office, grpc.aio.insecure_channel(f"127.0.0.1:{office.port}") as channel:
+    async with served(kind) as admin_server, grpc.aio.insecure_channel(f"127.0.0.1:{admin_server.port}") as channel:
         metadata: list[tuple[str, str]] = []
         refusal = grpc.StatusCode.UNAUTHENTICATED
         if role is not None:
-            _, secret = await office.administration.api_keys.create("me", role)
+            _, secret = await admin_server.administration.api_keys.create("me", role)
             metadata.append(("authorization", f"Bearer {secret}"))
             refusal = grpc.StatusCode.PERMISSION_DENIED
         await check(channel, role, metadata, refusal)
@@ -165,8 +165,8 @@ async def test_each_role_remotely(role: Role | None, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("role", [ADMIN, VIEWER, None])
 async def test_each_role_on_the_local_socket(role: Role | None, kind: str) -> None:
-    async with served(kind) as office:
-        path = office.path
+    async with served(kind) as admin_server:
+        path = admin_server.path
         if role is ADMIN:
             async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
                 await check(channel, role, [], grpc.StatusCode.PERMISSION_DENIED)

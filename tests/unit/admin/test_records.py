@@ -14,36 +14,36 @@ from siderolink.server import KeepOptions, ReportOptions
 from siderolink.server.reporting.archive import Archive
 from siderolink.server.reporting.ingest import ReportIngest
 from siderolink.server.reporting.reports import Reports
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.manager import FakeMachine
-from tests.support.office import Office, open_office
 from tests.unit.reporting.test_archive import event, line
 
 pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def reporting(folder: Path) -> AsyncIterator[tuple[Office, Archive, ReportIngest, FakeMachine]]:
+async def reporting(folder: Path) -> AsyncIterator[tuple[AdminServer, Archive, ReportIngest, FakeMachine]]:
     """A server that keeps what one machine reports."""
     archive = Archive(KeepOptions(folder=folder / "kept", max_age=1e12))
     archive.open()
     try:
         ingest = ReportIngest(ReportOptions(), lambda address: None)
         ingest.keep = archive.add
-        async with open_office(folder, reports=Reports(ingest, archive)) as office:
+        async with open_admin_server(folder, reports=Reports(ingest, archive)) as admin_server:
             machine = FakeMachine()
-            await office.manager.join(machine)
-            await office.manager.handshake(machine)
-            yield office, archive, ingest, machine
+            await admin_server.manager.join(machine)
+            await admin_server.manager.handshake(machine)
+            yield admin_server, archive, ingest, machine
     finally:
         archive.close()
 
 
 async def test_the_history_is_listed_in_pages_for_one_machine_and_for_all(tmp_path: Path) -> None:
-    async with reporting(tmp_path) as (office, _, _, machine), office.local() as channel:
-        await office.manager.join(FakeMachine())
-        await office.manager.refuses(machine, join_token="wrong")
-        row = await office.manager.row(machine)
-        await office.administration.machines.rename(row.id, "berlin-7")
+    async with reporting(tmp_path) as (admin_server, _, _, machine), admin_server.local() as channel:
+        await admin_server.manager.join(FakeMachine())
+        await admin_server.manager.refuses(machine, join_token="wrong")
+        row = await admin_server.manager.row(machine)
+        await admin_server.administration.machines.rename(row.id, "berlin-7")
         stub = pb.HistoryServiceStub(channel)
         for name in (row.id, machine.node_uuid, machine.node_uuid.upper(), "berlin-7", machine.key.encode()):
             found = (await stub.list_history(pb.ListHistoryRequest(machine=name))).entries
@@ -70,8 +70,8 @@ async def test_the_history_is_listed_in_pages_for_one_machine_and_for_all(tmp_pa
 
 
 async def test_logs_and_events_are_searched_and_followed(tmp_path: Path) -> None:
-    async with reporting(tmp_path) as (office, archive, ingest, machine), office.local() as channel:
-        row = await office.manager.row(machine)
+    async with reporting(tmp_path) as (admin_server, archive, ingest, machine), admin_server.local() as channel:
+        row = await admin_server.manager.row(machine)
         for number in range(10):
             archive.add(line(f"number {number}", number, of=row))
         archive.add(event("boot", of=row))
@@ -102,10 +102,10 @@ async def test_logs_and_events_are_searched_and_followed(tmp_path: Path) -> None
 
 
 async def test_a_machine_that_is_gone_is_found_until_its_records_are_deleted_which_is_audited(tmp_path: Path) -> None:
-    async with reporting(tmp_path) as (office, archive, _, machine), office.local() as channel:
-        row = await office.manager.row(machine)
+    async with reporting(tmp_path) as (admin_server, archive, _, machine), admin_server.local() as channel:
+        row = await admin_server.manager.row(machine)
         archive.add(line("last words", of=row))
-        await office.administration.machines.remove(row.id)
+        await admin_server.administration.machines.remove(row.id)
         stub = pb.HistoryServiceStub(channel)
         for name in (row.id, machine.node_uuid):
             found = await stub.list_history(pb.ListHistoryRequest(machine=name))
@@ -124,9 +124,9 @@ async def test_a_machine_that_is_gone_is_found_until_its_records_are_deleted_whi
 
 
 async def test_old_records_are_deleted_and_the_kept_size_is_reported(tmp_path: Path) -> None:
-    async with reporting(tmp_path) as (office, archive, _, machine), office.local() as channel:
-        row, other = await office.manager.row(machine), FakeMachine()
-        await office.manager.join(other)
+    async with reporting(tmp_path) as (admin_server, archive, _, machine), admin_server.local() as channel:
+        row, other = await admin_server.manager.row(machine), FakeMachine()
+        await admin_server.manager.join(other)
         archive.add(line("old", 5.0, of=row))
         archive.add(line("new", time.time(), of=row))
         stub = pb.HistoryServiceStub(channel)
@@ -152,11 +152,11 @@ async def test_old_records_are_deleted_and_the_kept_size_is_reported(tmp_path: P
 
 
 async def test_a_viewer_may_read_records_but_not_delete_them(tmp_path: Path) -> None:
-    async with reporting(tmp_path) as (office, _, _, machine):
-        async with office.local() as local:
+    async with reporting(tmp_path) as (admin_server, _, _, machine):
+        async with admin_server.local() as local:
             request = pb.CreateApiKeyRequest(name="viewer", role="viewer")
             key = (await pb.ApiKeyServiceStub(local).create_api_key(request)).secret
-        async with office.remote() as channel:
+        async with admin_server.remote() as channel:
             stub = pb.HistoryServiceStub(channel, metadata={"authorization": f"Bearer {key}"})
             assert (await stub.list_history(pb.ListHistoryRequest(machine=machine.node_uuid))).entries
             with pytest.raises(GRPCError) as refused:

@@ -34,7 +34,7 @@ class Relay:
     channel: GrpcChannel
 
     def counters(self, server: Sibling) -> ForwardCounters:
-        return server.office.administration.forwards.counters().with_relayed(server.peers.forwards)
+        return server.admin_server.administration.forwards.counters().with_relayed(server.peers.forwards)
 
     def open_and_relayed(self) -> list[tuple[int, int]]:
         return [(one.open, one.relayed) for one in map(self.counters, (self.a, self.b))]
@@ -55,7 +55,7 @@ async def relay(tmp_path: Path) -> AsyncIterator[Relay]:
             machine_id = await a.join(FakeMachine())
             await b.knows(machine_id)
             limits = Limits(stream_window_bytes=PIPE_WINDOW_BYTES)
-            async with open_channel(path=str(b.office.path), limits=limits) as channel:
+            async with open_channel(path=str(b.admin_server.path), limits=limits) as channel:
                 yield Relay(a, b, ports, machine_id, channel)
 
 
@@ -136,11 +136,11 @@ async def test_a_key_with_grants_at_several_servers_cannot_use_up_all_forwards(
         c = await stack.enter_async_context(open_sibling(tmp_path, "c", relay.a.registry, open_port=relay.ports.connect))
         other = await c.join(FakeMachine())
         await relay.b.knows(other)
-        keys, grants = relay.b.office.administration.api_keys, [relay.machine_id, other]
+        keys, grants = relay.b.admin_server.administration.api_keys, [relay.machine_id, other]
         ci, cd = [
             {"authorization": f"Bearer {(await keys.create(name, Role.VIEWER, forward=grants))[1]}"} for name in ("ci", "cd")
         ]
-        channel = await stack.enter_async_context(relay.b.office.remote())
+        channel = await stack.enter_async_context(relay.b.admin_server.remote())
         for machine in grants:
             await open_one(channel, machine, ci)
         # each owner has one grant and would open a second forward

@@ -126,7 +126,7 @@ async def test_machines_of_another_server_have_the_state_that_it_reports(tmp_pat
         here, there = FakeMachine(), FakeMachine()
         mine, its = await b.join(here), await a.join(there)
         await b.knows(its)
-        async with b.office.local() as channel:
+        async with b.admin_server.local() as channel:
             machines = pb.MachineServiceStub(channel)
             up = await machines.list_machines(pb.ListMachinesRequest(filter=pb.MachineFilter(states=["up"])))
             assert {one.id for one in up.machines} == {mine, its}
@@ -135,8 +135,8 @@ async def test_machines_of_another_server_have_the_state_that_it_reports(tmp_pat
             assert {one.link for one in seen.machines} == {"up"}
             known = [one async for one in machines.watch_machines(pb.WatchMachinesRequest())]
             assert {one.machine.link for one in known if one.machine is not None} == {"up"}
-            a.office.manager.device.beyond_limits[there.key] = (0, 5)
-            await a.office.administration.limits.poll()
+            a.admin_server.manager.device.beyond_limits[there.key] = (0, 5)
+            await a.admin_server.administration.limits.poll()
             assert (await b.get(its)).limits_biting == ["bandwidth_out"]
             a.die()
             await anyio.sleep(1.1)  # how old the answer of the others may be
@@ -148,9 +148,9 @@ async def test_a_call_about_a_machine_is_made_at_its_owner_and_audited_for_the_c
     async with two(tmp_path) as (a, b):
         machine_id = await a.join(FakeMachine())
         await b.knows(machine_id)
-        _, secret = await b.office.administration.api_keys.create("ops", Role.OPERATOR)
-        _, weak = await b.office.administration.api_keys.create("look", Role.VIEWER)
-        async with b.office.remote() as remote:
+        _, secret = await b.admin_server.administration.api_keys.create("ops", Role.OPERATOR)
+        _, weak = await b.admin_server.administration.api_keys.create("look", Role.VIEWER)
+        async with b.admin_server.remote() as remote:
             machines = pb.MachineServiceStub(remote)
             renamed = await machines.rename_machine(
                 pb.RenameMachineRequest(name=machine_id, new_name="berlin"), metadata=bearer(secret)
@@ -159,12 +159,12 @@ async def test_a_call_about_a_machine_is_made_at_its_owner_and_audited_for_the_c
             with pytest.raises(GRPCError) as refused:
                 await machines.rename_machine(pb.RenameMachineRequest(name="berlin", new_name="x"), metadata=bearer(weak))
             assert refused.value.status is Status.PERMISSION_DENIED
-        (entry, *_) = (await a.office.administration.audit.page()).items
+        (entry, *_) = (await a.admin_server.administration.audit.page()).items
         assert (entry.action, entry.actor.name, entry.actor.role) == ("machine.rename", "ops", Role.OPERATOR)
         assert entry.actor.source == "127.0.0.1 by server b"
         local = await b.get("berlin")
         assert local.link == "up"
-        await b.office.administration.machines.deny("berlin")
+        await b.admin_server.administration.machines.deny("berlin")
         assert (await b.get("berlin")).admission == "denied"
 
 
@@ -172,9 +172,9 @@ async def test_the_owner_refuses_an_unknown_key_and_ends_the_calls_of_a_revoked_
     async with two(tmp_path) as (a, b):
         machine_id = await a.join(FakeMachine())
         await b.knows(machine_id)
-        keys = b.office.administration.api_keys
+        keys = b.admin_server.administration.api_keys
         _, secret = await keys.create("ops", Role.VIEWER)
-        async with b.office.remote() as remote:
+        async with b.admin_server.remote() as remote:
             events = pb.EventServiceStub(remote).follow_events(pb.FollowEventsRequest(), metadata=bearer(secret))
             waiting = anyio.Event()
 
@@ -188,7 +188,7 @@ async def test_the_owner_refuses_an_unknown_key_and_ends_the_calls_of_a_revoked_
                 tasks.start_soon(follow)
                 with anyio.fail_after(20):
                     while not waiting.is_set():
-                        await a.office.manager.join(FakeMachine())  # which only A tells
+                        await a.admin_server.manager.join(FakeMachine())  # which only A tells
                         await anyio.sleep(0.05)
                     await keys.revoke("ops")
 
@@ -240,10 +240,10 @@ async def test_lines_kept_by_all_servers_are_merged_and_deleted_everywhere(tmp_p
         machine = FakeMachine()
         machine_id = await a.join(machine)
         await b.knows(machine_id)
-        row = await a.office.manager.row(machine)
+        row = await a.admin_server.manager.row(machine)
         for number in range(10):
             kept[number % 2][0].add(line(f"number {number}", number, of=row))
-        async with b.office.local() as channel:
+        async with b.admin_server.local() as channel:
             history = pb.HistoryServiceStub(channel)
 
             async def shown(**wanted: object) -> list[str]:
@@ -277,7 +277,7 @@ async def test_a_malformed_forward_is_refused_by_the_first_server(tmp_path: Path
         here, there = await b.join(FakeMachine()), await a.join(FakeMachine())
         await b.knows(there)
         bad_prefix = b"\x01\0\0\0\x01x"
-        async with b.office.local() as channel:
+        async with b.admin_server.local() as channel:
             for sent in (
                 framed(b"\x08\x05\x10\x50"),  # the machine is a number instead of a name
                 framed(bytes(pb.ForwardRequest(machine="a\0b", port=1))),

@@ -111,7 +111,7 @@ async def test_too_long_or_incomplete_requests_are_refused(tmp_path: Path) -> No
         ):
             said = await raw(stage, head)
             assert not said or said.split()[1].startswith(wanted), (head[:80], said)
-        assert (await stage.office.administration.bans.page()).total == 0
+        assert (await stage.admin_server.administration.bans.page()).total == 0
 
 
 async def test_text_of_machines_and_users_is_escaped_in_one_line(tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ async def test_text_of_machines_and_users_is_escaped_in_one_line(tmp_path: Path)
         async def work(transaction: Transaction) -> None:
             await transaction.insert(hostile)
 
-        await stage.office.manager.store.transact(work)
-        await stage.office.manager.reconciler.load()
+        await stage.admin_server.manager.store.transact(work)
+        await stage.admin_server.manager.reconciler.load()
         for path in ("/machines", f"/machines/{hostile.id}"):
             with anyio.fail_after(60):
                 while "&lt;img src=x" not in (text := (await browser.get(path)).text):
@@ -156,7 +156,7 @@ async def following(stage: Stage, browser: Browser) -> AsyncIterator[SocketStrea
 async def test_a_stream_ends_with_its_key_or_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setattr(siderolink.web.live, "EVERY", 0.05)
     async with page(tmp_path) as stage:
-        key, secret = await stage.office.administration.api_keys.create("short", Role.OPERATOR)
+        key, secret = await stage.admin_server.administration.api_keys.create("short", Role.OPERATOR)
         browser = Browser(stage.port)
         await browser.sign_in(secret)
 
@@ -165,9 +165,9 @@ async def test_a_stream_ends_with_its_key_or_role(tmp_path: Path, monkeypatch: p
 
         async with following(stage, browser) as stream:
             if end == "key":
-                await stage.office.administration.api_keys.revoke("short")
+                await stage.admin_server.administration.api_keys.revoke("short")
             else:
-                await stage.office.manager.store.transact(work)
+                await stage.admin_server.manager.store.transact(work)
             said = b""
             with anyio.fail_after(60):
                 while b"signed-out" not in said:

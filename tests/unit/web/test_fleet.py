@@ -24,7 +24,7 @@ from siderolink.server.store import Machine, MachineAdmission, Transaction
 from siderolink.web.api import ServerAwayError
 from siderolink.web.fleet import ORDERS, PAGE_SIZE, Fleet, Found, Query
 from siderolink.web.live import ROW_BYTES, SentRows
-from tests.support.office import Office, open_office
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.unit.web.test_site import page
 
 pytestmark = pytest.mark.anyio
@@ -51,21 +51,21 @@ def machine(number: int) -> Machine:
     )
 
 
-async def fill(office: Office) -> None:
+async def fill(admin_server: AdminServer) -> None:
     async def work(transaction: Transaction) -> None:
         for number in range(COUNT):
             await transaction.insert(machine(number))
 
-    await office.manager.store.transact(work)
-    await office.manager.reconciler.load()
+    await admin_server.manager.store.transact(work)
+    await admin_server.manager.reconciler.load()
 
 
-async def look(office: Office, follower: Follower) -> pb.MachinesPart:
+async def look(admin_server: AdminServer, follower: Follower) -> pb.MachinesPart:
     """All parts of one poll, merged."""
     whole = pb.MachinesPart()
     async for part in follower.changes():
         assert len(part.machines) <= 20
-        whole.machines += await machine_messages(office.administration, part.machines)
+        whole.machines += await machine_messages(admin_server.administration, part.machines)
         whole.links += [
             pb.LinkChange(id=one.machine.id, link=str(one.state), limits_biting=list(one.limits_biting)) for one in part.links
         ]
@@ -77,62 +77,62 @@ async def look(office: Office, follower: Follower) -> pb.MachinesPart:
 
 
 async def test_a_follower_gets_everything_and_then_changes(tmp_path: Path) -> None:
-    async with open_office(tmp_path) as office:
-        await fill(office)
-        with office.administration.followers.register() as follower:
+    async with open_admin_server(tmp_path) as admin_server:
+        await fill(admin_server)
+        with admin_server.administration.followers.register() as follower:
             assert follower is not None
-            assert len((await look(office, follower)).machines) == COUNT
-            assert await look(office, follower) == pb.MachinesPart(is_last=True)
-            await office.administration.machines.rename("node-3", "other")
-            (link,) = [one for one in office.manager.links if one.machine.name == "node-5"]
+            assert len((await look(admin_server, follower)).machines) == COUNT
+            assert await look(admin_server, follower) == pb.MachinesPart(is_last=True)
+            await admin_server.administration.machines.rename("node-3", "other")
+            (link,) = [one for one in admin_server.manager.links if one.machine.name == "node-5"]
             link.state = LinkState.UP
-            await office.administration.machines.remove("node-4")
-            told = await look(office, follower)
+            await admin_server.administration.machines.remove("node-4")
+            told = await look(admin_server, follower)
             assert [one.name for one in told.machines] == ["other"]
             assert [(one.id, one.link) for one in told.links] == [(machine(5).id, "up")]
             assert told.gone == [machine(4).id]
 
 
 async def test_a_follower_learns_when_a_limit_takes_effect_and_when_it_ends(tmp_path: Path) -> None:
-    async with open_office(tmp_path) as office:
-        await fill(office)
-        limits, row = office.administration.limits, machine(5)
+    async with open_admin_server(tmp_path) as admin_server:
+        await fill(admin_server)
+        limits, row = admin_server.administration.limits, machine(5)
         assert row.public_key is not None
-        with office.administration.followers.register() as follower:
+        with admin_server.administration.followers.register() as follower:
             assert follower is not None
-            await look(office, follower)
+            await look(admin_server, follower)
             for count, expected in ((7, [(row.id, ["bandwidth_in"])]), (9, [])):
-                office.manager.device.beyond_limits[row.public_key] = (count, 0)
+                admin_server.manager.device.beyond_limits[row.public_key] = (count, 0)
                 await limits.poll()
-                told = (await look(office, follower)).links
+                told = (await look(admin_server, follower)).links
                 assert [(one.id, one.limits_biting) for one in told] == expected
-            office.manager.time.advance(QUIET_SECONDS)
+            admin_server.manager.time.advance(QUIET_SECONDS)
             await limits.poll()
-            assert [(one.id, one.limits_biting) for one in (await look(office, follower)).links] == [(row.id, [])]
+            assert [(one.id, one.limits_biting) for one in (await look(admin_server, follower)).links] == [(row.id, [])]
 
 
 async def test_the_number_of_followers_is_limited(tmp_path: Path) -> None:
-    async with open_office(tmp_path) as office:
-        followers = [office.administration.followers.register() for _ in range(MAX_FOLLOWERS + 1)]
+    async with open_admin_server(tmp_path) as admin_server:
+        followers = [admin_server.administration.followers.register() for _ in range(MAX_FOLLOWERS + 1)]
         given = [one.__enter__() for one in followers]
         assert given.count(None) == 1
         followers[0].__exit__(None, None, None)
-        with office.administration.followers.register() as follower:
+        with admin_server.administration.followers.register() as follower:
             assert follower is not None
 
 
 async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) -> None:
     """In the same order for each query, one page of it."""
-    async with open_office(tmp_path) as office:
-        await fill(office)
+    async with open_admin_server(tmp_path) as admin_server:
+        await fill(admin_server)
         for number in (5, 77):
             if (key := machine(number).public_key) is not None:
-                office.manager.device.beyond_limits[key] = (1, 0)
-        await office.administration.limits.poll()
+                admin_server.manager.device.beyond_limits[key] = (1, 0)
+        await admin_server.administration.limits.poll()
         fleet = Fleet(lambda: None)
-        with office.administration.followers.register() as follower:
+        with admin_server.administration.followers.register() as follower:
             assert follower is not None
-            fleet.apply(await look(office, follower))
+            fleet.apply(await look(admin_server, follower))
         queries = [Query(sort=sign + name) for name in ORDERS for sign in ("", "-")]
         queries += [
             Query(text="NODE-1"),
@@ -153,7 +153,7 @@ async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) ->
                 version=query.version,
                 sort=query.sort,
             )
-            expected = [one.machine.id async for one in office.administration.machines.all(wanted)]
+            expected = [one.machine.id async for one in admin_server.administration.machines.all(wanted)]
             found = await fleet.find(query, 1)
             assert (found.total, found.pages) == (len(expected), max(1, -(-len(expected) // PAGE_SIZE)))
             rows: list[str] = []
@@ -287,11 +287,11 @@ async def test_a_page_of_machines_has_100_rows_and_makes_few_calls(tmp_path: Pat
         counting(monkeypatch, calls, MachineService, name)
     counting(monkeypatch, calls, ServerService, "get_version")
     async with page(tmp_path) as stage:
-        await fill(stage.office)
+        await fill(stage.admin_server)
         limited = machine(0)
         assert limited.public_key is not None
-        stage.office.manager.device.beyond_limits[limited.public_key] = (1, 1)
-        await stage.office.administration.limits.poll()
+        stage.admin_server.manager.device.beyond_limits[limited.public_key] = (1, 1)
+        await stage.admin_server.administration.limits.poll()
         browser, other = await stage.visitor(Role.VIEWER), await stage.visitor(Role.ADMIN)
         first = await browser.get("/machines")
         assert (first.text.count('<tr id="machine-'), first.status) == (PAGE_SIZE, 200)

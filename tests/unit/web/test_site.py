@@ -24,9 +24,9 @@ from siderolink.web.guard import find_origins, read_origin
 from siderolink.web.run import WebOptions, serve_page
 from siderolink.web.sessions import COOKIE, MAX_SIGN_INS_PER_SOURCE
 from siderolink.web.views import VIEWS
+from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.certificates import make_certificate
 from tests.support.fake_device import VirtualClock
-from tests.support.office import Office, open_office
 
 pytestmark = pytest.mark.anyio
 
@@ -80,7 +80,7 @@ class Browser:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    office: Office
+    admin_server: AdminServer
     port: int
     keys: Mapping[Role, str]
 
@@ -95,8 +95,8 @@ class Stage:
 async def page(
     folder: Path, certificate: ServerCertificate | None = None, *, origins: tuple[str, ...] = (), proxies: tuple[str, ...] = ()
 ) -> AsyncIterator[Stage]:
-    async with open_office(folder) as office, background_tasks() as tasks:
-        keys = {role: (await office.administration.api_keys.create(str(role), role))[1] for role in Role}
+    async with open_admin_server(folder) as admin_server, background_tasks() as tasks:
+        keys = {role: (await admin_server.administration.api_keys.create(str(role), role))[1] for role in Role}
         ready = anyio.Event()
         found: list[HostPort] = []
 
@@ -104,7 +104,7 @@ async def page(
             found.append(address)
             ready.set()
 
-        server = ServerAddress(host="127.0.0.1", port=office.port, is_plain=True)
+        server = ServerAddress(host="127.0.0.1", port=admin_server.port, is_plain=True)
         options = WebOptions(
             listen=HostPort("127.0.0.1", 0),
             server=server,
@@ -114,7 +114,7 @@ async def page(
         )
         tasks.start_soon(serve_page, options, listening)
         await ready.wait()
-        yield Stage(office, found[0].port, keys)
+        yield Stage(admin_server, found[0].port, keys)
         tasks.cancel_scope.cancel()
 
 
@@ -178,7 +178,7 @@ async def test_a_session_ends_when_its_key_has_another_role(tmp_path: Path) -> N
             (key,) = (one for one in await transaction.principals() if one.role is Role.OPERATOR)
             await transaction.put_principal(replace(key, role=Role.VIEWER))
 
-        await stage.office.manager.store.transact(work)
+        await stage.admin_server.manager.store.transact(work)
         with anyio.fail_after(60):
             while (answer := await browser.get("/machines")).status == 200:
                 await anyio.sleep(0.01)
@@ -224,10 +224,10 @@ async def test_forged_requests_are_refused(tmp_path: Path) -> None:
         assert (await browser.post("/bans", {"name": "x" * 70_000})).status == 413
         for headers in ({}, {"sec_fetch_site": "cross-site"}, {"origin": "http://evil.example"}):
             assert (await browser.get("/live/machines", **headers)).status == 403, headers
-        assert (await stage.office.administration.bans.page()).total == 0
+        assert (await stage.admin_server.administration.bans.page()).total == 0
         assert (await browser.post("/bans", ban)).headers["location"] == "/bans"
-        assert (await stage.office.administration.bans.page()).total == 1
-        entry = (await stage.office.administration.audit.page()).items[0]
+        assert (await stage.admin_server.administration.bans.page()).total == 1
+        entry = (await stage.admin_server.administration.audit.page()).items[0]
         assert (entry.action, entry.actor.name) == ("ban.add", "operator")
 
 
@@ -241,7 +241,7 @@ async def test_each_role_sees_its_pages_and_forms(tmp_path: Path) -> None:
         refused = await viewer.post("/bans", {"name": "3e1d4b52-0f8b-4d4d-9a34-1d4e3b7c6a51"}, referer="/bans")
         assert refused.status == 303
         assert "This needs the role operator" in (await viewer.get("/bans")).text
-        assert (await stage.office.administration.bans.page()).total == 0
+        assert (await stage.admin_server.administration.bans.page()).total == 0
         admin = await stage.visitor(Role.ADMIN)
         assert "apikey.create" in (await admin.get("/audit")).text
 
@@ -260,11 +260,11 @@ async def test_a_session_ends_with_its_key_and_when_one_signs_out_or_its_cookie_
                 assert (await thief.get("/machines")).status == 303
             else:
                 name = "another"
-                _, secret = await stage.office.administration.api_keys.create(name, Role.VIEWER)
+                _, secret = await stage.admin_server.administration.api_keys.create(name, Role.VIEWER)
                 browser = Browser(stage.port)
                 await browser.sign_in(secret)
                 assert (await browser.get("/machines")).status == 200
-                await stage.office.administration.api_keys.revoke(name)
+                await stage.admin_server.administration.api_keys.revoke(name)
             assert (await browser.get("/machines")).status == 303, end
 
 
@@ -273,12 +273,12 @@ async def test_a_token_is_made_and_shown_with_an_audit_and_leads_where_the_form_
         browser = await stage.visitor(Role.OPERATOR)
         made = await browser.post("/tokens", {"name": "rack-1", "days": "7", "uses": "3"})
         assert made.status == 200
-        tokens = (await stage.office.administration.tokens.list(limit=10)) or []
+        tokens = (await stage.admin_server.administration.tokens.list(limit=10)) or []
         (status,) = (one for one in tokens if one.token.name == "rack-1")
         assert status.token.max_uses == 3
         shown = await browser.post(f"/tokens/{status.token.id}/secret", {"reach": "siderolink.example:443"})
         assert "grpc://siderolink.example:443?jointoken=" in shown.text
-        actions = [entry.action for entry in (await stage.office.administration.audit.page()).items]
+        actions = [entry.action for entry in (await stage.admin_server.administration.audit.page()).items]
         assert actions[:2] == ["token.show", "token.create"]
         answer = await browser.post("/tokens", {"name": "rack-1", "days": "<b>"}, referer="/tokens")
         assert answer.status == 303
@@ -302,7 +302,7 @@ async def test_behind_a_proxy_the_visitors_address_counts(tmp_path: Path) -> Non
         assert (await browser.get("/machines", **says("203.0.113.5, 198.51.100.7", host=public["host"]))).status == 200
         ban = {"name": "3e1d4b52-0f8b-4d4d-9a34-1d4e3b7c6a51", "kind": "uuid"}
         assert (await browser.post("/bans", ban, **says("198.51.100.7", **public))).headers["location"] == "/bans"
-        entry = (await stage.office.administration.audit.page()).items[0]
+        entry = (await stage.admin_server.administration.audit.page()).items[0]
         assert (entry.action, entry.actor.source) == ("ban.add", "127.0.0.1"), "the page has no key of its own at this server"
         for thief, said in (
             ("127.0.0.1", "192.0.2.66"),

@@ -8,21 +8,21 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def doorway(host: str, port: int) -> Iterator[str]:
+def target_in_namespace(host: str, port: int) -> Iterator[str]:
     """A target whose connections are opened in the caller's namespace."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{folder}/door")
+        listener.bind(f"{folder}/socket")
         listener.listen()
-        letting_in = threading.Thread(target=_let_in, args=(listener, host, port))
-        letting_in.start()
+        accepting = threading.Thread(target=_accept_connections, args=(listener, host, port))
+        accepting.start()
         try:
-            yield f"unix:{folder}/door"
+            yield f"unix:{folder}/socket"
         finally:
             listener.shutdown(socket.SHUT_RDWR)
-            letting_in.join()
+            accepting.join()
 
 
-def _let_in(listener: socket.socket, host: str, port: int) -> None:
+def _accept_connections(listener: socket.socket, host: str, port: int) -> None:
     with contextlib.ExitStack() as stack:
         while True:
             try:

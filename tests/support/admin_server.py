@@ -38,7 +38,7 @@ class Facts:
 
 
 @dataclass
-class Office:
+class AdminServer:
     """See the module."""
 
     manager: Manager
@@ -60,7 +60,7 @@ class Office:
 
 
 @asynccontextmanager
-async def open_office(
+async def open_admin_server(
     folder: Path,
     store: Store | None = None,
     *,
@@ -69,7 +69,7 @@ async def open_office(
     time: VirtualClock | None = None,
     relays: Callable[[list[Servable]], list[Servable]] = list,
     open_port: OpenPort | None = None,
-) -> AsyncIterator[Office]:
+) -> AsyncIterator[AdminServer]:
     """Everything but the device is real."""
     manager = Manager(store=store, time=time)
     history = History(manager.store, manager.machines.named, DEFAULT_HISTORY, manager.hub.subscribe())
@@ -99,4 +99,4 @@ async def open_office(
         await stack.enter_async_context(serve(local, path=path, limits=ADMIN_LIMITS))
         remote = guarded(relays(services), RemoteAccess(lambda: administration, manager.time.clock.sleep))
         server = await stack.enter_async_context(serve(remote, host="127.0.0.1", limits=ADMIN_LIMITS, has_tokens=True))
-        yield Office(manager, administration, path, server.port, services)
+        yield AdminServer(manager, administration, path, server.port, services)

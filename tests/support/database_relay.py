@@ -12,7 +12,7 @@ Target = Path | tuple[str, int]
 """Postgres's Unix socket, or a port of this host."""
 
 
-class Gate:
+class DatabaseRelay:
     """Listens on a Postgres socket path in a folder, and relays connections."""
 
     def __init__(self, folder: Path, target: Target, portal: BlockingPortal) -> None:
@@ -84,17 +84,17 @@ class Gate:
 
 
 @contextmanager
-def gate(folder: Path, target: Target) -> Iterator[Gate]:
+def database_relay(folder: Path, target: Target) -> Iterator[DatabaseRelay]:
     folder.mkdir()
 
     @asynccontextmanager
-    async def listening(made: Gate) -> AsyncIterator[None]:
+    async def listening(made: DatabaseRelay) -> AsyncIterator[None]:
         server = await asyncio.start_unix_server(made.serve, folder / ".s.PGSQL.5432")
         yield
         server.close()
         await made.close()
 
     with start_blocking_portal("asyncio") as portal:
-        made = Gate(folder, target, portal)
+        made = DatabaseRelay(folder, target, portal)
         with portal.wrap_async_context_manager(listening(made)):
             yield made
