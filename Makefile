@@ -40,16 +40,16 @@ help: ## this list
 
 setup: $(VENV)/.ready ## a virtual environment with the package and the developer's tools
 
-native: setup ## the optional compiled core of the data plane, where there is Rust; NEEDED=1 makes its absence an error
+native: setup ## the optional compiled core of the data plane, if Rust is installed; with NEEDED=1 it is an error if not
 	@scripts/build-native $(UV) $(VENV) $(NEEDED)
 
 needs: ## the Debian packages that the tests use (apt-get, as root or by sudo)
 	@scripts/install-needs test
 
-demo: setup ## the main job, shown in network namespaces of its own
+demo: setup ## a server and two machines, in temporary network namespaces
 	@$(PYTHON) -m siderolink demo $(ARGS)
 
-demo-ha: setup ## three servers over a Postgres of their own; one is killed, one drained, everyone is back. As root; needs Postgres's programs
+demo-ha: setup ## three servers with a temporary Postgres; one is killed, one drained. As root; needs Postgres's programs
 	@$(SUDO) $(PYTHON) -m siderolink demo --several-servers $(ARGS)
 
 test: needs native check ## every check and every test, on every interpreter and with the kernel's WireGuard
@@ -60,9 +60,9 @@ test: needs native check ## every check and every test, on every interpreter and
 	status=0; $(MAKE) all-tests || status=$$?; \
 	wait $$long || status=$$?; wait $$beside || status=$$?; cat .venvs/long.log .venvs/beside.log; exit $$status
 
-check: lint types fresh native-check ## what reads the code without running it
+check: lint types fresh native-check ## all checks that do not run the code
 
-native-check: ## rustfmt and clippy, where Rust is
+native-check: ## rustfmt and clippy, if Rust is installed
 	@if ! command -v cargo >/dev/null; then echo "native: not checked, there is no cargo"; \
 	else $(MAKE) --silent .venvs/native-checked; fi
 
@@ -91,22 +91,22 @@ types: setup ## mypy, strict
 	@echo "types"
 	@$(PYTHON) -m mypy
 
-fresh: setup ## whether the generated code and pages are what the sources give
+fresh: setup ## check that generated code and pages match their sources
 	@echo "fresh"
 	@$(PYTHON) scripts/generate_pb.py --check
 	@$(PYTHON) scripts/generate_docs.py --check
 
-format: setup ## write the code as `make lint` wants it
+format: setup ## format the code and fix what can be fixed automatically
 	@$(PYTHON) -m ruff format .
 	@$(PYTHON) -m ruff check --fix .
 
 proto: setup ## generate siderolink/common/pb from siderolink/common/proto
 	@$(PYTHON) scripts/generate_pb.py
 
-unit: setup ## tests that need nothing
+unit: setup ## tests without requirements
 	@$(PYTHON) -m pytest tests/unit $(ARGS)
 
-netns interop examples: setup needs ## tests in network namespaces; against others' WireGuard and gRPC; of the examples
+netns interop examples: setup needs ## tests in network namespaces; with other WireGuard and gRPC implementations; of the examples
 	@$(PYTEST) tests/$@ $(ARGS)
 
 test-kernel: setup needs ## the kernel's own WireGuard, in two virtual machines at once; KERNEL=linux-image-rt-amd64 for another kernel
@@ -159,26 +159,26 @@ all-tests: setup needs
 	@$(PYTEST) -q -m "not long" --cov --cov-report= $(ARGS)
 	@if [ -z "$(ARGS)" ]; then $(MAKE) coverage; fi
 
-coverage: ## what the last whole run covered, and whether the rooms that matter most are covered well
+coverage: ## the coverage of the last whole run; the most important packages need 90 percent
 	@$(SUDO) $(PYTHON) -m coverage report --skip-covered --skip-empty --sort=cover
 	@$(SUDO) $(PYTHON) -m coverage report --format=total --include='$(COVERED_WELL)' --fail-under=90 | sed 's/^/branch coverage in percent of the engine, packets, transport, admission and store: /'
 
-bench: setup needs ## figures of this machine beside other programs': a table, and .venvs/bench/throughput.{json,svg}
+bench: setup needs ## benchmarks beside other programs: tables, and .venvs/bench/throughput.{json,svg}
 	@$(UV) pip install --quiet --python $(PYTHON) --group bench
 	@$(SUDO) env PATH="$$PATH" $(PYTHON) benchmarks/throughput.py --save .venvs/bench $(ARGS)
 	@for file in $(filter-out $(addprefix benchmarks/,throughput.py recovery.py store.py),$(wildcard benchmarks/*.py)); do $(SUDO) $(PYTHON) "$$file"; done
 	@$(PYTHON) benchmarks/store.py joins
 
-bench-recovery: setup needs ## how soon links are back after a killed server, a cut stream, a network that was away
+bench-recovery: setup needs ## how soon links recover from a killed server, a cut stream, a network outage
 	@$(SUDO) env PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) benchmarks/recovery.py $(ARGS)
 
-faults: setup needs ## what may happen to several servers of one database: it is cut, a server is stopped, a split heals; some minutes
+faults: setup needs ## faults of several servers with one database: outages, stopped servers, network splits; some minutes
 	@$(PYTEST) tests/faults $(ARGS)
 
-soak: setup needs ## ten minutes of random faults, after which everyone is connected and nothing has leaked
+soak: setup needs ## ten minutes of random faults; then all machines must be connected and nothing leaked
 	@SOAK_SECONDS=600 $(MAKE) netns ARGS="-k soak -m long -s -o timeout=900 $(ARGS)"
 
-docs: setup ## the documentation site, in .venvs/site: reference pages from the code, links checked, searched from its folder, nothing loaded from elsewhere
+docs: setup ## the documentation site in .venvs/site: reference pages generated, links and search checked, no external requests
 	@$(PYTHON) scripts/generate_docs.py
 	@scripts/make-docs $(UV) $(call interpreter,$(FIRST))
 	@$(PYTHON) scripts/check-search .venvs/site
