@@ -69,14 +69,14 @@ class HealthCheckResponse(betterproto2.Message):
     """
     Fields from here on are an addition of this package, for its machines. Other clients skip them.
 
-    Where machines reach the WireGuard of the server that sends this; empty where others cannot share its store.
+    The WireGuard endpoints of the answering server; empty if no other server can share its store.
     """
 
     failed_endpoints: "list[str]" = betterproto2.field(
         1001, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    Those of servers of the same store that died, stopped, or seem to have ended, and were not seen since.
+    The WireGuard endpoints of servers of the same store that died or stopped and were not seen since.
     """
 
 

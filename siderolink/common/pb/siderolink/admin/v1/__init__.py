@@ -1379,7 +1379,7 @@ class MachineChange(betterproto2.Message):
     kind: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
     "known" for machines that exist at the start, "synced" once after them (only with follow, without a machine),
-    "changed" (its row, or the limits that bite at this server), or "gone".
+    "changed" (its row, or the limits that take effect at this server), or "gone".
     """
 
     machine: "Machine | None" = betterproto2.field(
