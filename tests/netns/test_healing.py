@@ -115,7 +115,7 @@ def test_a_network_that_goes_and_comes_back_is_used_at_once() -> None:
 
 
 @pytest.mark.parametrize("what", ["down", "address", "route", "name", "mtu"])
-def test_what_somebody_else_takes_from_the_interface_is_put_back(what: str) -> None:
+def test_changes_of_the_interface_by_others_are_undone(what: str) -> None:
     with direct() as net, serving(net), joined(net) as machine:
         if what == "down":
             net.machine.set_link("siderolink", up=False)

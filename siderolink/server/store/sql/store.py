@@ -18,7 +18,7 @@ from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
 from siderolink.server.store.sealing import KeyFile, Sealer, StateKey, key_file_beside
 from siderolink.server.store.sql.batches import Batches
 from siderolink.server.store.sql.file import CLOSE_SECONDS, Place, open_file
-from siderolink.server.store.sql.reads import Reads
+from siderolink.server.store.sql.store_reads import StoreReads
 
 T = TypeVar("T")
 
