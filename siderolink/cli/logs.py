@@ -94,6 +94,7 @@ class Log:
         )
         self._handler = LogHandler(self.writer, self._sampler)
         self._before = logging.root.handlers[:]
+        self._hooks_before = sys.unraisablehook, threading.excepthook
         logging.root.handlers[:] = [self._handler]
         logging.root.setLevel(max(level, logging.WARNING))
         # the command itself logs the events; further details of the library need --log-level debug
@@ -104,7 +105,9 @@ class Log:
         threading.excepthook = _log_thread_failure
 
     def stop(self) -> None:
-        """Write queued records, as far as the reader accepts them within STOP_SECONDS."""
+        """Write queued records, as far as the reader accepts them within STOP_SECONDS, and restore the handlers and hooks."""
+        sys.unraisablehook, threading.excepthook = self._hooks_before
+        logging.captureWarnings(False)
         logging.root.handlers[:] = self._before
         self.writer.stop(STOP_SECONDS, last=[_suppressed(found) for found in self._sampler.expired(float("inf"))])
         if self._journal is not None:

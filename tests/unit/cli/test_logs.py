@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -217,6 +218,16 @@ def logging_to_pipe(level: str = "info", *, as_json: bool = True) -> Iterator[Ca
     finally:
         logs.stop_log()
         os.close(reading)
+
+
+def test_an_ended_log_leaves_the_process_as_it_was() -> None:
+    before = sys.unraisablehook, threading.excepthook, warnings.showwarning, logging.root.handlers[:]
+    with logging_to_pipe() as written:
+        assert sys.unraisablehook is not before[0]
+        assert threading.excepthook is not before[1]
+        assert warnings.showwarning is not before[2]
+        written()
+    assert (sys.unraisablehook, threading.excepthook, warnings.showwarning, logging.root.handlers) == before
 
 
 def test_library_records_carry_their_fields_and_tracebacks() -> None:
