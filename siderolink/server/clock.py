@@ -1,6 +1,5 @@
 """The server's clocks, which tests can replace and step by hand, and deadlines measured by them."""
 
-import heapq
 import logging
 import time
 from collections.abc import Awaitable, Callable, Hashable
@@ -87,45 +86,50 @@ class SteadyTime:
 class Deadlines(Generic[K]):
     """At most one deadline per key, by a clock that the caller reads.
 
-    The cost depends on the number of due deadlines, not on their total.
+    A binary heap that knows where each key is. So a replaced or discarded entry is removed at once; entries that stay in the
+    heap until later have to be removed many at a time.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[K, tuple[float, int, K]] = {}
         self._heap: list[tuple[float, int, K]] = []
-        """The entries, and some that were replaced or discarded."""
+        self._places: dict[K, int] = {}
+        """Where each key's entry is in the heap."""
         self._numbers = count()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._heap)
 
     def __contains__(self, key: K) -> bool:
-        return key in self._entries
+        return key in self._places
 
     @property
     def next_at(self) -> float | None:
         """The earliest deadline, or None."""
-        self._drop_stale()
         return self._heap[0][0] if self._heap else None
 
     def set(self, key: K, at: float) -> None:
         """Set or move the key's deadline."""
-        entry = self._entries[key] = (at, next(self._numbers), key)
-        heapq.heappush(self._heap, entry)
-        if len(self._heap) > 2 * len(self._entries) + 64:
-            self._heap = list(self._entries.values())
-            heapq.heapify(self._heap)
+        entry = (at, next(self._numbers), key)
+        place = self._places.get(key)
+        if place is None:
+            place = len(self._heap)
+            self._heap.append(entry)
+        self._put(place, entry)
 
     def discard(self, key: K) -> None:
-        self._entries.pop(key, None)
+        place = self._places.pop(key, None)
+        if place is None:
+            return
+        last = self._heap.pop()
+        if place < len(self._heap):
+            self._put(place, last)
 
     def pop_due(self, now: float) -> K | None:
         """Remove and return one key whose deadline has passed; None if there is none."""
-        self._drop_stale()
         if not self._heap or self._heap[0][0] > now:
             return None
-        key = heapq.heappop(self._heap)[2]
-        del self._entries[key]
+        key = self._heap[0][2]
+        self.discard(key)
         return key
 
     def take_due(self, now: float, most: int) -> list[K]:
@@ -135,6 +139,20 @@ class Deadlines(Generic[K]):
             due.append(key)
         return due
 
-    def _drop_stale(self) -> None:
-        while self._heap and self._entries.get(self._heap[0][2]) is not self._heap[0]:
-            heapq.heappop(self._heap)
+    def _put(self, place: int, entry: tuple[float, int, K]) -> None:
+        """Put an entry at a place that is free, or where it belongs above or below it."""
+        heap, places = self._heap, self._places
+        while place and entry < heap[parent := (place - 1) // 2]:
+            heap[place] = heap[parent]
+            places[heap[place][2]] = place
+            place = parent
+        while (child := 2 * place + 1) < len(heap):
+            if child + 1 < len(heap) and heap[child + 1] < heap[child]:
+                child += 1
+            if entry < heap[child]:
+                break
+            heap[place] = heap[child]
+            places[heap[place][2]] = place
+            place = child
+        heap[place] = entry
+        places[entry[2]] = place

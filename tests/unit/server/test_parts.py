@@ -46,6 +46,40 @@ def test_deadlines_behave_like_a_dictionary(steps: list[tuple[str, int, float]])
         assert (key in deadlines) == (key in model)
 
 
+class Moment(float):
+    """A time that counts how often it is compared."""
+
+    compared = 0
+
+    def __lt__(self, other: object) -> bool:
+        Moment.compared += 1
+        return float(self) < float(other)  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        Moment.compared += 1
+        return float(self) == float(other)  # type: ignore[arg-type]
+
+    __hash__ = float.__hash__
+
+
+def test_no_step_touches_all_deadlines() -> None:
+    """Those that were replaced are not kept, to be removed all at once."""
+    deadlines: Deadlines[int] = Deadlines()
+    keys = 1000
+    most = 0
+    for step in range(4 * keys):
+        Moment.compared = 0
+        deadlines.set(step % keys, Moment(step))
+        most = max(most, Moment.compared)
+    for key in range(keys - 1):
+        Moment.compared = 0
+        deadlines.discard(key)
+        assert deadlines.next_at is not None
+        most = max(most, Moment.compared)
+    assert 0 < most < 100
+    assert deadlines.take_due(1e9, 2) == [keys - 1]
+
+
 @pytest.mark.anyio
 async def test_a_lock_is_held_by_one_at_a_time_in_turn_and_leaves_nothing() -> None:
     locks = KeyedLocks()
