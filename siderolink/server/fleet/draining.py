@@ -5,7 +5,7 @@ that cannot be dialled stay until the server stops. A draining server continues 
 """
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Final
@@ -86,7 +86,7 @@ class Draining:
         """
         await self._begin()
         ends_at = self._clock.monotonic() + timeout
-        while (left := len(await self._left())) and self._clock.monotonic() < ends_at:
+        while (left := await self._count()) and self._clock.monotonic() < ends_at:
             yield DrainStep(left, self._others())
             await self._clock.sleep(min(POLL_SECONDS, max(0.0, ends_at - self._clock.monotonic())))
             if not self.has_begun:
@@ -113,21 +113,28 @@ class Draining:
             self._wake = anyio.Event()
             requests: dict[str, int] = {}
             while self.has_begun:
-                links = await self._left()
-                requests = {link.machine.id: requests.get(link.machine.id, 0) for link in links}
-                for part in in_parts([link for link in links if requests[link.machine.id] < MAX_REQUESTS], _AT_ONCE):
-                    for link in part:
-                        requests[link.machine.id] += 1
-                        self._request_move(link.machine.overlay_address)
-                    await self._clock.sleep(_PAUSE_SECONDS)
+                requests = await self._ask(requests)
                 await self._clock.sleep(POLL_SECONDS)
+
+    async def _ask(self, requests: Mapping[str, int]) -> dict[str, int]:
+        """Ask each machine that is left once more; returns the requests to each of them so far."""
+        counts: dict[str, int] = {}
+        for links in self._left():
+            counts |= {link.machine.id: requests.get(link.machine.id, 0) for link in links}
+            for part in in_parts([link for link in links if counts[link.machine.id] < MAX_REQUESTS], _AT_ONCE):
+                for link in part:
+                    counts[link.machine.id] += 1
+                    self._request_move(link.machine.overlay_address)
+                await self._clock.sleep(_PAUSE_SECONDS)
+            await checkpoint()
+        return counts
 
     async def _begin(self) -> None:
         """Raises SideroLinkError."""
         membership, others = self._membership, self._others()
         if membership is None or not others:
             raise SideroLinkError("no other server remains: machines have nowhere to go")
-        left = len(await self._left())
+        left = await self._count()
         if self.has_begun:
             return
         # no other task runs between this and the description: a drain that is cancelled or undone is never half begun
@@ -154,11 +161,17 @@ class Draining:
             return 0
         return sum(one.id != membership.id and not one.is_draining for one in membership.living())
 
-    async def _left(self) -> list[MachineLink]:
-        """The machines whose links are up here. Yields to other tasks."""
-        owners, found = self._owners, list[MachineLink]()
+    def _left(self) -> Iterator[list[MachineLink]]:
+        """The machines whose links are up here, for work that yields to other tasks between two parts."""
+        owners = self._owners
         for part in self._directory.parts():
             up = (link for link in part if link.state is LinkState.UP)
-            found += [link for link in up if owners is None or owners.is_mine(link.machine.id)]
+            yield [link for link in up if owners is None or owners.is_mine(link.machine.id)]
+
+    async def _count(self) -> int:
+        """The number of machines whose links are up here. Yields to other tasks."""
+        count = 0
+        for part in self._left():
+            count += len(part)
             await checkpoint()
-        return found
+        return count

@@ -1,7 +1,7 @@
 """No work on all machines visits more than some of them in one turn of the loop. Counted, not timed."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -9,6 +9,7 @@ import pytest
 
 from siderolink.common.parted_dict import AT_ONCE, PartedDict
 from siderolink.common.pb.siderolink.peers.v1 import LinkStatesRequest
+from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.noise import Drop
 from siderolink.server.admin.following import Follower
 from siderolink.server.admin.hostnames import Hostnames
@@ -16,10 +17,13 @@ from siderolink.server.admin.machines import SORTS, MachineAdministration, Machi
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.dialling import dial_links, dial_remembered
+from siderolink.server.fleet.draining import MAX_REQUESTS, Draining
 from siderolink.server.fleet.limit_watch import LimitWatch
 from siderolink.server.peers.service import PeerService
-from siderolink.server.store import MemoryStore
+from siderolink.server.store import Machine, MemoryStore
 from tests.support.crowd import Crowd, open_crowd
+from tests.support.fake_device import VirtualClock
+from tests.support.several import fleet_of, membership
 
 pytestmark = pytest.mark.anyio
 
@@ -159,3 +163,41 @@ async def test_no_turn_looks_at_all_machines_that_need_no_dial() -> None:
         )
         tasks.cancel_scope.cancel()
     assert 0 < most <= AT_ONCE
+
+
+class Looked:
+    """A machine's row that counts how often its id is read."""
+
+    count = 0
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def __getattr__(self, name: str) -> Any:
+        Looked.count += name == "id"
+        return getattr(self._machine, name)
+
+
+async def test_no_turn_asks_all_machines_to_move() -> None:
+    asked: list[object] = []
+    most = 0
+
+    async def turn() -> None:
+        nonlocal most
+        while True:
+            most = max(most, Looked.count)
+            Looked.count = 0
+            await anyio.lowlevel.checkpoint()
+
+    async with open_crowd(MACHINES) as crowd, fleet_of("a", "b") as fleet, background_tasks() as tasks:
+        for link in crowd.directory:
+            link.machine = cast("Machine", Looked(link.machine))
+        draining = Draining(membership(fleet["a"]), None, crowd.directory, asked.append, VirtualClock().clock)
+        tasks.start_soon(turn)
+        tasks.start_soon(draining.watch)
+        await anext(draining.steps(30))
+        with anyio.fail_after(60):
+            while len(asked) < MACHINES * MAX_REQUESTS:
+                await anyio.lowlevel.checkpoint()
+    assert 0 < most <= 4 * AT_ONCE, "a few looks at each machine of a part"
+    assert len(asked) == MACHINES * MAX_REQUESTS
