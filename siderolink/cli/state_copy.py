@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from siderolink.common.errors import StoreError
-from siderolink.common.private_files import sync_directory_of
+from siderolink.common.private_files import link_or_copy, sync_directory_of
 from siderolink.server.store.sealing import SERVER_KEY, StateKey
 from siderolink.server.store.sql import SqlStore
 
@@ -54,7 +54,7 @@ def put(copy: Path, state: Path) -> None:
     _forget_companions(old)
     _fold_log(state, old)
     if state.exists():
-        os.link(state, old)
+        link_or_copy(state, old)
     os.replace(copy, state)
     sync_directory_of(state)
 

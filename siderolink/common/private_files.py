@@ -1,9 +1,11 @@
 """Files that only their owner can read, and that appear complete or not at all, even if the host loses power."""
 
+import ctypes
 import errno
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +13,25 @@ from pathlib import Path
 
 from siderolink.common.errors import ConfigurationError
 
-__all__ = ["create_private", "draft_of", "give_name", "read_private", "remove_drafts", "replace_private", "sync_directory_of"]
+__all__ = [
+    "copy_private",
+    "create_private",
+    "draft_of",
+    "give_name",
+    "link_or_copy",
+    "read_private",
+    "remove_drafts",
+    "replace_private",
+    "sync_directory_of",
+]
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 """The errors of file systems without hard links, and of AppArmor and SELinux where they do not permit them (EACCES)."""
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}
 """The errors of file systems that do not write out a directory on request (vboxsf, 9p)."""
+_NO_FLAGS = {errno.EINVAL, errno.ENOSYS}
+"""The errors of file systems and kernels that cannot refuse to replace a file (renameat2(2))."""
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 _ABANDONED = 3600.0
 """Seconds since the last change of a draft that no process is still writing."""
 
@@ -55,6 +70,30 @@ def read_private(path: Path, limit: int) -> bytes | None:
     if len(data) > limit:
         raise ConfigurationError(f"{path} is longer than {limit // 1024} KiB")
     return data
+
+
+def copy_private(source: Path, target: Path) -> None:
+    """Copy a file of any size to a new one. Raises OSError; then the new one may be incomplete."""
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as made, source.open("rb") as given:
+        shutil.copyfileobj(given, made)
+        made.flush()
+        os.fsync(descriptor)
+
+
+def link_or_copy(path: Path, name: Path) -> None:
+    """Give a file a second name in its directory; where no link is permitted, a copy of it. Raises OSError."""
+    try:
+        os.link(path, name)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        draft = draft_of(path)
+        try:
+            copy_private(path, draft)
+            os.replace(draft, name)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def draft_of(path: Path) -> Path:
@@ -113,9 +152,20 @@ def give_name(draft: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
-        os.replace(draft, path)
+        _rename_new(draft, path)
+
+
+def _rename_new(draft: Path, path: Path) -> None:
+    """Rename to a name that must not exist. Two writers can both succeed only where the system cannot check it itself."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is not None:
+        if not rename(_AT_FDCWD, os.fsencode(draft), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE):
+            return
+        if (number := ctypes.get_errno()) not in _NO_FLAGS:
+            raise OSError(number, os.strerror(number), str(path))
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    os.replace(draft, path)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -6,7 +6,9 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,36 @@ def test_a_file_system_without_links_or_nameless_files(tmp_path: Path, monkeypat
     with pytest.raises(FileExistsError):
         create_private(path, b"second")
     assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_of_two_writers_one_creates_the_file_where_no_links_are_permitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, exists = threading.Barrier(2), os.path.lexists
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def look(path: Path) -> bool:
+        """Both writers look before either renames."""
+        found = exists(path)
+        both.wait(30)
+        return found
+
+    def create(content: bytes) -> bytes | None:
+        try:
+            create_private(tmp_path / "file", content)
+        except FileExistsError:
+            return None
+        return content
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os.path, "lexists", look)
+    with ThreadPoolExecutor(2) as threads:
+        created = list(threads.map(create, (b"one", b"other")))
+    assert created.count(None) == 1
+    assert (tmp_path / "file").read_bytes() in created
     assert os.listdir(tmp_path) == ["file"]
 
 
