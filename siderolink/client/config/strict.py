@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SOURCE = "the configuration"
 VERSION = "v1alpha1"
 _MAIN_KEYS = frozenset({"machine", "cluster", "debug", "persist"})
+_LONGEST_TEXT = 4096
+"""Maximum characters of a list of unknown keys."""
 _JOIN = models.SideroLinkConfig.KIND
 OTHER_KINDS = frozenset(
     (
@@ -164,8 +166,7 @@ def _check_document(document: YamlDocument, name: tuple[str, str, str]) -> None:
     if model is not None:
         unknown = [tuple(found["loc"]) for found in _errors(model, value) if found["type"] == "extra_forbidden"]
         if unknown:
-            lines = "".join(f"{line}\n" for line in _yaml(_picked(value, unknown)))
-            raise ConfigurationError(f"unknown keys found during decoding:\n{lines}")
+            raise ConfigurationError(f"unknown keys found during decoding:\n{_bounded(_yaml(_picked(value, unknown)))}")
         found = _errors(model, without_nulls(value))
         if found:
             raise ConfigurationError("\n".join(explain(document, model, one) for one in found))
@@ -201,13 +202,26 @@ def _yaml(value: Any, indent: str = "") -> Iterator[str]:
                 yield f"{indent}{_scalar(key)}: {_scalar(inner)}"
     elif isinstance(value, list) and value:
         for inner in value:
-            first, *rest = list(_yaml(inner))
-            yield f"{indent}- {first}"
-            yield from (f"{indent}  {line}" for line in rest)
+            mark = "- "
+            for line in _yaml(inner):
+                yield f"{indent}{mark}{line}"
+                mark = "  "
     else:
         yield indent + _scalar(value)
 
 
+def _bounded(lines: Iterator[str]) -> str:
+    """The lines as one text, cut off where it is too long: aliases can make it very much longer than the configuration."""
+    text = ""
+    for line in lines:
+        text += f"{line}\n"
+        if len(text) > _LONGEST_TEXT:
+            return text[:_LONGEST_TEXT] + "…\n"
+    return text
+
+
 def _scalar(value: Any) -> str:
+    if isinstance(value, str):
+        value = value[:_LONGEST_TEXT]
     text = str(yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True))
     return text.removesuffix("...\n").strip()

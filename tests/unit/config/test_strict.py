@@ -124,6 +124,15 @@ def test_an_unknown_key_without_a_value_is_named(text: str, unknown: str) -> Non
     assert str(caught.value) == f"unknown keys found during decoding:\n{unknown}"
 
 
+def test_keys_that_aliases_repeat_are_told_in_a_text_of_bounded_length() -> None:
+    text = f"{SINK}more:\n  - &a {'x' * 1000}\n" + "  - *a\n" * 2000
+    found = refusal(text)
+    assert found.startswith("unknown keys found during decoding:\nmore:\n    - xxx")
+    assert found.endswith("…\n")
+    assert len(found) < 5000
+    assert len(refusal(f"{SINK}more: {'x' * 100_000}\n")) < 5000
+
+
 def test_the_join_of_another_configuration_can_be_kept() -> None:
     before = decode(f'{JOIN}uniqueToken: "a: \\"b\\""\n'.encode())
     after = decode(SINK.encode()).with_join_of(before)
