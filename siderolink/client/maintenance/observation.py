@@ -1,5 +1,7 @@
 """Read-only methods: statistics of the kernel, logs, events, services."""
 
+import asyncio
+import contextlib
 import socket
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -43,6 +45,7 @@ _READABLE = (
 )
 _PART = 32 * 1024
 _MAX_KERNEL_READERS = 8
+_MAX_THREADS = 4
 _MAX_FILE = 1024 * 1024
 OWN_LOG, KERNEL_LOG = "siderolink", "kernel"
 
@@ -58,7 +61,7 @@ class Observation:
         self._events = events
         self._log = log
         self._started = datetime.now(UTC)
-        self._threads = anyio.CapacityLimiter(4)
+        self._threads = _Threads(_MAX_THREADS)
         self._kernel_readers: Counter[CallerRole] = Counter()
         self._locks: defaultdict[object, anyio.Lock] = defaultdict(anyio.Lock)
         self._results: dict[object, tuple[float, Any]] = {}
@@ -121,7 +124,7 @@ class Observation:
         """The result of a function that reads files. Raises GRPCError."""
         try:
             with anyio.fail_after(_READ_SECONDS):
-                return await anyio.to_thread.run_sync(function, limiter=self._threads, abandon_on_cancel=True)
+                return await self._threads.run(function)
         except TimeoutError:
             raise GRPCError(Status.DEADLINE_EXCEEDED, "the kernel did not answer in time") from None
         except OSError as error:
@@ -230,6 +233,37 @@ class Observation:
             raise GRPCError(Status.NOT_FOUND, f"{request.path} cannot be read on this machine")
         for start in range(0, len(text), _PART):
             yield Data(bytes=text[start : start + _PART])
+
+
+class _Threads:
+    """Runs reads in a few threads. One that hangs keeps its place after its caller has left, so there are never more."""
+
+    def __init__(self, most: int) -> None:
+        self._places = anyio.CapacityLimiter(most)
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """The function's result; a cancelled caller does not wait for it."""
+        place, loop, has_begun = object(), asyncio.get_running_loop(), False
+
+        def release() -> None:
+            with contextlib.suppress(RuntimeError):  # it was released before
+                self._places.release_on_behalf_of(place)
+
+        def read() -> T:
+            nonlocal has_begun
+            has_begun = True
+            try:
+                return function()
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(release)
+
+        await self._places.acquire_on_behalf_of(place)
+        try:
+            return await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
+        finally:
+            if not has_begun:
+                release()
 
 
 async def _parts(lines: AsyncIterator[bytes]) -> AsyncIterator[Data]:

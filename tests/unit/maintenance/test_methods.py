@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 from contextlib import suppress
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -215,6 +216,29 @@ async def test_the_hosts_figures_are_those_of_its_kernel(monkeypatch: pytest.Mon
         ]
 
     async with serving(monkeypatch, CallerRole.ADMIN) as api:
+        await ask(api, look)
+
+
+async def test_a_file_system_that_hangs_holds_few_threads_however_often_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, begun = threading.Event(), list[str]()
+    statfs, seconds = "/machine.StorageService/Statfs", "siderolink.client.maintenance.observation._READ_SECONDS"
+
+    def hang(path: str) -> None:
+        begun.append(path)
+        answers.wait(120)
+
+    def look(stubs: Stubs) -> None:
+        try:
+            assert {refusal(stubs, statfs, path="/")[0] for _ in range(12)} == {"DEADLINE_EXCEEDED"}
+            assert len(begun) <= 4
+            monkeypatch.setattr(seconds, 60.0)
+        finally:
+            answers.set()
+        assert refusal(stubs, statfs, path="/")[0] == "NOT_FOUND", "they are free again"
+
+    monkeypatch.setattr("siderolink.client.maintenance.host.proc.file_system", hang)
+    monkeypatch.setattr(seconds, 0.05)
+    async with serving(monkeypatch, CallerRole.READER) as api:
         await ask(api, look)
 
 
