@@ -28,6 +28,7 @@ from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
 from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, local_peer, plain, read_header, source_of
 from siderolink.common.grpc.tls import may_need_another, wait_for_hello
 from siderolink.common.protobuf_wire import models_within, prepare
+from siderolink.common.tasks import to_its_end
 
 log = logging.getLogger("siderolink")
 
@@ -347,27 +348,27 @@ async def serve(
     Raises AddressInUseError, or ConfigurationError if the address cannot be used.
     """
     methods = methods_of(handlers)
-    await _prepare_models(methods)
-    sockets: Sequence[socket.socket]
-    if listening is not None:
-        sockets = listening
-    elif path is not None:
-        sockets = [listen_unix(path, group)]
-    else:
-        hosts = [""] if host is None else [host] if isinstance(host, str) else list(host)
-        sockets = await asyncio.to_thread(listen_tcp, hosts, port)
-    server = GrpcServer(
-        methods,
-        sockets,
-        tls,
-        limits or Limits(),
-        on_refusal,
-        proxies or TrustedProxies(),
-        has_tokens=has_tokens,
-        reserved_for=reserved_for,
-        is_known=is_known,
-    )
-    server.start()
+    sockets = list(listening or ())
+    try:
+        await _prepare_models(methods)
+        if listening is None:
+            await _listen(sockets, [host] if isinstance(host, str) else host, port, path, group)
+        server = GrpcServer(
+            methods,
+            sockets,
+            tls,
+            limits or Limits(),
+            on_refusal,
+            proxies or TrustedProxies(),
+            has_tokens=has_tokens,
+            reserved_for=reserved_for,
+            is_known=is_known,
+        )
+        server.start()
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
     try:
         yield server
     finally:
@@ -379,6 +380,17 @@ async def serve(
                 if path is not None:
                     with contextlib.suppress(OSError):
                         os.unlink(path)
+
+
+async def _listen(
+    sockets: list[socket.socket], hosts: Sequence[str] | None, port: int, path: str | Path | None, group: int | None
+) -> None:
+    """Add the listening sockets to `sockets`, also if this task is cancelled meanwhile."""
+    if path is not None:
+        sockets.append(listen_unix(path, group))
+    else:
+        # in a thread, because names are resolved
+        await to_its_end(asyncio.to_thread(lambda: sockets.extend(listen_tcp([""] if hosts is None else hosts, port))))
 
 
 async def _prepare_models(methods: Mapping[str, Method]) -> None:

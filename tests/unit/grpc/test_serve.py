@@ -3,13 +3,19 @@
 import asyncio
 import contextlib
 import datetime
+import gc
 import ipaddress
 import socket
 import ssl
 import subprocess
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,6 +24,8 @@ from cryptography.x509.oid import NameOID
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc import Limits, Refusal, client_tls, open_channel, serve, server_tls, translate_errors
+from siderolink.common.grpc.listeners import listen_tcp
+from siderolink.server.api.standard import HealthService, ReflectionService
 from tests.support.api import Raw, Service, bystander, method, serving
 from tests.support.http2 import RawPeer
 
@@ -213,6 +221,27 @@ async def test_a_connection_that_is_accepted_as_the_server_stops_is_closed() -> 
         with contextlib.suppress(ConnectionResetError):
             while client.recv(4096):
                 pass
+
+
+async def test_a_start_that_is_cancelled_at_any_moment_leaves_no_socket_open() -> None:
+    async def run(**where: Any) -> None:
+        async with serve([Service(), HealthService(), ReflectionService()], **where):
+            await anyio.sleep_forever()
+
+    for turns in range(1, 30):
+        for is_open in (False, True):
+            sockets = listen_tcp(["127.0.0.1"], 0) if is_open else []
+            where: dict[str, Any] = {"listening": sockets} if is_open else {"host": "127.0.0.1"}
+            with warnings.catch_warnings(record=True) as lost:
+                warnings.simplefilter("always", ResourceWarning)
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(partial(run, **where))
+                    for _ in range(turns):
+                        await anyio.lowlevel.checkpoint()
+                    tasks.cancel_scope.cancel()
+                gc.collect()
+            assert [str(one.message) for one in lost] == []
+            assert all(sock.fileno() == -1 for sock in sockets)
 
 
 def test_the_models_of_all_messages_are_ready_before_the_first_caller_comes() -> None:
