@@ -8,7 +8,8 @@ from siderolink.common.grpc.connection import Connection
 from siderolink.common.grpc.processor import Processor
 from siderolink.common.grpc.refusals import Refusal, Refused
 
-_LONGEST_WAIT = 1.0
+LONGEST_WAIT = 1.0
+"""Maximum seconds that input waits before the source's account is asked again."""
 _CLOCK_EVERY = 64
 _CLOCK_BYTES = 32 * 1024
 """Pieces, and bytes, of raw streams after which the clock is read; that many bytes contain some 800 datagrams at most."""
@@ -129,7 +130,7 @@ class Input:
             return
         if wait:
             self._pause()
-            self._timers.after("read", min(wait, _LONGEST_WAIT), self._queue_input)
+            self._timers.after("read", min(wait, LONGEST_WAIT), self._queue_input)
         else:
             self._queue_input()
 

@@ -1,16 +1,19 @@
 """A store on Postgres with more transactions at once than it has connections."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import anyio
 import pytest
 
 from siderolink.server.store import ServerRecord, Transaction
+from siderolink.server.store.base import Work
 from siderolink.server.store.measured import MeasuredStore
 from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.postgres import STATE_KEY, cluster
 
 pytestmark = pytest.mark.anyio
+
+Transact = Callable[[Work[None]], Awaitable[None]]
 
 WORKERS, CONNECTIONS = 16, 3
 
@@ -29,6 +32,18 @@ class Load:
         while True:
             await self.store.transact(self.read)
             self.done += 1
+
+    async def overtaken_by(self, transact: Transact) -> int:
+        """How many of the workers' transactions end before one by `transact` begins."""
+        before, begun_at = self.done, list[int]()
+
+        async def work(transaction: Transaction) -> None:
+            begun_at.append(self.done)
+            await transaction.server()
+
+        with anyio.fail_after(60):
+            await transact(work)
+        return begun_at[0] - before
 
     async def await_done(self, count: int) -> None:
         with anyio.fail_after(60):
@@ -52,20 +67,12 @@ async def load() -> AsyncIterator[Load]:
 async def test_a_transaction_waits_only_for_earlier_ones(load: Load) -> None:
     """Otherwise busy workers would keep all connections, and others would wait as long as the load lasts."""
     for _ in range(20):
-        before = load.done
-        with anyio.fail_after(60):
-            await load.store.transact(load.read)
-        assert load.done - before <= WORKERS + CONNECTIONS
+        assert await load.overtaken_by(load.store.transact) <= WORKERS + CONNECTIONS
 
 
 async def test_a_heartbeat_waits_for_no_transaction(load: Load) -> None:
     """Otherwise other servers would declare a busy server dead."""
     for store in (load.store, MeasuredStore(load.store)):
-        waited = 0
-        for _ in range(50):
-            before = load.done
-            with anyio.fail_after(60):
-                await store.transact_urgently(load.read)
-            waited += load.done - before
+        waited = sum([await load.overtaken_by(store.transact_urgently) for _ in range(50)])
         # it has its own connection, so few of the others complete meanwhile, never the whole queue
         assert waited < 50 * (WORKERS - CONNECTIONS)
