@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from siderolink.cli.options import COMPLETION_VARIABLE
-from siderolink.cli.output import ReaderGoneError, fail, flush, own_version, show
+from siderolink.cli.output import OutputError, ReaderGoneError, discard_output, fail, flush, own_version, show
 from siderolink.common.errors import SideroLinkError
 
 _PLACES = {
@@ -97,8 +97,12 @@ def run() -> int:
         finally:
             flush()
     except (BrokenPipeError, ReaderGoneError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter would try again at exit, and complain
+        discard_output()
         return 1
+    except OutputError as error:
+        discard_output()
+        stop_log()
+        return fail(str(error))
     except SideroLinkError as error:
         stop_log()  # flush log lines that precede the error
         return fail(str(error), getattr(error, "status", 1))

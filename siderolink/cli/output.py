@@ -11,12 +11,12 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
-from siderolink.common.errors import SideroLinkError
+from siderolink.common.errors import HostError, SideroLinkError
 from siderolink.common.queues import LineQueue
 from siderolink.common.text import printable
 
@@ -186,23 +186,39 @@ class ReaderGoneError(SideroLinkError):
     """
 
 
+class OutputError(HostError):
+    """Raised when standard output cannot be written, such as to a full disk."""
+
+
 def show(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
     """Print on standard output, without terminal control characters. Used for all results of commands.
 
-    Raises ReaderGoneError.
+    Raises ReaderGoneError or OutputError.
     """
-    try:
+    with _writing():
         print(printable(text), end=end, flush=flush)
-    except BrokenPipeError:
-        raise ReaderGoneError("the reader of the output has exited") from None
 
 
 def flush() -> None:
-    """Flush standard output. Raises ReaderGoneError."""
-    try:
+    """Flush standard output. Raises ReaderGoneError or OutputError."""
+    with _writing():
         sys.stdout.flush()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Translate errors of standard output: within a call of a server they would be taken for errors of the connection."""
+    try:
+        yield
     except BrokenPipeError:
         raise ReaderGoneError("the reader of the output has exited") from None
+    except OSError as error:
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from None
+
+
+def discard_output() -> None:
+    """Let the interpreter discard output that cannot be written; otherwise it would try again at exit, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> str:

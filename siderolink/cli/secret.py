@@ -5,6 +5,16 @@ from pathlib import Path
 
 from siderolink.common.errors import ConfigurationError
 
+SECRET_VARIABLES = (
+    "SIDEROLINK_JOIN_TOKEN",
+    "SIDEROLINK_UNIQUE_TOKEN",
+    "SIDEROLINK_URL",
+    "SIDEROLINK_API_KEY",
+    "SIDEROLINK_STORE_PASSWORD",
+    "SIDEROLINK_STATE_KEY",
+    "PGPASSWORD",
+)
+"""Environment variables that contain secrets."""
 _LONGEST = 8192
 
 

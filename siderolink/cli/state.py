@@ -1,9 +1,8 @@
 """`siderolink state`: back up or restore a server's state, rotate its WireGuard key, or change the key of its secrets."""
 
 import os
-import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -16,7 +15,7 @@ from siderolink.cli.state_copy import check, put, refuse_in_use
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.pb.siderolink.control import BackupRequest, Chunk, RotateKeyRequest, StateStub
-from siderolink.common.private_files import draft_of
+from siderolink.common.private_files import copy_private, draft_of
 from siderolink.common.text import one_line
 from siderolink.server.store import Store, Transaction
 from siderolink.server.store.rekeying import reseal_all
@@ -47,7 +46,8 @@ def run_restore_offline(file: Path, state: Path, key_file: Path | None) -> None:
     key = state_key(key_file) or KeyFile(key_file_beside(state))
     copy = draft_of(state)
     try:
-        _copy(file, copy)
+        copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        copy_private(file, copy)
         machines = anyio.run(check, copy, key)
         refuse_in_use(state)
         put(copy, state)
@@ -56,15 +56,6 @@ def run_restore_offline(file: Path, state: Path, key_file: Path | None) -> None:
     finally:
         copy.unlink(missing_ok=True)
     show(f"{state} now contains {machines} machines; the previous state is kept beside it")
-
-
-def _copy(file: Path, copy: Path) -> None:
-    copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as made, file.open("rb") as given:
-        shutil.copyfileobj(given, made)
-        made.flush()
-        os.fsync(descriptor)
 
 
 def run_rotate_key(interface: str, *, is_confirmed: bool) -> None:
@@ -139,15 +130,24 @@ async def _backup(interface: str, file: Path) -> None:
     except OSError as error:
         raise ConfigurationError(f"cannot create {file}: {error.strerror}") from None
     try:
-        async with await anyio.open_file(descriptor, "wb") as opened:
-            async with _state(interface) as stub:
-                async for chunk in stub.backup(BackupRequest()):
-                    await opened.write(chunk.data)
+        async with await anyio.open_file(descriptor, "wb") as opened, aclosing(_chunks_of_backup(interface)) as chunks:
+            async for chunk in chunks:
+                await opened.write(chunk.data)
             await opened.flush()
             await anyio.to_thread.run_sync(os.fsync, descriptor)
+    except OSError as error:
+        os.unlink(file)
+        raise ConfigurationError(f"cannot write {file}: {error.strerror}") from None
     except BaseException:
         os.unlink(file)
         raise
+
+
+async def _chunks_of_backup(interface: str) -> AsyncGenerator[Chunk]:
+    """A copy of the server's state. Raises SideroLinkError."""
+    async with _state(interface) as stub:
+        async for chunk in stub.backup(BackupRequest()):
+            yield chunk
 
 
 async def _chunks(file: Path) -> AsyncIterator[Chunk]:

@@ -5,6 +5,7 @@ secret, no archive is written.
 """
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -35,6 +36,7 @@ from siderolink.cli.doctor.run import check_all
 from siderolink.cli.options import state_folder
 from siderolink.cli.output import show
 from siderolink.cli.running import loop_options
+from siderolink.cli.secret import SECRET_VARIABLES
 from siderolink.cli.status import to_json
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.pb.siderolink.admin.v1 import ListHistoryRequest
@@ -48,14 +50,6 @@ MOST_BYTES: Final = 8 * 1024 * 1024
 """Maximum size of one part; the rest is cut off."""
 COMMAND_TIMEOUT: Final = 20.0
 
-_SECRET_VARIABLES: Final = (
-    "SIDEROLINK_JOIN_TOKEN",
-    "SIDEROLINK_UNIQUE_TOKEN",
-    "SIDEROLINK_URL",
-    "SIDEROLINK_API_KEY",
-    "SIDEROLINK_STORE_PASSWORD",
-    "PGPASSWORD",
-)
 _FILE_VARIABLES: Final = (
     "SIDEROLINK_API_KEY_FILE",
     "SIDEROLINK_JOIN_TOKEN_FILE",
@@ -129,7 +123,7 @@ def _forms(secret: str) -> Iterable[str]:
 def known_secrets(environment: Mapping[str, str], files: Iterable[Path]) -> list[str]:
     """Tokens, API keys, passwords and keys that this host's siderolink may use, as far as readable."""
     found = []
-    for name in _SECRET_VARIABLES:
+    for name in SECRET_VARIABLES:
         value = environment.get(name, "")
         found.append(value)
         found += urllib.parse.parse_qs(urllib.parse.urlsplit(value).query).get("jointoken", ())
@@ -241,9 +235,10 @@ def metrics(listen: str) -> str:
     options = metrics_options(listen)
     assert options is not None
     found = []
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for page in ("/metrics", "/readyz"):
         try:
-            with urllib.request.urlopen(f"http://{options.listen}{page}", timeout=COMMAND_TIMEOUT) as answer:
+            with directly.open(f"http://{options.listen}{page}", timeout=COMMAND_TIMEOUT) as answer:
                 found.append(answer.read(MOST_BYTES).decode(errors="replace"))
         except urllib.error.HTTPError as error:
             found.append(error.read(MOST_BYTES).decode(errors="replace"))
@@ -281,16 +276,20 @@ def _make(name: str, part: Part) -> str:
     """Collect one part. A failure does not affect the others."""
     try:
         return part()
-    except (SideroLinkError, OSError, subprocess.SubprocessError) as error:
+    except (SideroLinkError, OSError, subprocess.SubprocessError, http.client.HTTPException) as error:
         return f"{name} is not available: {error}\n"
 
 
 def write(output: Path, texts: Mapping[str, str]) -> None:
     """Write a compressed tar archive. Raises OSError, also if the file exists."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, text in texts.items():
-            data = text.encode(errors="replace")
-            info = tarfile.TarInfo(f"siderolink-support/{name}")
-            info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
-            archive.addfile(info, io.BytesIO(data))
+    try:
+        with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+            for name, text in texts.items():
+                data = text.encode(errors="replace")
+                info = tarfile.TarInfo(f"siderolink-support/{name}")
+                info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
+                archive.addfile(info, io.BytesIO(data))
+    except BaseException:
+        output.unlink(missing_ok=True)
+        raise

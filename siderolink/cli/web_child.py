@@ -2,15 +2,18 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE
 
 import anyio
 
+from siderolink.cli.secret import SECRET_VARIABLES
 from siderolink.cli.serve_config import ServeConfig
 from siderolink.common.errors import ConfigurationError, HostError, SideroLinkError
+
+_NOT_PASSED_ON = frozenset({"CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", *SECRET_VARIABLES})
 
 
 def check_page() -> None:
@@ -34,10 +37,15 @@ def page_arguments(options: ServeConfig, socket: Path) -> Iterator[str]:
     yield from ("--log-format", options.log_format.value, "--log-level", options.log_level.value)
 
 
+def page_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of `siderolink web`: without the server's secrets, because browsers talk to that process."""
+    return {name: value for name, value in environ.items() if name not in _NOT_PASSED_ON}
+
+
 async def keep_page(options: ServeConfig, socket: Path) -> None:
     """Run `siderolink web` as a child until cancelled. Raises SideroLinkError if it exits by itself."""
     command = [sys.executable, "-m", "siderolink", "web", "--with-parent", *page_arguments(options, socket)]
-    environment = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
+    environment = page_environment(os.environ)
     try:
         child = await anyio.open_process(command, stdin=PIPE, stdout=None, stderr=None, env=environment)
     except BlockingIOError:

@@ -2,6 +2,8 @@
 
 import codecs
 import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Annotated, TypeVar
 
 import typer
@@ -137,14 +139,25 @@ def _export(call: Call, wanted: AuditFilter, file: str) -> None:
         size = 0
         try:
             with os.fdopen(descriptor, "wb") as opened:
-                async for chunk in chunks:
-                    size += opened.write(chunk.data)
+                async with aclosing(_explained(connection, chunks)) as explained:
+                    async for chunk in explained:
+                        size += opened.write(chunk.data)
+        except OSError as error:
+            os.unlink(file)
+            raise CommandError(f"cannot write {file}: {error.strerror}") from None
         except BaseException:
             os.unlink(file)
             raise
         show_message(f"{file}: {size} bytes")
 
     call.run(work)
+
+
+async def _explained(connection: Connection, chunks: AsyncIterator[T]) -> AsyncGenerator[T]:
+    """The chunks; errors of the call are explained here, so that they are not those of the local file."""
+    with connection.explained():
+        async for chunk in chunks:
+            yield chunk
 
 
 @command(app, "events", prints=True)

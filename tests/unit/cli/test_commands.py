@@ -20,6 +20,7 @@ from siderolink.cli.secret import read_secret
 from siderolink.cli.serve import ServerSource
 from siderolink.cli.serving import Serving
 from siderolink.cli.status import describe_reports, run_status, show_all, to_json
+from siderolink.cli.web_child import page_environment
 from siderolink.client import ConnectionState
 from siderolink.client.link import events
 from siderolink.common.errors import ConfigurationError, StoreError
@@ -93,6 +94,12 @@ def test_a_file_that_holds_no_secret_is_refused_without_showing_it(tmp_path: Pat
 
 
 # --- events and status
+
+
+def test_the_pages_process_gets_no_secret_of_the_server() -> None:
+    kept = {"PATH": "/usr/bin", "LANG": "C.UTF-8", "SIDEROLINK_RUNTIME_DIR": "/run/siderolink"}
+    secrets = ("SIDEROLINK_JOIN_TOKEN", "SIDEROLINK_STATE_KEY", "SIDEROLINK_STORE_PASSWORD", "PGPASSWORD")
+    assert page_environment(kept | dict.fromkeys(secrets, "secret") | {"CREDENTIALS_DIRECTORY": "/run/credentials"}) == kept
 
 
 def test_every_event_of_a_link_has_a_text() -> None:

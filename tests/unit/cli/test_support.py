@@ -1,10 +1,15 @@
 """`siderolink support-bundle` contains no secret, and `siderolink top` shows the state of its sockets."""
 
 import base64
+import contextlib
 import io
 import json
+import os
+import resource
+import socket
 import stat
 import tarfile
+import threading
 import urllib.parse
 from pathlib import Path
 
@@ -29,6 +34,7 @@ IN_CONTEXTS = "a-key-of-a-context"
 ENVIRONMENT = {
     "SIDEROLINK_API_KEY": "key-of-the-environment",
     "SIDEROLINK_STORE_PASSWORD": "password-of-the-store",
+    "SIDEROLINK_STATE_KEY": "key-that-seals-the-state",
     "PGPASSWORD": "password-of-libpq",
     "SIDEROLINK_JOIN_TOKEN": "token of the environment",
 }
@@ -116,6 +122,27 @@ def test_the_bundle_holds_no_secret(host: Path, capsys: pytest.CaptureFixture[st
         run_support_bundle(bundle, unit="siderolink", log=host / "log", metrics_at=None, secret_files=())
 
 
+def test_figures_of_another_program_are_not_available(host: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Something else listens on the port; a proxy of the environment is not asked for this host's own page."""
+
+    def greet() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.sendall(b"SSH-2.0-OpenSSH_9.2p1\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        greeter = threading.Thread(target=greet)
+        greeter.start()
+        port = str(listening.getsockname()[1])
+        run_support_bundle(host / "bundle", unit="siderolink", log=host / "log", metrics_at=port, secret_files=())
+        listening.shutdown(socket.SHUT_RDWR)
+        greeter.join()
+    assert contents(host / "bundle")["metrics.txt"].startswith("metrics.txt is not available: SSH-2.0-OpenSSH_9.2p1")
+    assert "metrics.txt" in capsys.readouterr().out
+
+
 PARTS = ("versions", "status", "doctor", "configuration", "history", "log_file", "metrics")
 
 
@@ -131,6 +158,19 @@ def test_a_secret_in_any_part_is_masked(host: Path, monkeypatch: pytest.MonkeyPa
     for name, text in found.items():
         assert [secret for secret in SECRETS if secret in text] == [], name
         assert "machine 00000000-0000-4000-8000-000000000001" in text
+
+
+def test_a_bundle_that_cannot_be_written_whole_is_not_left(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for part in PARTS:
+        monkeypatch.setattr(support, part, lambda *_: os.urandom(20_000).hex())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ConfigurationError, match="File too large"):
+            run_support_bundle(host / "bundle", unit="x", log=host / "log", metrics_at=None, secret_files=())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (host / "bundle").exists()
 
 
 def test_an_unmasked_secret_prevents_the_bundle(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -483,9 +483,7 @@ async def test_a_copy_is_restored_where_directories_cannot_be_synced(tmp_path: P
 
 
 @pytest.mark.parametrize("refusal", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES])
-async def test_a_copy_is_restored_where_no_links_are_permitted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
-) -> None:
+async def test_a_copy_is_restored_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(refusal, os.strerror(refusal))
 
