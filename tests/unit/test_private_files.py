@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from siderolink.cli.state_copy import put
 from siderolink.common import private_files
 from siderolink.common.private_files import create_private, draft_of, remove_drafts, replace_private
 
@@ -144,6 +145,23 @@ def test_of_two_writers_one_creates_the_file_where_no_links_are_permitted(
     assert created.count(None) == 1
     assert (tmp_path / "file").read_bytes() in created
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES])
+def test_a_replaced_state_is_kept_by_a_copy_where_no_links_are_permitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    state, copy, kept = tmp_path / "state", tmp_path / "copy", tmp_path / "state.before-restore"
+    state.write_bytes(b"old")
+    copy.write_bytes(b"new")
+    monkeypatch.setattr(os, "link", refuse)
+    put(copy, state)
+    assert (state.read_bytes(), kept.read_bytes()) == (b"new", b"old")
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert sorted(os.listdir(tmp_path)) == [state.name, kept.name]
 
 
 def test_a_profile_that_permits_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

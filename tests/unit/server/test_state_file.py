@@ -482,24 +482,6 @@ async def test_a_copy_is_restored_where_directories_cannot_be_synced(tmp_path: P
     assert await fill(state, 0) == rows
 
 
-@pytest.mark.parametrize("refusal", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES])
-async def test_a_copy_is_restored_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(refusal, os.strerror(refusal))
-
-    state, copy, kept = tmp_path / "state", tmp_path / "copy", tmp_path / "state.before-restore"
-    before = await fill(state)
-    rows = await fill(copy, 1, first=50)
-    old = content(state)
-    monkeypatch.setattr(os, "link", refuse)
-    put(copy, state)
-    assert content(kept) == old
-    assert modes(tmp_path)[kept.name] == 0o600
-    assert not [name for name in modes(tmp_path) if name.startswith(".")]
-    assert await fill(state, 0) == rows
-    assert await fill(kept, 0) == before
-
-
 async def test_a_restored_copy_loses_nothing_of_the_state_before_it(tmp_path: Path) -> None:
     """What a killed server left in SQLite's log is in the state that is kept, and no log is left for the copy."""
     state, copy = tmp_path / "state", tmp_path / "copy"
