@@ -61,3 +61,29 @@ def test_a_passive_peer_is_sent_nothing_and_a_dial_is_answered_though_there_is_a
             old.portal.call(old.device.set_peer, passive)
             ping(net.machines[0], OURS)
             ping(net.servers[0] if new is a else net.servers[1], THEIRS)
+
+
+def test_a_peer_that_may_arrive_is_answered_from_its_first_packet_on_and_any_other_is_not() -> None:
+    """As when a drains: b has not noticed the machine's session yet, and so has not taken it."""
+    key = PrivateKey.generate()
+    with (
+        several(2) as net,
+        running(net.servers[1], name="theirs") as b,
+        kernel_wireguard(net.machines[0], key, port=THEIR_PORT, addresses=(f"{THEIRS}/64",)) as machine,
+    ):
+        passive = PeerConfig(public_key=key.public_key(), allowed_ips=(ip_network(THEIRS),), is_passive=True)
+        arriving = replace(passive, may_arrive=True)
+        b.portal.call(b.device.set_peer, passive)
+        machine.set_peer(b.device.public_key, f"{OURS}/128", endpoint=f"{net.address(1)}:{PORT}")
+        assert "100% packet loss" in net.machines[0].run(["ping", "-c2", "-W1", OURS], check=False)
+        assert machine.latest_handshake(b.device.public_key)
+        for config in (passive, arriving):
+            b.portal.call(b.device.remove_peer, key.public_key())
+            b.portal.call(b.device.set_peer, config)
+            assert "unreachable" in net.servers[1].run(["ping", "-c1", "-W1", THEIRS], check=False).lower()
+        machine.wg("set", machine.name, "peer", str(b.device.public_key), "remove")
+        machine.set_peer(b.device.public_key, f"{OURS}/128", endpoint=f"{net.address(1)}:{PORT}")
+        net.machines[0].run(["ping", "-c1", "-W20", OURS])
+        b.portal.call(b.device.set_peer, arriving)  # set again before it is noticed: its path stays
+        net.machines[0].run(["ping", "-c1", "-W20", OURS])
+        ping(net.servers[1], THEIRS)

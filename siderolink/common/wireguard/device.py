@@ -81,6 +81,12 @@ class PeerConfig:
     is_passive: bool = False
     """Another device with the same key serves the peer: send it nothing, forget its endpoint, and keep its sessions only to
     receive. Packets to it are answered with ICMP unreachable. A new session that the peer starts makes it active."""
+    may_arrive: bool = False
+    """The other device is about to stop or has failed, so a passive peer may start a session here at any time. The kernel then
+    accepts the packets of that session from the first one on; else it drops them until the session is noticed and the peer is
+    set again. Packets to a peer that was active before are lost meanwhile, instead of unreachable. No effect on the built-in
+    device, which notices a session at once.
+    """
     rate_in: int | None = None
     """Limit in bytes of inner packets per second from the peer; excess packets are dropped and counted. None disables it."""
     rate_out: int | None = None

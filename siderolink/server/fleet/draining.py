@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 1.0
 MAX_REQUESTS: Final = 5
 """Requests to one machine: a datagram may be lost, and so may the API's first answer."""
+ANNOUNCE_SECONDS: Final = 1.0
+"""Seconds between the announcement of a drain and the first request. The others read each other's rows twice a second, if no
+change reaches them sooner; then they leave this server out of their answers and are ready for its machines.
+"""
 _AT_ONCE: Final = 32
 """Machines asked at once; each then calls the API."""
 _PAUSE_SECONDS: Final = 0.02
@@ -112,6 +116,7 @@ class Draining:
             await self._wake.wait()
             self._wake = anyio.Event()
             requests: dict[str, int] = {}
+            await self._clock.sleep(ANNOUNCE_SECONDS)
             while self.has_begun:
                 requests = await self._ask(requests)
                 await self._clock.sleep(POLL_SECONDS)

@@ -120,6 +120,8 @@ class Membership:
         """Called when a server is dead, was removed or may have failed; machines should then check their links."""
         self.on_drained: Callable[[str], None] = lambda server_id: None
         """Called with the id of each other server that begins to drain."""
+        self.on_standing: Callable[[str], None] = lambda server_id: None
+        """Called with the id of each other server that is dead, drains, or no longer does."""
         self.on_return: Callable[[], Awaitable[None]] = _nothing
         """Awaited after others may have declared this server dead, before it relies on its ownership again."""
         self._was_doubtful = False
@@ -237,8 +239,8 @@ class Membership:
 
     def _report_changes(self, gone: set[str]) -> None:
         dead = gone | {server_id for server_id in self._others if not self.is_alive(server_id)}
-        told, self._dead = self._dead, dead | (self._dead - self._others.keys())
-        for server_id in dead - told:
+        told_dead, self._dead = self._dead, dead | (self._dead - self._others.keys())
+        for server_id in dead - told_dead:
             log.warning("the server %s is %s", server_id, "gone" if server_id in gone else "dead: it has no heartbeat")
             if server_id in self._others:
                 self.failures.note(self._others[server_id])
@@ -247,6 +249,8 @@ class Membership:
         told, self._draining = self._draining, {server_id for server_id in self._others if self.is_leaving(server_id)}
         for server_id in self._draining - told:
             self.on_drained(server_id)
+        for server_id in (self._draining ^ told) | (self._dead ^ told_dead):
+            self.on_standing(server_id)
 
     # --- run
 
@@ -284,7 +288,7 @@ class Membership:
                 if not is_away:
                     log.warning("this server's heartbeat could not be written: %s", error)
                 is_away = True
-            with anyio.move_on_after(self.pause):
+            with anyio.move_on_after(HEARTBEAT_SECONDS if is_away else self.pause):
                 await self._wake.wait()
 
     async def beat(self) -> None:
@@ -317,6 +321,7 @@ class Membership:
         row = self._row = replace(self._row, heartbeat_at=self._clock.time(), clock_offset=self.clock_offset)
         is_first = not self._has_begun
         was_away = self.offline_for > OUTAGE_SECONDS
+        before = dict(self._others)
 
         async def work(transaction: Transaction) -> dict[str, FleetServer]:
             others = {one.id: one for one in await transaction.ownership.servers() if one.id != self.id}
@@ -337,6 +342,9 @@ class Membership:
             self.outage_ended_at = now
         self._was_doubtful |= not is_first and at - self._beat_at > SURE_SECONDS
         self._beat_at, self._read_at = at, now
+        # what the feed told meanwhile is newer than what was read
+        others |= {one.id: one for one in self._others.values() if before.get(one.id) is not one}
+        others = {server_id: one for server_id, one in others.items() if server_id in self._others or server_id not in before}
         gone = self._others.keys() - others.keys()
         for server_id in gone:
             self.failures.note(self._others[server_id])

@@ -109,6 +109,8 @@ class Owners:
         self._wanted: dict[str, None] = {}
         self._unsettled: dict[str, None] = {}
         """Machines whose peers must be made passive or active."""
+        self._failing: dict[str, None] = {}
+        """Those of them whose peers could not be changed."""
         self.send_windows = SendWindows(clock)
         self._held: set[str] = set()
         """Machines that are not sent to because the database is unavailable and they were not heard recently."""
@@ -119,6 +121,12 @@ class Owners:
         """Configures a link's peer again, as `may_send` decides."""
         self.on_lost: Callable[[MachineLink], None] = lambda link: None
         """Called with each link that another server took."""
+
+        def standing_changed(server_id: str) -> None:
+            if not paths_are_proven:  # see `may_arrive`
+                self.settle_all([one for one, owner in self._known.items() if owner.server_id == server_id])
+
+        membership.on_standing = standing_changed
 
     # --- queries
 
@@ -276,7 +284,7 @@ class Owners:
                 await self._wake.wait()
                 self._wake = anyio.Event()
                 await self.settle()
-                if self._wanted:
+                if self._wanted or self._failing:
                     await self._clock.sleep(RETRY_SECONDS)
                     self._wake.set()
 
@@ -295,7 +303,8 @@ class Owners:
             self._is_away = True
 
     async def _set_peers(self) -> None:
-        done = 0
+        """Configure the peers that changed. Those that fail stay unsettled: a server that lost a link must stop sending."""
+        done, failed = 0, dict[str, None]()
         while self._unsettled:
             done += 1
             if done % _PEERS_IN_ONE_GO == 0:
@@ -307,7 +316,11 @@ class Owners:
                 try:
                     await self.apply(link)
                 except SideroLinkError as error:
-                    log.warning("a machine's peer could not be changed: %s", error, extra=link.machine.log_fields)
+                    if machine_id not in self._failing:
+                        log.warning("a machine's peer could not be changed; retrying: %s", error, extra=link.machine.log_fields)
+                    failed[machine_id] = None
+        self._failing = failed
+        self._unsettled.update(failed)
 
     async def _take_ownership(self, machine_ids: list[str]) -> None:
         now = self._clock.time()
@@ -337,7 +350,12 @@ class Owners:
         for machine_id in machine_ids:
             self._wanted.pop(machine_id, None)
         for ownership in taken:
+            if self._directory.get(ownership.machine_id) is None:
+                continue  # deleted since
             self.update(ownership)
+            if not self.is_mine(ownership.machine_id):
+                # Another server took it before this one heard of its own commit. It was wanted then, and so not lost.
+                self.update(self._known.pop(ownership.machine_id))
 
     async def note(self, transaction: Transaction, seen: Mapping[str, LastSeen]) -> dict[str, Ownership]:
         """Store last-seen notes, except those of machines that other servers own.
@@ -367,6 +385,14 @@ class Owners:
         for machine_id, ownership in noted.items():
             if ownership.is_of(self._known.get(machine_id)):
                 self._known[machine_id] = ownership
+
+
+def may_arrive(owners: Owners, machine_id: str) -> bool:
+    """Whether the machine of another server may come here at any time, because that server drains or is dead."""
+    owner, membership = owners.owner_of(machine_id), owners.membership
+    if owner is None or owner == membership.id:
+        return False
+    return membership.is_leaving(owner) or not membership.is_alive(owner)
 
 
 def _last_stamp(stamps: "CommonTimestamps | None", ownership: Ownership) -> bytes:

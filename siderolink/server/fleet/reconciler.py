@@ -21,7 +21,7 @@ from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub, LeaveReason, MachineLeft
 from siderolink.server.fleet.directory import Directory, LinkState, MachineLink, log_fields
 from siderolink.server.fleet.locks import KeyedLocks
-from siderolink.server.fleet.owners import Owners
+from siderolink.server.fleet.owners import Owners, may_arrive
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.refusals import StreamRefusal
 from siderolink.server.store import (
@@ -92,7 +92,8 @@ class Reconciler:
     def _peer(self, machine: Machine, public_key: PublicKey, *extra: IPv6Network) -> PeerConfig:
         allowed_ips = (IPv6Network((int(machine.overlay_address), 128)), *extra)
         if self._owners is not None and not self._owners.may_send(machine.id):
-            return PeerConfig(public_key=public_key, allowed_ips=allowed_ips, is_passive=True)
+            arrives = may_arrive(self._owners, machine.id)
+            return PeerConfig(public_key=public_key, allowed_ips=allowed_ips, is_passive=True, may_arrive=arrives)
         return PeerConfig(
             public_key=public_key,
             allowed_ips=allowed_ips,

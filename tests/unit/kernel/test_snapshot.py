@@ -113,6 +113,25 @@ def test_polls_are_frequent_while_a_handshake_is_expected_and_rare_otherwise() -
     assert schedule.next_at() == now + PollSchedule.IDLE
 
 
+def test_while_another_servers_machine_may_arrive_it_looks_often_and_then_less_and_less() -> None:
+    schedule = PollSchedule(0.0)
+    schedule.await_arrival(KEY, True, 0.0)
+    assert schedule.next_at() == PollSchedule.ARRIVAL
+    schedule.polled(0.001, 100.0)
+    schedule.await_arrival(KEY, True, 100.0)  # set again, and no news
+    assert schedule.next_at() == 101.0
+    schedule.expect(bytes(31) + b"x", 100.0)
+    assert schedule.next_at() == 100.0 + PollSchedule.FIRST
+    schedule.settled(bytes(31) + b"x")
+    schedule.polled(0.001, 10_000.0)  # it never came
+    assert schedule.next_at() == 10_000.0 + PollSchedule.IDLE
+    schedule.await_arrival(bytes(31) + b"y", True, 10_000.0)
+    assert schedule.next_at() == 10_000.0 + PollSchedule.ARRIVAL
+    for key in (KEY, bytes(31) + b"y"):
+        schedule.await_arrival(key, False, 10_000.0)
+    assert schedule.next_at() == 10_000.0 + PollSchedule.IDLE
+
+
 def test_expensive_polls_are_limited() -> None:
     schedule = PollSchedule(0.0)
     schedule.polled(0.3, 10.0)

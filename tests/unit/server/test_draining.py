@@ -14,7 +14,7 @@ from siderolink.server.admin.servers import Servers
 from siderolink.server.fleet.draining import MAX_REQUESTS, Draining
 from siderolink.server.fleet.owners import KEEP_ANSWERING_SECONDS
 from siderolink.server.store import Actor, AuditQuery, Role
-from tests.support.fake_device import VirtualClock
+from tests.support.fake_device import FakeDevice, VirtualClock
 from tests.support.manager import FakeMachine
 from tests.support.several import Fleet, fleet_of, membership, settled
 
@@ -76,6 +76,30 @@ async def test_a_machine_that_moved_is_still_answered_for_a_second() -> None:
         await fleet.is_owned_by(mine, "b")
         assert during[0] is False
         assert fleet.time.now - left_at >= KEEP_ANSWERING_SECONDS
+
+
+async def test_the_kernels_device_is_ready_for_machines_before_they_are_asked_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeDevice, "kind", "kernel")
+    asked: list[IPv6Address] = []
+    async with fleet_of("a", "b") as fleet, draining(fleet, "a", asked) as drain:
+        mine = await at(fleet, "a")
+
+        def may_arrive() -> bool:
+            return fleet["b"].device.configs[mine.key].may_arrive
+
+        assert not may_arrive()
+        await anext(drain.steps(30))
+        assert membership(fleet["a"]).is_draining
+        assert asked == []
+        await fleet.pass_time(1)
+        await settled(may_arrive)
+        assert fleet.is_passive("b", mine)
+        await settled(lambda: bool(asked))
+        await drain.undo()
+        await fleet.pass_time(1)
+        await settled(lambda: not may_arrive())
+        await fleet.pass_time(5, "b")  # a is dead, and b would dial it where it was heard
+        await settled(lambda: not fleet.is_passive("b", mine))
 
 
 async def test_a_drain_cancelled_while_it_counts_machines_has_not_begun() -> None:

@@ -41,7 +41,9 @@ class Peers:
         if peer.public_key.is_low_order:
             raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: it is a low-order point")
         known = self.table.entries.get(key)
-        if peer.is_passive:
+        if peer.is_passive and peer.may_arrive:
+            peer = replace(peer, endpoint=None, persistent_keepalive=0)  # its endpoint stays: it may have arrived by now
+        elif peer.is_passive:
             has_endpoint = known is not None and bool(known.view.facts.endpoint)
             peer = replace(peer, allowed_ips=(), endpoint=_NOWHERE if has_endpoint else None, persistent_keepalive=0)
         networks = frozenset(peer.allowed_ips)
@@ -61,6 +63,7 @@ class Peers:
         if endpoint:
             self.table.move(entry, endpoint)
         self.looks.expect(key)
+        self.looks.await_arrival(key, peer.is_passive and peer.may_arrive)
 
     def remove_peer(self, key: bytes) -> None:
         """Raises DeviceError."""

@@ -49,10 +49,18 @@ class PeerPoller:
         if self._schedule.next_at() < before:
             self._wake.set()
 
+    def await_arrival(self, key: bytes, is_awaited: bool) -> None:
+        """Poll more often while the peer may start a session at any time."""
+        before = self._schedule.next_at()
+        self._schedule.await_arrival(key, is_awaited, time.monotonic())
+        if self._schedule.next_at() < before:
+            self._wake.set()
+
     def forget(self, key: bytes) -> None:
         """Forget a removed peer."""
         self._table.forget(key)
         self._schedule.settled(key)
+        self._schedule.await_arrival(key, False, time.monotonic())
 
     async def watch(self) -> None:
         """Poll whenever it is due, until cancelled."""

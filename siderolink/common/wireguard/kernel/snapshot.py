@@ -104,6 +104,9 @@ class PollSchedule:
     """Seconds for which a handshake is expected of a peer that was set, was offered a path, or sent a handshake message."""
     FIRST: Final = 0.02
     LONGEST: Final = 1.0
+    ARRIVAL: Final = 0.1
+    ARRIVAL_SHARE: Final = 100
+    """While a peer of another server may arrive, a poll is followed by this part of the time since that became so."""
     FRESH_COST: Final = 0.05
     """Seconds: each query for a peer causes a poll, unless polls cost more than this."""
 
@@ -113,6 +116,8 @@ class PollSchedule:
         self.looked_at = now
         self._expected: dict[bytes, float] = {}
         self._newest = now
+        self._arriving: set[bytes] = set()
+        self._arriving_since = now
 
     def expect(self, key: bytes, now: float) -> None:
         """Expect a handshake with this peer soon."""
@@ -122,6 +127,14 @@ class PollSchedule:
     def settled(self, key: bytes) -> None:
         """Stop expecting a handshake: it was completed, or the peer was removed."""
         self._expected.pop(key, None)
+
+    def await_arrival(self, key: bytes, is_awaited: bool, now: float) -> None:
+        """Whether this peer may start a session at any time."""
+        if not is_awaited:
+            self._arriving.discard(key)
+        elif key not in self._arriving:
+            self._arriving.add(key)
+            self._arriving_since = now
 
     def polled(self, cost: float, now: float) -> None:
         """Note the end of a poll."""
@@ -135,11 +148,13 @@ class PollSchedule:
 
     def next_at(self) -> float:
         """When the next poll is due."""
-        if not self._expected:
-            return self.looked_at + max(self.IDLE, self.IDLE_SHARE * self.cost)
-        age = max(0.0, self.looked_at - self._newest)
-        pause = min(max(self.FIRST, age / 4), self.LONGEST)
-        return self.looked_at + max(pause, self.SHARE * self.cost)
+        pause = self.IDLE
+        if self._arriving:
+            pause = min(max(self.ARRIVAL, (self.looked_at - self._arriving_since) / self.ARRIVAL_SHARE), pause)
+        if self._expected:
+            age = max(0.0, self.looked_at - self._newest)
+            pause = min(max(self.FIRST, age / 4), self.LONGEST, pause)
+        return self.looked_at + max(pause, (self.SHARE if pause < self.IDLE else self.IDLE_SHARE) * self.cost)
 
     def is_fresh(self, began_at: float, now: float, *, is_part: bool = False) -> bool:
         """Whether a poll that began then is recent enough to answer a query now; `is_part` if others like it follow at once."""
