@@ -206,9 +206,10 @@ class _Connection(asyncio.Protocol):
     def _read_some(self, machine: "Machine") -> None:
         """Split a limited amount of input; resume reading once all input is split."""
         assert self._transport is not None
-        size = BYTES_PER_TURN if self._ingest.may_send_lines(machine) else len(self._unread)
+        may_send = self._ingest.may_send_lines(machine)  # asked once: all unread input is discarded at once, but never split
+        size = BYTES_PER_TURN if may_send else len(self._unread)
         piece, self._unread = bytes(self._unread[:size]), self._unread[size:]
-        self._add(machine, piece)
+        self._add(machine, piece, may_send=may_send)
         if self._unread:
             if not self._is_lost:
                 self._transport.pause_reading()
@@ -218,8 +219,8 @@ class _Connection(asyncio.Protocol):
         else:
             self._transport.resume_reading()
 
-    def _add(self, machine: "Machine", data: bytes) -> None:
-        if self._ingest.may_send_lines(machine):
+    def _add(self, machine: "Machine", data: bytes, *, may_send: bool) -> None:
+        if may_send:
             for line in self._lines.feed(data):
                 self._ingest.add_line(machine, line)
             self._ingest.charge_line_bytes(machine, self._lines.useless - self._charged_useless)

@@ -6,6 +6,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from ipaddress import IPv6Address
+from itertools import cycle
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -366,6 +367,30 @@ async def test_a_flood_of_short_lines_is_counted_and_split_in_small_turns(monkey
     assert found.taken_lines + found.drops[ReportDrop.LINE_RATE_LIMITED] == sent
     assert max(pieces) <= BYTES_PER_TURN
     assert len(found.recent_lines.of("m")) <= ReportOptions().recent_lines
+
+
+@pytest.mark.anyio
+async def test_what_is_read_beyond_the_rate_is_not_split_when_the_rate_allows_more_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pieces: list[int] = []
+
+    class Counting(LineSplitter):
+        def feed(self, data: bytes) -> list[bytes]:
+            pieces.append(len(data))
+            return super().feed(data)
+
+    answers = cycle([False, True])
+    monkeypatch.setattr(log_listener, "LineSplitter", Counting)
+    monkeypatch.setattr(ReportIngest, "may_send_lines", lambda *_: next(answers))
+    found = ingest()
+    tcp, udp = log_sockets()
+    async with listen_for_lines(found, tcp, udp), await anyio.connect_tcp("::1", tcp.getsockname()[1]) as stream:
+        with anyio.fail_after(30):
+            while len(pieces) < 5:
+                await stream.send(b"x\n" * 5000)
+                await anyio.sleep(0.01)
+    assert max(pieces) <= BYTES_PER_TURN
 
 
 @pytest.mark.anyio
