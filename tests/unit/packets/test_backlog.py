@@ -105,6 +105,8 @@ def test_a_packet_of_a_quiet_flow_overtakes_and_one_of_a_busy_flow_does_not() ->
     assert not backlog.may_pass(bytes(10) + busy.encode())
     assert not backlog.may_pass(quiet.frame(50)), "a super-packet"
     assert bytes(backlog.take() or b"") == busy.frame(50)
+    assert not backlog.may_pass(bytes(10) + busy.encode()), "nothing waits, so the flow that filled the path is likely next"
+    backlog.add(quiet.frame(50))
     assert backlog.may_pass(bytes(10) + busy.encode())
 
 
@@ -148,4 +150,5 @@ def test_it_is_full_by_frames_and_by_bytes_and_empty_after_it_was_cleared() -> N
         assert len(backlog.frames) == most
         backlog.clear()
         assert not backlog.frames
+        backlog.add(bytes(10) + Packet(ports=(1, 1)).encode())
         assert backlog.may_pass(bytes(10) + Packet().encode())
