@@ -130,7 +130,7 @@ class Place:
 
     def __init__(self, path: Path) -> None:
         """Raises StoreError if there is no file."""
-        self._path = path
+        self._path = path.absolute()  # a process may change its folder
         self._file = self._found()
         self.check()
 
