@@ -149,8 +149,6 @@ class _RowChanges:
     async def claims(self, machine_id: str) -> Sequence[Claim]:
         self.reads.add((CLAIMS_OF, machine_id))
         stored = await self._reader.read((CLAIMS_OF, machine_id))
-        claims = (claim for claim in stored if isinstance(claim, Claim)) if isinstance(stored, Sequence) else ()
-        found = [claim for claim in claims if claim.id not in self.claimed]
         known = [one for one in stored if isinstance(one, Claim)] if isinstance(stored, Sequence) else []
         found = [claim for claim in known if claim.id not in self.claimed]
         return found + [claim for claim in self.claimed.values() if claim is not None and claim.machine_id == machine_id]
