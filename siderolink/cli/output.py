@@ -80,7 +80,7 @@ class LineWriter(Generic[T]):
     def stop(self, timeout: float, last: Sequence[T] = ()) -> None:
         """Write queued items and then `last`, for at most `timeout` seconds."""
         self._last = last
-        if last and self._thread is None:
+        if self._thread is None and (last or self._queue):
             self._start()
         self._queue.end()
         if self._thread is not None:
