@@ -65,7 +65,8 @@ class LastSeenNotes:
             while self._waiting:
                 ids = list(self._waiting)[:_AT_ONCE]
                 batch = {machine_id: self._waiting.pop(machine_id) for machine_id in ids}
-                # A note older than the stored one changes nothing (LastSeen.of), so late writers are harmless.
+                # Only a link's owner writes, and a note that is up to a minute older than the stored one changes nothing
+                # (LastSeen.of), so late writers are harmless.
                 await self._write(batch)
                 batch = {}
             await self._write_mark()
