@@ -131,6 +131,8 @@ class Draining:
                     counts[link.machine.id] += 1
                     self._request_move(link.machine.overlay_address)
                 await self._clock.sleep(_PAUSE_SECONDS)
+                if not self.has_begun:
+                    return counts
             await checkpoint()
         return counts
 

@@ -114,6 +114,29 @@ async def test_a_drain_cancelled_while_it_counts_machines_has_not_begun() -> Non
         assert [drain.has_begun, membership(fleet["a"]).is_draining] == [True, True]
 
 
+async def test_an_undone_drain_asks_no_more_machines() -> None:
+    asked: list[IPv6Address] = []
+    async with fleet_of("a", "b") as fleet, background_tasks() as tasks:
+        manager = fleet["a"]
+
+        def request(address: IPv6Address) -> None:
+            if not asked:
+                tasks.start_soon(drain.undo)
+            asked.append(address)
+
+        time = VirtualClock()
+        drain = Draining(manager.membership, manager.fleet.owners, manager.links, request, time.clock)
+        tasks.start_soon(drain.watch)
+        for _ in range(70):
+            await at(fleet, "a")
+        await anext(drain.steps(30))
+        await settled(lambda: bool(asked) and not drain.has_begun)
+        for _ in range(10):
+            time.advance(1)
+            await anyio.wait_all_tasks_blocked()
+        assert len(asked) == 32, "the first part only"
+
+
 async def test_without_a_successor_a_drain_does_not_wait() -> None:
     async with fleet_of("a", "b") as fleet, draining(fleet, "b", []) as other, draining(fleet, "a", []) as alone:
         await other.run(0)

@@ -131,6 +131,7 @@ class Place:
     def __init__(self, path: Path) -> None:
         """Raises StoreError if there is no file."""
         self._path = path.absolute()  # a process may change its folder
+        self._file: tuple[int, int] | None = None
         self._file = self._found()
         self.check()
 
@@ -145,8 +146,10 @@ class Place:
     def _found(self) -> tuple[int, int] | None:
         try:
             status = self._path.stat()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError:  # says nothing about the file; a write tells what is wrong
+            return self._file
         return status.st_dev, status.st_ino
 
 
