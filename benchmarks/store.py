@@ -15,6 +15,7 @@ Postgres is Debian's, started for the run with its own settings: every commit is
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import resource
@@ -103,8 +104,17 @@ def syncs(cluster: Cluster) -> int:
 # --- joins
 
 
-async def join_all(store: Store, joins: int, at_once: int, tokens: Sequence[str] = ("given",)) -> tuple[float, float]:
-    """Joins per second with these join tokens, and this process's milliseconds of processor time per join."""
+async def join_all(
+    store: Store,
+    joins: int,
+    at_once: int,
+    tokens: Sequence[str] = ("given",),
+    pace: Callable[[], Awaitable[None]] | None = None,
+) -> tuple[float, float]:
+    """Joins per second with these join tokens, and this process's milliseconds of processor time per join.
+
+    `pace`: awaited before each join.
+    """
     clock = Clock(time=store.time)
     rows = Rows(overlay_prefix(), MachineLimits(max_machines=10**9, max_pending=10**9), clock)
     admission = Admission(NobodyLives(), rows, clock, TokenRules(store.sealer, clock))
@@ -123,6 +133,8 @@ async def join_all(store: Store, joins: int, at_once: int, tokens: Sequence[str]
 
     async def worker() -> None:
         while waiting:
+            if pace is not None:
+                await pace()
             await join(waiting.pop(), new_id())
 
     began, used = time.perf_counter(), cpu()
@@ -272,11 +284,25 @@ async def _side(stack: contextlib.AsyncExitStack, where: str, rows: int) -> Side
     return Side(rows, where, store, server)
 
 
-async def _change(side: Side, kind: str, count: int) -> None:
+def _paced(per_second: float) -> Callable[[], Awaitable[None]]:
+    """Waits until the next change is due.
+
+    A follower's cost depends on how many changes it reads at once, so both databases must get them equally fast, however long
+    each takes to commit one.
+    """
+    began, done = time.perf_counter(), itertools.count()
+
+    async def pace() -> None:
+        await asyncio.sleep(max(0.0, began + next(done) / per_second - time.perf_counter()))
+
+    return pace
+
+
+async def _change(side: Side, kind: str, count: int, pace: Callable[[], Awaitable[None]]) -> None:
     """The other server makes `count` changes of one kind."""
     store = side.store
     if kind == "join":
-        await join_all(store, count, 16)
+        await join_all(store, count, 1, pace=pace)
         return
     ids = [str(machine_cells(number)["id"]) for number in random.sample(range(side.rows), min(count, side.rows))]
     if kind == "leave":
@@ -297,10 +323,11 @@ async def _change(side: Side, kind: str, count: int) -> None:
             await transaction.ownership.take(owner)
 
     for number in range(count):
+        await pace()
         await store.transact(partial(work, machine_id=ids[number % len(ids)]))
 
 
-async def _costs(side: Side, cluster: Cluster, kind: str, count: int) -> tuple[float, float]:
+async def _costs(side: Side, cluster: Cluster, kind: str, count: int, per_second: float) -> tuple[float, float]:
     """Milliseconds of processor time per change beyond idle: of the following server and of Postgres."""
 
     def used() -> tuple[float, float, float]:
@@ -310,7 +337,7 @@ async def _costs(side: Side, cluster: Cluster, kind: str, count: int) -> tuple[f
     await asyncio.sleep(_IDLE_SECONDS)
     began = used()
     idle = [(now - then) / _IDLE_SECONDS for then, now in zip(before, began[:2], strict=False)]
-    await _change(side, kind, count)
+    await _change(side, kind, count, _paced(per_second))
     last = side.server.cpu
     while True:  # until the server has followed
         await asyncio.sleep(1.0)
@@ -335,7 +362,7 @@ async def measure_events(options: argparse.Namespace, cluster: Cluster) -> None:
         for turn in range(options.rounds):
             for kind in ("join", "label", "owner", "leave"):
                 for side in sides if turn % 2 == 0 else reversed(sides):
-                    costs = await _costs(side, cluster, kind, options.events)
+                    costs = await _costs(side, cluster, kind, options.events, options.pace)
                     found.setdefault(kind, {}).setdefault(side.rows, []).append(costs)
     for kind, by_rows in found.items():
         for at, whose in enumerate(("the server that follows", "Postgres, with the change itself")):
@@ -434,6 +461,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--events", type=int, default=2000)
+    parser.add_argument("--pace", type=float, default=200.0, help="events a second, fewer than either database can take")
     parser.add_argument("--machines", type=int)
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
