@@ -417,4 +417,4 @@ def run_join(options: JoinOptions) -> None:
         )
     if url is not None and url.source != "argument":
         log_event("settings", f"join URL {url.value} from {url.source}")
-    run_until_stopped(JoinedMachine(options, settings).run)
+    run_until_stopped(JoinedMachine(options, settings).run, leaves=True)

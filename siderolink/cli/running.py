@@ -35,10 +35,13 @@ def run_until_stopped(
     work: Callable[[], Awaitable[None]],
     reload: Callable[[], None] | None = None,
     drain: Callable[[], Awaitable[None]] | None = None,
+    *,
+    leaves: bool = False,
 ) -> None:
     """Run `work` on uvloop until it ends or SIGINT or SIGTERM arrives; both count as success. SIGHUP calls `reload`.
 
-    SIGTERM first waits for `drain`, unless a second signal arrives.
+    SIGTERM first waits for `drain`, unless a second signal arrives. `leaves`: exit the process as soon as `work` has closed
+    everything, without waiting for threads, such as one that looks up a name at a server that does not answer.
     """
 
     async def main() -> None:
@@ -47,14 +50,17 @@ def run_until_stopped(
             if reload is not None:
                 await tasks.start(_reload_on_signal, reload)
             await work()
+        if leaves:
+            _leave()
 
     anyio.run(main, backend_options=loop_options())
 
 
-def leave() -> NoReturn:
-    """Exit this process immediately with success; for commands that have closed and flushed everything.
+def _leave() -> NoReturn:
+    """Exit this process immediately with success.
 
-    Otherwise the interpreter would first free the memory of thousands of machines, which takes longer than the shutdown.
+    Otherwise the interpreter would first join its threads and free the memory of thousands of machines, which takes longer than
+    the shutdown.
     """
     stop_log()
     logging.shutdown()

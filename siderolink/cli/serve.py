@@ -19,7 +19,7 @@ from siderolink.cli.machine_reports import log_reports, report_counts
 from siderolink.cli.memory import FreeMemory
 from siderolink.cli.options import metrics_options
 from siderolink.cli.output import show
-from siderolink.cli.running import allow_descriptors, calm_collector, feed_watchdog, leave, notify, run_until_stopped
+from siderolink.cli.running import allow_descriptors, calm_collector, feed_watchdog, notify, run_until_stopped
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serve_config import DAY, ServeConfig
 from siderolink.cli.serve_layers import Layer, describe_settings
@@ -302,8 +302,7 @@ def run_serve(options: ServeConfig) -> None:
     allow_descriptors(_MOST_DESCRIPTORS)
     calm_collector()  # collections while rows are read would take a quarter of the time
     serve = Serve(options)
-    run_until_stopped(serve.run, serve.reload, serve.drain)
-    leave()
+    run_until_stopped(serve.run, serve.reload, serve.drain, leaves=True)
 
 
 def check_serve(options: ServeConfig, layers: tuple[Layer, ...]) -> None:
