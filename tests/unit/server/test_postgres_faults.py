@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from siderolink.common.errors import StoreError, StoreFullError, StoreUnavailabl
 from siderolink.server.store import Store, Transaction
 from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.postgres import STATE_KEY, Cluster, cluster
+from tests.support.server_pair import until
 from tests.unit.server.test_store import machine, work_of
 
 pytestmark = pytest.mark.anyio
@@ -253,17 +253,26 @@ async def test_a_session_that_is_ended_in_a_transaction_is_replaced(url: str, da
 
 
 async def test_a_session_that_was_idle_in_a_transaction_for_too_long_is_replaced(url: str, database: str) -> None:
+    setting = "idle_in_transaction_session_timeout"
+    idle = f"SELECT pid FROM pg_stat_activity WHERE datname = '{database}' AND state LIKE 'idle in transaction%'"
+
+    def configure(change: str) -> None:
+        cluster().execute(f"ALTER SYSTEM {change}")
+        cluster().execute("SELECT pg_reload_conf()")
+
     def disturb(statement: str) -> None:
         if statement:
             cluster().execute(statement, database)
-            cluster().execute("ALTER SYSTEM SET idle_in_transaction_session_timeout = '200ms'")
-            cluster().execute("SELECT pg_reload_conf()")
+            configure(f"SET {setting} = '3s'")
+            # a new session has the new value only after all present ones were told of it
+            until(lambda: cluster().execute(f"SHOW {setting}") == [("3s",)])
         else:
-            threading.Event().wait(2)
-            cluster().execute("ALTER SYSTEM RESET idle_in_transaction_session_timeout")
-            cluster().execute("SELECT pg_reload_conf()")
+            until(lambda: not cluster().execute(idle))
 
-    assert await disturbed(url, disturb) == ["1", "2"]
+    try:
+        assert await disturbed(url, disturb) == ["1", "2"]
+    finally:
+        configure(f"RESET {setting}")
 
 
 # --- a schema that is not whole
