@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.grpc import h2_trial, private
+from siderolink.common.grpc.frames import HeaderDecoder
 
 REAL = private.has_shortcuts
 
@@ -135,7 +136,7 @@ def test_header_blocks_with_a_common_prefix_are_decoded_correctly(connections: l
         encoder.header_table_size = table
         blocks = [bytes(encoder.encode(first)) + rubbish, bytes(encoder.encode(second))]
         for longest in (1 << 16, 150):
-            plain = told(Decoder(longest), blocks)
+            plain = told(HeaderDecoder(longest), blocks)
             assert told(private.RequestDecoder(longest, beginnings), blocks) == plain
             assert told(private.RequestDecoder(longest, beginnings), blocks) == plain
     assert len(beginnings) <= 16
