@@ -65,8 +65,8 @@ class LastSeenNotes:
             while self._waiting:
                 ids = list(self._waiting)[:_AT_ONCE]
                 batch = {machine_id: self._waiting.pop(machine_id) for machine_id in ids}
-                # Only a link's owner writes, and a note that is up to a minute older than the stored one changes nothing
-                # (LastSeen.of), so late writers are harmless.
+                # Only a link's owner writes, and a note that is older than the stored one changes nothing (LastSeen.of), so late
+                # writers are harmless.
                 await self._write(batch)
                 batch = {}
             await self._write_mark()
@@ -80,7 +80,7 @@ class LastSeenNotes:
     async def _write(self, batch: Mapping[str, LastSeen]) -> None:
         owners = self.owners
         if owners is None:
-            await self._store.transact(lambda transaction: transaction.note(batch))
+            await self._store.transact(lambda transaction: transaction.note(batch, self._store.time()))
         else:
             owners.keep(await self._store.transact(lambda transaction: owners.note(transaction, batch)))
 

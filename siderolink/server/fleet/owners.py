@@ -377,7 +377,7 @@ class Owners:
             if await transaction.ownership.note(after):
                 noted[machine_id] = after
         ours = {one: note for one, note in seen.items() if one in noted or self.owner_of(one) is None}
-        await transaction.note(ours)
+        await transaction.note(ours, self._store.time())
         return noted
 
     def keep(self, noted: Mapping[str, Ownership]) -> None:

@@ -82,8 +82,11 @@ class Transaction(Protocol):
     async def delete_principal(self, principal_id: str) -> None:
         """Remove a principal. Ignores a missing one."""
 
-    async def note(self, seen: Mapping[str, LastSeen]) -> None:
-        """Note when machines, by id, were last seen; ignores unknown ids. No new revision, nothing published to the feed."""
+    async def note(self, seen: Mapping[str, LastSeen], now: float) -> None:
+        """Note when machines, by id, were last seen; ignores unknown ids. No new revision, nothing published to the feed.
+
+        `now` is the store's Unix time: see `LastSeen.of`.
+        """
 
     async def add_history(self, entries: Sequence[HistoryEntry]) -> None:
         """Append to the history; the store numbers the entries. Publishes nothing to the feed."""

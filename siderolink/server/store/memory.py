@@ -227,11 +227,11 @@ class _MemoryTransaction(_RowChanges):
             self._table.principals = {other.id: other for other in others}
             self.changes.append(PrincipalChanged(principal_id=principal_id))
 
-    async def note(self, seen: Mapping[str, LastSeen]) -> None:
+    async def note(self, seen: Mapping[str, LastSeen], now: float) -> None:
         for machine_id, one in seen.items():
             machine = self._table.rows.get(machine_id)
             if machine is not None:
-                self._table.put(one.of(machine))
+                self._table.put(one.of(machine, now))
                 self._before.append((machine_id, machine))
 
     async def add_history(self, entries: Sequence[HistoryEntry]) -> None:

@@ -160,9 +160,12 @@ class LastSeen:
             goodbye_at=earlier.goodbye_at if self.goodbye_at is None else self.goodbye_at,
         )
 
-    def of(self, machine: Machine) -> Machine:
-        """The machine's row with this note applied. A note older than the row changes nothing, unless a clock was set back."""
-        ahead = self.seen_at + CLOCK_ERROR
+    def of(self, machine: Machine, now: float) -> Machine:
+        """The machine's row with this note applied at the Unix time `now`.
+
+        A note older than the row changes nothing, unless the row's time is in the future: the clock has been set back since.
+        """
+        ahead = now + CLOCK_ERROR
         if machine.seen_at is not None and self.seen_at < machine.seen_at <= ahead:
             return machine
         if machine.goodbye_at is not None and machine.goodbye_at > ahead:

@@ -256,7 +256,7 @@ async def test_an_update_keeps_a_note_that_came_meanwhile(url: str) -> None:
             row = await transaction.machine("1")
             assert row is not None
             if runs == 1:
-                await other.transact(lambda other: other.note({"1": LastSeen(endpoint="192.0.2.7:1", seen_at=5.0)}))
+                await other.transact(lambda other: other.note({"1": LastSeen(endpoint="192.0.2.7:1", seen_at=5.0)}, 5.0))
             return await transaction.update(replace(row, talos_version="v1.9"))
 
         assert (await store.transact(work)).seen_at == 5.0

@@ -179,7 +179,7 @@ async def remembered(manager: Manager, endpoint: str | None, seen_at: float, *, 
     await manager.handshake(machine)
     row = await manager.row(machine)
     await manager.store.transact(
-        lambda transaction: transaction.note({row.id: LastSeen(endpoint=endpoint, seen_at=seen_at, handshake_at=seen_at)})
+        lambda transaction: transaction.note({row.id: LastSeen(endpoint=endpoint, seen_at=seen_at, handshake_at=seen_at)}, seen_at)
     )
     return await manager.row(machine)
 
@@ -332,5 +332,5 @@ def heard(manager: Manager, machine: FakeMachine, place: str) -> None:
 
 def test_a_last_seen_time_does_not_replace_the_first_handshake() -> None:
     row = Machine(id="1", node_uuid="u", public_key=None, overlay_address=ip_address("fd00::1"), created_at=0, joined_at=0)  # type: ignore[arg-type]
-    seen = LastSeen(endpoint="a:1", seen_at=2.0, handshake_at=1.0).of(row)
-    assert LastSeen(endpoint=None, seen_at=3.0).of(seen) == replace(seen, last_endpoint=None, seen_at=3.0)
+    seen = LastSeen(endpoint="a:1", seen_at=2.0, handshake_at=1.0).of(row, 2.0)
+    assert LastSeen(endpoint=None, seen_at=3.0).of(seen, 3.0) == replace(seen, last_endpoint=None, seen_at=3.0)

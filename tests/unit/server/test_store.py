@@ -285,8 +285,8 @@ async def test_a_last_seen_time_changes_no_revision_and_is_not_in_the_feed(store
     await store.transact(work_of("insert", machine(1, 1)))
     seen = LastSeen(endpoint="192.0.2.7:1234", seen_at=5.0, handshake_at=4.0)
     async with store.changes() as changes:
-        await store.transact(lambda transaction: transaction.note({"1": seen, "unknown": seen}))
-        await store.transact(lambda transaction: transaction.note({"1": LastSeen(endpoint=None, seen_at=6.0)}))
+        await store.transact(lambda transaction: transaction.note({"1": seen, "unknown": seen}, 5.0))
+        await store.transact(lambda transaction: transaction.note({"1": LastSeen(endpoint=None, seen_at=6.0)}, 6.0))
         await store.transact(work_of("insert", machine(2, 2, overlay=2)))
         first = await anext(changes)
     assert isinstance(first, MachineChanged)
@@ -300,7 +300,7 @@ async def test_notes_and_the_server_record_are_rolled_back(store: Store) -> None
 
     async def work(transaction: Transaction) -> None:
         await transaction.set_server(record)
-        await transaction.note({"1": LastSeen(endpoint="192.0.2.7:1", seen_at=1.0)})
+        await transaction.note({"1": LastSeen(endpoint="192.0.2.7:1", seen_at=1.0)}, 1.0)
         raise StoreError("no")
 
     await store.transact(work_of("insert", machine(1, 1)))
@@ -372,21 +372,24 @@ def test_a_row_prints_no_token() -> None:
     assert "secret" not in repr(replace(machine(1, 1), unique_token_digest=b"secret"))
 
 
-async def test_an_older_note_does_not_replace_a_newer_one(store: Store) -> None:
+@pytest.mark.parametrize("late", [1.0, 1000.0])
+async def test_an_older_note_does_not_replace_a_newer_one(store: Store, late: float) -> None:
+    """A note may wait for long while the database is unavailable."""
     await store.transact(work_of("insert", machine(1, 1)))
-    newer = LastSeen(endpoint="192.0.2.7:2", seen_at=6.0, source="192.0.2.7")
-    await store.transact(lambda transaction: transaction.note({"1": newer}))
-    await store.transact(lambda transaction: transaction.note({"1": LastSeen(endpoint="192.0.2.7:1", seen_at=5.0)}))
+    now = 5.0 + late
+    newer = LastSeen(endpoint="192.0.2.7:2", seen_at=now, source="192.0.2.7", goodbye_at=now)
+    await store.transact(lambda transaction: transaction.note({"1": newer}, now))
+    await store.transact(lambda transaction: transaction.note({"1": LastSeen(endpoint="192.0.2.7:1", seen_at=5.0)}, now))
     [row] = [row async for row in store.machines()]
-    assert (row.last_endpoint, row.seen_at, row.last_source) == ("192.0.2.7:2", 6.0, "192.0.2.7")
+    assert (row.last_endpoint, row.seen_at, row.last_source, row.goodbye_at) == ("192.0.2.7:2", now, "192.0.2.7", now)
 
 
 async def test_a_note_replaces_times_of_a_clock_that_was_ahead(store: Store) -> None:
     await store.transact(work_of("insert", machine(1, 1)))
     ahead = LastSeen(endpoint="192.0.2.7:2", seen_at=1e9, handshake_at=1e9, goodbye_at=1e9)
-    await store.transact(lambda transaction: transaction.note({"1": ahead}))
+    await store.transact(lambda transaction: transaction.note({"1": ahead}, 1e9))
     seen = LastSeen(endpoint="192.0.2.7:1", seen_at=5.0, handshake_at=4.0)
-    await store.transact(lambda transaction: transaction.note({"1": seen}))
+    await store.transact(lambda transaction: transaction.note({"1": seen}, 5.0))
     [row] = [row async for row in store.machines()]
     assert (row.last_endpoint, row.seen_at, row.last_handshake_at, row.goodbye_at) == ("192.0.2.7:1", 5.0, 4.0, None)
 

@@ -266,6 +266,6 @@ async def _write_one(driver: aiosqlite.Connection, transaction: SqlTransaction) 
     if transaction.record is not None:
         await statements.set_server(driver, transaction.record)
     if transaction.seen:
-        await statements.note(driver, transaction.seen)
+        await statements.note(driver, transaction.seen, transaction.noted_at)
     if transaction.happened:
         await statements.add_history(driver, transaction.happened)

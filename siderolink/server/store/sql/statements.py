@@ -147,8 +147,8 @@ async def set_server(driver: aiosqlite.Connection, record: ServerRecord) -> None
     await _run(driver, _INSERT_SERVER, [tables.server_values(record)])
 
 
-async def note(driver: aiosqlite.Connection, seen: Mapping[str, LastSeen]) -> None:
-    await _run(driver, _NOTE, tables.note_values(seen))
+async def note(driver: aiosqlite.Connection, seen: Mapping[str, LastSeen], now: float) -> None:
+    await _run(driver, _NOTE, tables.note_values(seen, now))
 
 
 async def add_history(driver: aiosqlite.Connection, entries: Sequence[HistoryEntry]) -> None:

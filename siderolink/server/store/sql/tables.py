@@ -312,7 +312,8 @@ def note() -> Update:
     )
 
 
-def note_values(seen: Mapping[str, LastSeen]) -> list[dict[str, object]]:
+def note_values(seen: Mapping[str, LastSeen], now: float) -> list[dict[str, object]]:
+    """The parameters of `note` at the Unix time `now`; see `LastSeen.of`."""
     return [
         {
             "machine": machine_id,
@@ -322,7 +323,7 @@ def note_values(seen: Mapping[str, LastSeen]) -> list[dict[str, object]]:
             "goodbye": one.goodbye_at,
             "at": one.seen_at,
             "seen_before": one.seen_at,
-            "ahead": one.seen_at + CLOCK_ERROR,
+            "ahead": now + CLOCK_ERROR,
         }
         for machine_id, one in sorted(seen.items())
     ]

@@ -55,6 +55,8 @@ class _RowChanges:
         self.audited: list[AuditEntry] = []
         self.record: ServerRecord | None = None
         self.seen: dict[str, LastSeen] = {}
+        self.noted_at = 0.0
+        """When `seen` was noted, in Unix time."""
         self.happened: list[HistoryEntry] = []
         self.changes: list[Change] = []
         self.tokens = SqlTokens(reader, self.reads, self.writes, self.changes)
@@ -227,9 +229,10 @@ class SqlTransaction(_RowChanges):
         self.named[principal_id] = principal
         self.changes.append(PrincipalChanged(principal_id=principal_id))
 
-    async def note(self, seen: Mapping[str, LastSeen]) -> None:
+    async def note(self, seen: Mapping[str, LastSeen], now: float) -> None:
         self.writes |= {("id", machine_id) for machine_id in seen}
         self.seen |= seen
+        self.noted_at = now
 
     async def add_history(self, entries: Sequence[HistoryEntry]) -> None:
         self.writes.add((HISTORY, id(self)))

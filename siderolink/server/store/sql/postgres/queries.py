@@ -236,7 +236,7 @@ def writes(transaction: SqlTransaction) -> Iterator[Step]:
     yield from _write_ownership(transaction.ownership)
     if transaction.record is not None:
         yield _UPSERT_SERVER, [tables.server_values(transaction.record)]
-    yield _NOTE, tables.note_values(transaction.seen)
+    yield _NOTE, tables.note_values(transaction.seen, transaction.noted_at)
     yield _INSERT_HISTORY, history.values(transaction.happened)
     changes = [encode_change(change) for change in transaction.changes]
     yield _INSERT_CHANGE, [{"kind": kind, "id": name, "body": body} for kind, name, body in changes]
