@@ -109,6 +109,8 @@ class Owners:
         self._wanted: dict[str, None] = {}
         self._unsettled: dict[str, None] = {}
         """Machines whose peers must be made passive or active."""
+        self._restood: set[str] = set()
+        """Servers that began or stopped to drain or to be dead, which matters for their machines' peers."""
         self._failing: dict[str, None] = {}
         """Those of them whose peers could not be changed."""
         self.send_windows = SendWindows(clock)
@@ -124,7 +126,8 @@ class Owners:
 
         def standing_changed(server_id: str) -> None:
             if not paths_are_proven:  # see `may_arrive`
-                self.settle_all([one for one, owner in self._known.items() if owner.server_id == server_id])
+                self._restood.add(server_id)
+                self._wake.set()
 
         membership.on_standing = standing_changed
 
@@ -290,6 +293,11 @@ class Owners:
 
     async def settle(self) -> None:
         """Configure the peers that changed, then take the wanted links. Links that cannot be taken now stay wanted."""
+        while self._restood:
+            servers, self._restood = self._restood, set()
+            for links in self._directory.parts():
+                self.settle_all(link.machine.id for link in links if self.owner_of(link.machine.id) in servers)
+                await checkpoint()
         await self._set_peers()
         try:
             while self._wanted:

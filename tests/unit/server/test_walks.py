@@ -17,10 +17,13 @@ from siderolink.server.admin.machines import SORTS, MachineAdministration, Machi
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.dialling import dial_links, dial_remembered
+from siderolink.server.fleet.directory import MachineLink
 from siderolink.server.fleet.draining import MAX_REQUESTS, Draining
 from siderolink.server.fleet.limit_watch import LimitWatch
+from siderolink.server.fleet.membership import Membership
+from siderolink.server.fleet.owners import Owners
 from siderolink.server.peers.service import PeerService
-from siderolink.server.store import Machine, MemoryStore
+from siderolink.server.store import Machine, MemoryStore, Ownership
 from tests.support.crowd import Crowd, open_crowd
 from tests.support.fake_device import VirtualClock
 from tests.support.several import fleet_of, membership
@@ -78,6 +81,26 @@ async def dial_all(crowd: Crowd) -> None:
     await dial_remembered(crowd.directory, crowd.sessions, crowd.reconciler)
 
 
+async def see_a_server_drain(crowd: Crowd) -> None:
+    store, clock, applied = MemoryStore(), VirtualClock().clock, list[MachineLink]()
+    membership = Membership(store, clock, server_id="a", endpoints=())
+    owners = Owners(membership, crowd.directory, store, clock, paths_are_proven=False)
+
+    async def apply(link: MachineLink) -> None:
+        applied.append(link)
+
+    owners.apply = apply
+    for link in LINKS:
+        key = link.machine.public_key
+        assert key is not None
+        owners.update(Ownership(machine_id=link.machine.id, server_id="b", epoch=1, public_key=key, heard_at=0.0))
+    await owners.settle()
+    applied.clear()
+    membership.on_standing("b")
+    await owners.settle()
+    assert len(applied) == MACHINES
+
+
 def sorted_by(sort: str) -> Work:
     return lambda crowd: administration(crowd).page(MachineQuery(sort=sort, page_size=20))
 
@@ -91,6 +114,7 @@ WORKS: dict[str, Work] = {
     "accepted machines": list_accepted,
     "another server's question": tell_other_servers,
     "limits": watch_limits,
+    "machines of a server that drains": see_a_server_drain,
     "machines to dial": dial_all,
     "machines to forget": lambda crowd: crowd.machines.forget_absent_now(1e9),
     **{f"a list by {sort}": sorted_by(sort) for sort in SORTS},
