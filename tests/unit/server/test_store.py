@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv6Address
 from itertools import product
 from typing import Any
@@ -403,6 +404,24 @@ def claim(number: int, machine_id: str = "1", *, created_at: float = 0.0) -> Cla
         created_at=created_at,
         expires_at=created_at + 60,
     )
+
+
+async def test_a_row_may_be_asked_for_by_id_while_it_is_being_read_by_another_column(store: Store) -> None:
+    await store.transact(work_of("insert", machine(1, 1)))
+
+    async def late(transaction: Transaction, turns: int) -> Machine | None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        row = await transaction.machine("1")
+        for _ in range(5):  # the works' shared queries go on
+            await transaction.machine("unknown")
+            await asyncio.sleep(0.001)
+        return row
+
+    for turns in range(60):
+        early = store.transact(lambda transaction: transaction.machine_by_uuid("uuid-1"))
+        found = await asyncio.gather(early, store.transact(partial(late, turns=turns)))
+        assert [row and row.id for row in found] == ["1", "1"]
 
 
 async def test_a_row_has_several_claims_which_are_removed_with_it(store: Store) -> None:

@@ -95,7 +95,8 @@ class Reader:
             await self._wake.wait()
             await asyncio.sleep(0)  # other works of the batch are about to read, too
             self._wake.clear()
-            wanted, self._wanted = self._wanted, []
+            # rows that other columns have led to are known by their ids meanwhile
+            wanted, self._wanted = [key for key in self._wanted if not self._answers[key].done()], []
             try:
                 with translated():
                     found = await fetch(self._find, wanted)
