@@ -80,6 +80,8 @@ class Reconciler:
         """By UUID and by public key, in that order; serialises changes of one machine."""
         self.leaving: dict[str, LeaveReason] = {}
         """Reasons of removals in progress at this server, by machine id."""
+        self._unremoved: dict[MachineLink, None] = {}
+        """Dropped links whose peers the device still has."""
         self.on_applied: Callable[[MachineLink, PublicKey | None], None] = lambda link, key_before: None
         """Called with each link whose row was applied and with its previous key, even if the device failed."""
         self.on_dropped: Callable[[MachineLink], None] = lambda link: None
@@ -224,7 +226,12 @@ class Reconciler:
         self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE)
         if key is not None and had_key:
             link.abandoned |= {key}
-        await self._remove_abandoned(link)
+        try:
+            await self._remove_abandoned(link)
+        except SideroLinkError as error:
+            log.warning("the peer of a removed machine could not be removed; retrying: %s", error, extra=link.machine.log_fields)
+            self._unremoved[link] = None
+            self.on_failed(link.machine.id)
 
     async def apply_claim(self, row: Machine, claim: Claim) -> None:
         """Set up the claim's key: a peer without allowed IPs, and the claim's own virtual address."""
@@ -382,7 +389,10 @@ class Reconciler:
         return link is not None and link.is_applied and link.machine.revision >= machine.revision
 
     async def resync(self, machine_id: str) -> None:
-        """Read a machine's row, or all rows for EVERYTHING, again and apply it."""
+        """Read a machine's row, or all rows for EVERYTHING, again and apply it. First removes peers that were left over."""
+        for gone in list(self._unremoved):
+            await self._remove_abandoned(gone)
+            self._unremoved.pop(gone, None)
         if machine_id == EVERYTHING:
             await self._reread()
             return

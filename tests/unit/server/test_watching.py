@@ -224,6 +224,21 @@ async def test_a_key_that_the_device_would_not_give_up_is_removed_with_the_next_
     assert set(manager.device.configs) == {successor.key}
 
 
+async def test_a_removed_machines_key_is_given_up_later_if_the_device_would_not_give_it_up() -> None:
+    manager, machine = Manager(), FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    row = await manager.row(machine)
+    remove, manager.device.remove_peer = manager.device.remove_peer, _fails  # type: ignore[method-assign]
+    assert await manager.machines.remove(row.id)
+    assert MachineLeft(machine=row, reason=LeaveReason.REMOVED) in await manager.events()
+    await manager.pass_time(600)
+    assert set(manager.device.configs) == {machine.key}
+    manager.device.remove_peer = remove  # type: ignore[method-assign]
+    await manager.pass_time(600)
+    assert not manager.device.configs
+
+
 async def _fails(public_key: PublicKey) -> None:
     raise DeviceError("no answer")
 
