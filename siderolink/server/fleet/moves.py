@@ -72,6 +72,8 @@ class Moves:
         self._moves: dict[IPv6Address, _Move] = {}
         self._lingering: dict[PublicKey, tuple[IPv6Address, float]] = {}
         """The old addresses of keys that were moved at once, and when the keys lose them."""
+        self._gave_way: set[PublicKey] = set()
+        """Keys of moves that ended to make room, which still have the address."""
         self._wake = anyio.Event()
         self.on_moved: Callable[[MachineLink], None] = lambda link: None
         """Called with the link that has the key now."""
@@ -115,6 +117,8 @@ class Moves:
         if self._clock.monotonic() - oldest.began_at < GRACE_SECONDS:
             return False
         self._end(oldest)
+        if oldest.machine.public_key is not None:
+            self._gave_way.add(oldest.machine.public_key)
         return True
 
     def _addresses(self, key: PublicKey | None) -> list[IPv6Address]:
@@ -133,7 +137,9 @@ class Moves:
         left = {key for key, (_, ends_at) in self._lingering.items() if ends_at <= now}
         for key in left:
             del self._lingering[key]
-        return left | {move.machine.public_key for move in ended if move.machine.public_key is not None}
+        left |= {move.machine.public_key for move in ended if move.machine.public_key is not None} | self._gave_way
+        self._gave_way.clear()
+        return left
 
     def _end(self, move: _Move) -> None:
         del self._moves[move.machine.overlay_address]

@@ -358,6 +358,18 @@ async def test_unproven_moves_leave_nothing_behind() -> None:
     assert manager.device.configs[machine.key].allowed_ips == (network(first.node_address_prefix),)
 
 
+async def test_a_move_that_gives_way_to_another_keys_leaves_no_address_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siderolink.server.fleet.moves.MAX_MOVES", 1)
+    manager, first, second = Manager(), FakeMachine(), FakeMachine()
+    for machine in (first, second):
+        await manager.join(machine)
+        await manager.handshake(machine)
+        await manager.join(replace(machine, node_uuid=str(uuid.uuid4())))
+        manager.time.advance(6)
+    await pass_time_of_moves(manager)
+    assert [len(manager.device.configs[machine.key].allowed_ips) for machine in (first, second)] == [1, 2]
+
+
 async def test_a_move_whose_address_the_device_refused_ends_like_others() -> None:
     manager, machine = Manager(), FakeMachine(tunnel=True)
     await manager.join(machine)
