@@ -65,7 +65,7 @@ class LastSeenNotes:
             while self._waiting:
                 ids = list(self._waiting)[:_AT_ONCE]
                 batch = {machine_id: self._waiting.pop(machine_id) for machine_id in ids}
-                # Only a link's owner writes, and a note that is older than the stored one changes nothing (LastSeen.of), so late
+                # Only a link's owner writes, and a note that is older than the stored one changes nothing (LastSeen.of): late
                 # writers are harmless.
                 await self._write(batch)
                 batch = {}

@@ -179,7 +179,9 @@ async def remembered(manager: Manager, endpoint: str | None, seen_at: float, *, 
     await manager.handshake(machine)
     row = await manager.row(machine)
     await manager.store.transact(
-        lambda transaction: transaction.note({row.id: LastSeen(endpoint=endpoint, seen_at=seen_at, handshake_at=seen_at)}, seen_at)
+        lambda transaction: transaction.note(
+            {row.id: LastSeen(endpoint=endpoint, seen_at=seen_at, handshake_at=seen_at)}, seen_at
+        )
     )
     return await manager.row(machine)
 
