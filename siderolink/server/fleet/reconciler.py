@@ -229,7 +229,8 @@ class Reconciler:
         try:
             await self._remove_abandoned(link)
         except SideroLinkError as error:
-            log.warning("the peer of a removed machine could not be removed; retrying: %s", error, extra=link.machine.log_fields)
+            fields = link.machine.log_fields
+            log.warning("the peer of a removed machine could not be removed; retrying: %s", error, extra=fields)
             self._unremoved[link] = None
             self.on_failed(link.machine.id)
 
