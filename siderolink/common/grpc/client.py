@@ -59,7 +59,7 @@ class GrpcChannel(private.ConnectingChannel):
         fingerprint: str | None = None,
     ) -> None:
         host = None if host is None else check_host(host)
-        super().__init__(host, port, path=path, tls=tls, codec=ClientCodec())
+        super().__init__(host, port, path=path, tls=tls, codec=ClientCodec(limits.max_answer_fields))
         self.authority = "localhost" if path is not None else authority(self.host, self.port)
         self._limits = limits
         self._is_direct = direct

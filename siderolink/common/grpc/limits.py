@@ -16,6 +16,8 @@ class Limits:
 
     max_message_bytes: int = 64 * 1024
     """Maximum gRPC message of an ordinary call; longer ones are refused by their length prefix before they are buffered."""
+    max_answer_fields: int | None = None
+    """Maximum protobuf fields of one message that a client receives, counted before decoding: each takes some 5 µs."""
     max_header_bytes: int = 16 * 1024
     """Maximum header list, and maximum encoded header block, of one call."""
     max_frame_bytes: int = 64 * 1024
@@ -103,9 +105,14 @@ class Limits:
     """Time limit of a client's connection setup, including the TLS handshake."""
 
     @classmethod
-    def for_answers(cls, size: int) -> Self:
-        """A client's limits for answers of up to `size` bytes."""
-        return cls(max_message_bytes=size, stream_window_bytes=size + 5, connection_window_bytes=max(size + 5, 1 << 20))
+    def for_answers(cls, size: int, max_fields: int | None = None) -> Self:
+        """A client's limits for answers of up to `size` bytes and, if given, `max_fields` fields."""
+        return cls(
+            max_message_bytes=size,
+            max_answer_fields=max_fields,
+            stream_window_bytes=size + 5,
+            connection_window_bytes=max(size + 5, 1 << 20),
+        )
 
     @property
     def received_bytes(self) -> int:

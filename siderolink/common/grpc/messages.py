@@ -323,9 +323,11 @@ def _declared(message: Any) -> Any:
     return message
 
 
-def decode_answer(data: bytes, kind: type[T]) -> T:
-    """A message from an answer, or within one. Raises InvalidAnswerError if it is malformed."""
+def decode_answer(data: bytes, kind: type[T], max_fields: int | None = None) -> T:
+    """A message from an answer, or within one. Raises InvalidAnswerError if it is malformed or has more fields."""
     try:
+        if max_fields is not None and count_fields(data, max_fields, kind) > max_fields:
+            raise ValueError(f"more than {max_fields} fields")
         refuse_strings_as_numbers(kind, data)
         message: T = _declared(ProtoCodec().decode(data, cast("Any", kind)))
     except Exception as error:
@@ -336,5 +338,8 @@ def decode_answer(data: bytes, kind: type[T]) -> T:
 class ClientCodec(ProtoCodec):
     """Decodes responses; malformed ones raise InvalidAnswerError."""
 
+    def __init__(self, max_fields: int | None = None) -> None:
+        self._max_fields = max_fields
+
     def decode(self, data: bytes, message_type: Any) -> Any:
-        return decode_answer(data, message_type)
+        return decode_answer(data, message_type, self._max_fields)

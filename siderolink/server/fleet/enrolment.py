@@ -48,6 +48,8 @@ LATER_AT_ONCE = 32
 """Later attempts wait for each other, but never delay a first one."""
 _ANSWER_BYTES = 1024 * 1024
 """Message limit of these calls: all messages are far shorter, and a machine may be hostile."""
+_ANSWER_FIELDS = 4096
+"""The same for protobuf fields, each of which costs time: enough for 300 disks."""
 _MAX_LINKS = 1024
 _ETHER = 1
 _MAX_ADDRESS_BYTES = 32
@@ -61,18 +63,19 @@ async def open_machine_api(
     port: int = MACHINE_API_PORT,
     namespace: str | None = None,
     answer_bytes: int = ANSWER_BYTES,
+    answer_fields: int | None = None,
 ) -> AsyncIterator[GrpcChannel]:
     """A channel to the machine's API, for stubs such as ``siderolink.common.pb.machine.MachineServiceStub``.
 
-    `namespace` is that of the server's interface, if it differs from the caller's; `answer_bytes` limits each message of an
-    answer. Certificates are not verified: WireGuard has authenticated the machine at its overlay address. Calls
-    raise what `siderolink.common.grpc.translate_errors` translates.
+    `namespace` is that of the server's interface, if it differs from the caller's; `answer_bytes` and `answer_fields`
+    limit each message of an answer. Certificates are not verified: WireGuard has authenticated the machine at its overlay
+    address. Calls raise what `siderolink.common.grpc.translate_errors` translates.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    limits = Limits.for_answers(answer_bytes)
+    limits = Limits.for_answers(answer_bytes, answer_fields)
     host = str(machine.overlay_address)
     async with open_channel(host, port, context, direct=True, limits=limits, namespace=namespace) as channel:
         yield channel
@@ -133,7 +136,7 @@ class Enrolment:
                     if not self._lacks_something(machine_id):
                         return
                 except (SideroLinkError, GRPCError, TimeoutError) as error:
-                    reason = str(error) or "no answer in time"
+                    reason = error.message if isinstance(error, GRPCError) else str(error) or "no answer in time"
                     log.info("machine %s could not be given its unique token yet: %s", uuid, reason, extra=fields)
                 except Exception:
                     log.exception("machine %s could not be given its unique token yet", uuid, extra=fields)
@@ -153,7 +156,9 @@ class Enrolment:
 
     async def _write(self, machine: Machine) -> None:
         with translate_errors():
-            async with open_machine_api(machine, namespace=self._namespace, answer_bytes=_ANSWER_BYTES) as channel:
+            async with open_machine_api(
+                machine, namespace=self._namespace, answer_bytes=_ANSWER_BYTES, answer_fields=_ANSWER_FIELDS
+            ) as channel:
                 is_installed = await _is_installed(channel)
                 fingerprint = await _fingerprint(channel) if machine.bound_digest is None else ""
                 machine = await self._choose(machine.id, fingerprint, is_installed)
@@ -211,7 +216,7 @@ async def _fingerprint(channel: GrpcChannel) -> str:
     async for answer in StateStub(channel).list(request):
         if answer.resource is None or answer.resource.spec is None:
             continue
-        spec = decode_answer(answer.resource.spec.proto_spec, LinkStatusSpec)
+        spec = decode_answer(answer.resource.spec.proto_spec, LinkStatusSpec, _ANSWER_FIELDS)
         if spec.type == _ETHER and not spec.kind:
             addresses.append((spec.permanent_addr or spec.hardware_addr)[:_MAX_ADDRESS_BYTES])
         if len(addresses) > _MAX_LINKS:
