@@ -84,8 +84,9 @@ class PeerConfig:
     may_arrive: bool = False
     """The other device is about to stop or has failed, so a passive peer may start a session here at any time. The kernel then
     accepts the packets of that session from the first one on; else it drops them until the session is noticed and the peer is
-    set again. Packets to a peer that was active before are lost meanwhile, instead of unreachable. No effect on the built-in
-    device, which notices a session at once.
+    set again. Packets to a peer that was active before are lost meanwhile, instead of unreachable. Its endpoint stays, because
+    it may be that of the new session: if the peer was active until now, packets to it may begin a handshake. No effect on the
+    built-in device, which notices a session at once.
     """
     rate_in: int | None = None
     """Limit in bytes of inner packets per second from the peer; excess packets are dropped and counted. None disables it."""
