@@ -129,11 +129,19 @@ class Machines:
         """The machine that has this id, UUID, public key or name."""
         return await self._store.transact(lambda transaction: find_named(transaction, name))
 
-    async def remove(self, machine_id: str, reason: LeaveReason = LeaveReason.REMOVED, actor: Actor = SERVER) -> bool:
-        """Remove a machine; it may join again as a new one. Returns False if it is unknown."""
+    async def remove(
+        self,
+        machine_id: str,
+        reason: LeaveReason = LeaveReason.REMOVED,
+        actor: Actor = SERVER,
+        *,
+        only_if: Callable[[Machine], bool] = lambda machine: True,
+    ) -> bool:
+        """Remove a machine; it may join again as a new one. False if it is unknown, or `only_if` rejects its stored row."""
 
         async def work(transaction: Transaction) -> Machine | None:
-            machine = await transaction.delete(machine_id)
+            row = await transaction.machine(machine_id)
+            machine = await transaction.delete(machine_id) if row is not None and only_if(row) else None
             if machine is not None:
                 entry = machine_entry(self._clock.time(), actor, "machine.remove", machine, None)
                 await transaction.audit(replace(entry, after={"reason": str(reason)}))
@@ -164,7 +172,8 @@ class Machines:
         if facts.unheard is not None and facts.unheard < forget_after and facts.silence is not None:
             return
         try:
-            await self.remove(machine.id, LeaveReason.LONG_GONE)
+            # it may have joined since
+            await self.remove(machine.id, LeaveReason.LONG_GONE, only_if=lambda row: self._is_absent(row, forget_after))
         except SideroLinkError as error:
             log.warning("an expired machine could not be removed: %s", error, extra=machine.log_fields)
 

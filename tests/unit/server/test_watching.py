@@ -22,7 +22,9 @@ from siderolink.server import (
     MachineLimits,
     MemoryStore,
 )
+from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.events import EventHub
+from siderolink.server.store import Machine, Transaction
 from siderolink.server.store.base import Work
 from tests.support.manager import FakeMachine, Manager, drain, following, new_key
 
@@ -237,6 +239,29 @@ async def test_a_removed_machines_key_is_given_up_later_if_the_device_would_not_
     manager.device.remove_peer = remove  # type: ignore[method-assign]
     await manager.pass_time(600)
     assert not manager.device.configs
+
+
+async def test_an_absent_machine_that_joins_at_the_last_moment_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, machine = Manager(), FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    await manager.pass_time(4000)
+    liveness = manager.fleet.liveness
+    facts_of = liveness.of
+
+    async def of(row: Machine, transaction: Transaction | None = None) -> LinkLiveness:
+        facts = await facts_of(row, transaction)
+        if transaction is None:
+            await manager.join(replace(machine, tunnel=True))
+        return facts
+
+    monkeypatch.setattr(liveness, "of", of)
+    await manager.machines.forget_absent_now(3600)
+    assert (await manager.row(machine)).tunnel
+    await manager.pass_time(4000)
+    monkeypatch.undo()
+    await manager.machines.forget_absent_now(3600)
+    assert len(manager.links) == 0
 
 
 async def _fails(public_key: PublicKey) -> None:
