@@ -15,6 +15,7 @@ from siderolink.common.grpc import server_tls
 from siderolink.server import Server
 from tests.support.certificates import make_certificate
 from tests.support.netns import Namespace
+from tests.support.proxy import running_proxy
 from tests.support.topology import SERVER_V4, Net, direct
 
 TOKEN = "the-join-token"
@@ -79,6 +80,39 @@ def test_certificate_problems_are_reported_with_remedies(tmp_path: Path) -> None
             found = examine(net.machine, url, *args)["TLS"]
         assert found["is_good"] is not bool(remedy)
         assert remedy in found["remedy"]
+
+
+def test_behind_a_mandatory_proxy_everything_goes_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, name = make_certificate("the root"), "siderolink.example"
+    (tmp_path / "ca.pem").write_text(root.certificate_pem)
+    (tmp_path / "server.pem").write_text(root.sign(name).pem)
+    args = [f"https://{name}:4000?jointoken={TOKEN}&grpc_tunnel=true", "--ca-file", str(tmp_path / "ca.pem")]
+    with serving(server_tls(tmp_path / "server.pem")) as net, net.server.portal() as beside:
+        net.machine.nft("""
+            table inet egress {
+                chain output {
+                    type filter hook output priority 0; policy drop;
+                    tcp dport 3128 accept
+                    oifname "lo" accept
+                }
+            }
+        """)
+        with beside.wrap_async_context_manager(running_proxy(credentials="me:word", host=SERVER_V4, port=3128)) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", f"http://me:word@{SERVER_V4}:3128")
+            found = examine(net.machine, *args)
+            assert not [finding for finding in found.values() if finding["is_good"] is False]
+            assert found["proxy"]["text"].startswith(f"{name} is reached by http://{SERVER_V4}:3128")
+            assert found["TLS"]["is_good"]
+            assert found["join"]["is_good"]
+            assert set(proxy.asked) == {f"{name}:4000"}
+            monkeypatch.setenv("HTTPS_PROXY", f"http://me:wrong@{SERVER_V4}:3128")
+            found = examine(net.machine, *args)
+            assert found["TLS"]["is_good"] is False
+            assert f"the proxy http://{SERVER_V4}:3128 failed: it answered 407" in found["TLS"]["text"]
+            monkeypatch.setenv("HTTPS_PROXY", "ftp://me:wrong@192.0.2.1")
+            found = examine(net.machine, *args)
+            assert found["proxy"]["text"].startswith("HTTPS_PROXY is not a proxy URL")
+            assert found["proxy"]["is_good"] is False
 
 
 def test_a_narrow_path_is_found() -> None:

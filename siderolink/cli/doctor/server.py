@@ -4,6 +4,7 @@ A trial machine with its own UUID and key joins, inside this process only: no in
 it asks the server to remove it; a server without support for that keeps it as a machine that is down.
 """
 
+import os
 import socket
 import ssl
 import struct
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 from ipaddress import IPv6Network
 
 import anyio
-from anyio.streams.tls import TLSAttribute
 
 from siderolink.cli.doctor.finding import Finding, bad, good, note
 from siderolink.client.link.provisioning import NodeInfo, Provisioned, provision
-from siderolink.common.errors import InvalidAnswerError, JoinRefusedError, ServerUnreachableError
+from siderolink.common.errors import ConfigurationError, JoinRefusedError, SideroLinkError
 from siderolink.common.goodbye import GOODBYE_PORT, Goodbye
+from siderolink.common.grpc import open_channel
+from siderolink.common.grpc.outgoing_proxies import proxy_for
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
@@ -47,15 +49,12 @@ _TLS_REMEDIES = {
 
 async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:
     """Check everything that a join needs, in order; stops at the first failure."""
-    api = HostPort(url.host, url.port)
-    try:
-        addresses = await api.resolve()
-    except OSError as error:
-        yield bad("API", f"cannot resolve {url.host}: {error.strerror or error}", "check the name and this host's DNS")
+    finding = await _check_name(url)
+    yield finding
+    if finding.is_good is False:
         return
-    yield good("API", f"{url.host} is {', '.join(str(address) for address, _ in addresses)}")
     if url.tls and tls is not None:
-        finding = await _check_tls(api, tls)
+        finding = await _check_tls(url, tls)
         yield finding
         if not finding.is_good:
             return
@@ -66,7 +65,7 @@ async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterato
         remedy = "check the join token" if error.status == "PERMISSION_DENIED" else "see the server's log"
         yield bad("join", str(error), remedy)
         return
-    except (ServerUnreachableError, InvalidAnswerError) as error:
+    except SideroLinkError as error:
         yield bad(
             "join",
             str(error),
@@ -84,23 +83,40 @@ async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterato
         yield await _leave(working, answer, key)
 
 
-async def _check_tls(api: HostPort, tls: ssl.SSLContext) -> Finding:
+async def _check_name(url: JoinURL) -> Finding:
+    """The server's addresses; behind a proxy, which resolves the server's name itself, those of the proxy."""
+    host, port, name = url.host, url.port, "API"
     try:
-        with anyio.fail_after(10):
-            async with await anyio.connect_tcp(api.host, api.port, ssl_context=tls, tls_standard_compatible=False) as stream:
-                version = stream.extra(TLSAttribute.tls_version)
-        return good("TLS", f"{version}, and the certificate is trusted")
+        proxy = proxy_for(host, port, tls=url.tls, environ=os.environ)
+    except ConfigurationError as error:
+        return bad("proxy", str(error), "correct the environment variable, or remove it")
+    if proxy is not None:
+        host, port, name = proxy.host, proxy.port, "proxy"
+    try:
+        addresses = await HostPort(host, port).resolve()
+    except OSError as error:
+        return bad(name, f"cannot resolve {host}: {error.strerror or error}", "check the name and this host's DNS")
+    found = f"{host} is {', '.join(str(address) for address, _ in addresses)}"
+    return good(name, found if proxy is None else f"{url.host} is reached by {proxy}; {found}")
+
+
+async def _check_tls(url: JoinURL, tls: ssl.SSLContext) -> Finding:
+    """Connect as a join does, also through a proxy."""
+    try:
+        async with open_channel(url.host, url.port, tls) as channel:
+            await channel.connect()
+        return good("TLS", "the certificate is trusted")
     except ssl.SSLCertVerificationError as error:
         remedy = _TLS_REMEDIES.get(
             error.verify_code, "give the certificate authority with --ca-file, and let the server send its whole chain"
         )
         return bad("TLS", error.verify_message, remedy)
-    except (ssl.SSLError, anyio.EndOfStream, anyio.BrokenResourceError) as error:
+    except (ssl.SSLError, ConnectionResetError, ConnectionAbortedError) as error:
         return bad(
             "TLS", str(error) or "the server ended the connection", "check that the server uses TLS; grpc:// URLs do not"
         )
-    except (OSError, TimeoutError) as error:
-        return bad("TLS", str(error) or "no answer within 10 s", "check the address, the port and any firewall between")
+    except (OSError, SideroLinkError) as error:
+        return bad("TLS", str(error), "check the address, the port and any firewall or proxy between")
 
 
 @dataclass(frozen=True, slots=True)
