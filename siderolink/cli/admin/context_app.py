@@ -10,10 +10,11 @@ import typer
 from siderolink.cli.admin.completion import complete_contexts
 from siderolink.cli.admin.contexts import (
     Context,
+    Contexts,
+    change_contexts,
     check_name,
     contexts_path,
     read_contexts,
-    write_contexts,
 )
 from siderolink.cli.admin.formats import Column, OutputFormat, View, print_list
 from siderolink.cli.output import show
@@ -87,8 +88,6 @@ def add(
 ) -> None:
     """Add a server, or replace it."""
     check_name(name)
-    path = contexts_path()
-    contexts = read_contexts(path)
     key = None
     if keep_key:
         key = read_secret("api-key", os.environ.get("SIDEROLINK_API_KEY") if api_key_file is None else None, api_key_file)
@@ -100,28 +99,34 @@ def add(
         api_key_file=None if api_key_file is None or keep_key else str(api_key_file.expanduser().absolute()),
         api_key=key,
     )
-    changed = contexts.with_context(name, context)
-    if use or changed.current is None:
-        changed = changed.model_copy(update={"current": name})
-    write_contexts(path, changed)
+
+    def change(contexts: Contexts) -> Contexts:
+        changed = contexts.with_context(name, context)
+        return changed.model_copy(update={"current": name}) if use or changed.current is None else changed
+
+    changed = change_contexts(contexts_path(), change)
     show(f"{name} is {context.server}{' and the current context' if changed.current == name else ''}")
 
 
 @app.command()
 def use(name: Name) -> None:
     """Make a context the current one."""
-    path = contexts_path()
-    contexts = read_contexts(path)
-    contexts.named(name)
-    write_contexts(path, contexts.model_copy(update={"current": name}))
+
+    def change(contexts: Contexts) -> Contexts:
+        contexts.named(name)
+        return contexts.model_copy(update={"current": name})
+
+    change_contexts(contexts_path(), change)
     show(f"{name} is the current context")
 
 
 @app.command()
 def remove(name: Name) -> None:
     """Remove a context. This does not affect the server."""
-    path = contexts_path()
-    contexts = read_contexts(path)
-    contexts.named(name)
-    write_contexts(path, contexts.with_context(name, None))
+
+    def change(contexts: Contexts) -> Contexts:
+        contexts.named(name)
+        return contexts.with_context(name, None)
+
+    change_contexts(contexts_path(), change)
     show(f"{name} was removed")

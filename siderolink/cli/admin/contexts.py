@@ -1,7 +1,9 @@
 """Named servers in one private file: address, trusted certificates, and the API key or the file that contains it."""
 
+import fcntl
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -120,12 +122,21 @@ def _check_private(path: Path, found: os.stat_result) -> None:
         raise ConfigurationError(f"{path} can be read or changed by others, and may contain API keys: chmod 600 {path}")
 
 
-def write_contexts(path: Path, contexts: Contexts) -> None:
-    """Replace the file atomically, readable only by its owner. Raises ConfigurationError."""
-    body: dict[str, Any] = contexts.model_dump(by_alias=True, exclude_none=True)
-    text = yaml.safe_dump(body, sort_keys=False)
+def change_contexts(path: Path, change: Callable[[Contexts], Contexts]) -> Contexts:
+    """Replace the file by what `change` makes of it, after other processes' changes; returns the new contexts.
+
+    It appears complete or not at all, readable only by its owner. A file beside it is the lock. Raises ConfigurationError.
+    """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_private(path, text.encode())
+        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            changed = change(read_contexts(path))
+            body: dict[str, Any] = changed.model_dump(by_alias=True, exclude_none=True)
+            replace_private(path, yaml.safe_dump(body, sort_keys=False).encode())
+        finally:
+            os.close(lock)
     except OSError as error:
         raise ConfigurationError(f"cannot write {path}: {error.strerror}") from None
+    return changed

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -404,6 +405,39 @@ def test_a_malformed_contexts_file_is_reported_with_line_and_key(tmp_path: Path,
     with pytest.raises(ConfigurationError) as refused:
         read_contexts(file)
     assert str(refused.value).startswith(f"{file}{problem}")
+
+
+SLOW_CHANGE = """
+import sys
+from pathlib import Path
+from siderolink.cli.admin.contexts import Context, change_contexts
+
+def change(contexts):
+    print("reading", flush=True)
+    sys.stdin.readline()
+    return contexts.with_context("slow", Context(server="https://slow.test:1"))
+
+change_contexts(Path(sys.argv[1]), change)
+"""
+
+
+def test_two_changes_at_once_are_both_kept(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    slow = subprocess.Popen(
+        [sys.executable, "-c", SLOW_CHANGE, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with slow:
+        assert slow.stdout is not None
+        assert slow.stdout.readline() == "reading\n"
+        command = [sys.executable, "-m", "siderolink", "context", "add", "quick", "--server", "https://quick.test:1"]
+        with subprocess.Popen(command, env=os.environ | {"SIDEROLINK_CONTEXTS": str(path)}, stdout=subprocess.PIPE) as quick:
+            deadline = time.monotonic() + 60
+            while quick.poll() is None and f" {quick.pid} " not in Path("/proc/locks").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            slow.communicate("\n", timeout=60)
+            assert (slow.returncode, quick.wait(60)) == (0, 0)
+    assert set(read_contexts(path).contexts) == {"slow", "quick"}
 
 
 # --- completion
