@@ -1,6 +1,7 @@
 """Links over networks that lose, delay, reorder and corrupt; names with changing addresses; recovery from a killed server."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -61,13 +62,23 @@ class Names(BaseResolver):  # type: ignore[misc] # the library has no types
 
 
 @contextmanager
-def resolver(namespace: Namespace, address: str) -> Iterator[Names]:
-    """The name server of programs that are started in the namespace."""
+def resolving(namespace: Namespace, options: str) -> Iterator[None]:
+    """Programs that are started in the namespace ask the name server at 127.0.0.1."""
     folder = Path("/etc/netns") / namespace.name
     folder.mkdir(parents=True)
-    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
-    names = Names(address)
+    (folder / "resolv.conf").write_text(f"nameserver 127.0.0.1\noptions {options} attempts:1\n")
     try:
+        yield
+    finally:
+        (folder / "resolv.conf").unlink()
+        folder.rmdir()
+
+
+@contextmanager
+def resolver(namespace: Namespace, address: str) -> Iterator[Names]:
+    """The name server of programs that are started in the namespace."""
+    names = Names(address)
+    with resolving(namespace, "timeout:1"):
         with namespace.entered():
             server = DNSServer(names, address="127.0.0.1", port=53)
         server.start_thread()
@@ -76,9 +87,34 @@ def resolver(namespace: Namespace, address: str) -> Iterator[Names]:
         finally:
             server.stop()
             server.server.server_close()
-    finally:
-        (folder / "resolv.conf").unlink()
-        folder.rmdir()
+
+
+CONNECT = """
+import anyio, os
+from siderolink.common.errors import ServerUnreachableError
+from siderolink.common.grpc import open_channel
+
+async def main():
+    try:
+        async with open_channel("siderolink.test", 4000) as channel:
+            await channel.connect()
+    except ServerUnreachableError as error:
+        print(error, flush=True)
+    os._exit(0)  # the lookup's thread still waits
+
+anyio.run(main)
+"""
+
+
+def test_a_silent_name_server_is_reported_as_such() -> None:
+    with Namespace("host") as host, resolving(host, "timeout:30"):
+        with host.entered():
+            silent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with silent:
+            silent.bind(("127.0.0.1", 53))
+            said = host.run([sys.executable, "-c", CONNECT])
+    assert said.startswith("siderolink.test was not resolved within ")
+    assert "the name server does not answer" in said
 
 
 def test_a_name_is_resolved_afresh_each_time_it_is_tried(tmp_path: Path) -> None:

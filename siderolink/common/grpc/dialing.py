@@ -24,6 +24,8 @@ from siderolink.common.text import one_line
 _LONGEST_ANSWER = 16 * 1024
 _NEXT_ADDRESS_SECONDS = 0.25
 """Connection Attempt Delay (RFC 8305, section 8)."""
+_LOOKUP_SECONDS = 8.0
+"""Less than a connection may take, so that a silent name server is reported as such. One of several may be silent for 5 s."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,253}\Z")
 
 
@@ -72,8 +74,13 @@ async def dial(
 
 
 async def connect(host: str, port: int) -> socket.socket:
-    """Connect to the first address of the host that answers (RFC 8305). Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    """Connect to the first address of the host that answers (RFC 8305). Raises ServerUnreachableError or OSError."""
+    try:
+        async with asyncio.timeout(_LOOKUP_SECONDS):
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except TimeoutError:
+        text = f"{host} was not resolved within {_LOOKUP_SECONDS:g} s: the name server does not answer"
+        raise ServerUnreachableError(text) from None
     return await start_connection(found, happy_eyeballs_delay=_NEXT_ADDRESS_SECONDS)
 
 
