@@ -202,19 +202,19 @@ class ConnectionBudget:
 
     def _make_room(self, newcomer: Held, is_known: bool) -> bool:
         """Close the oldest connection of the unproven source with the most, unless the newcomer's source has as many."""
-        heaviest = self._unproven.heaviest()
-        if heaviest is None:
-            return False
-        count, victim = heaviest
-        if not is_known and self._unproven.count(newcomer.source) >= count:
-            return False
-        if self._has_become_known(victim):
-            # The source has become known, which leaves room unless the whole budget is in use.
-            return len(self._known) + len(self._unproven) < self._most or self._make_room(newcomer, is_known)
-        self._unproven.remove(victim)
-        self._log_limit(victim.source, newcomer.opened_at)
-        victim.close(Refusal.CROWDED_OUT, f"{victim.source} has {count} connections, more than any other, and room is needed")
-        return True
+        while (heaviest := self._unproven.heaviest()) is not None:
+            count, victim = heaviest
+            if not is_known and self._unproven.count(newcomer.source) >= count:
+                return False
+            if not self._has_become_known(victim):
+                self._unproven.remove(victim)
+                self._log_limit(victim.source, newcomer.opened_at)
+                reason = f"{victim.source} has {count} connections, more than any other, and room is needed"
+                victim.close(Refusal.CROWDED_OUT, reason)
+                return True
+            if len(self._known) + len(self._unproven) < self._most:
+                return True  # only the unproven ones were too many
+        return False
 
     def _log_limit(self, source: str, now: float) -> None:
         """Log once a minute that a source reached a limit, if it has more than one connection."""

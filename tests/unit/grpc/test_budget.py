@@ -53,6 +53,21 @@ def test_one_address_may_hold_more_than_its_limit_while_there_is_room_for_all() 
     assert not door.closed
 
 
+def test_a_full_budget_whose_sources_have_all_become_known_refuses_a_stranger() -> None:
+    limits, known = replace(LIMITS, max_connections=3000, max_unproven_connections=3000), set[str]()
+    budget = ConnectionBudget(limits, 1 << 20, has_tokens=True, is_known=known.__contains__)
+    closed: list[Refusal] = []
+    addresses = [f"2001:db8::{number:x}" for number in range(3000)]
+    for address in addresses:
+        assert isinstance(budget.enter(address, 0, lambda refusal, _: closed.append(refusal), address=address), Held)
+    known.update(addresses)
+    found = budget.enter("192.0.2.1", 0, lambda refusal, _: closed.append(refusal), address="192.0.2.1")
+    assert found is Refusal.TOO_MANY_CONNECTIONS
+    assert not closed
+    assert len(budget) == 3000
+    assert all(map(budget.is_known, addresses))
+
+
 def test_a_stranger_with_all_connections_excludes_nobody() -> None:
     door = Door()
     door.fill("192.0.2.1", 40)
