@@ -1,18 +1,24 @@
 """The configuration protocol over a real socket, as a client that is not `wg` may speak it."""
 
+import asyncio
+import contextlib
 import errno
+import gc
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 from anyio.abc import SocketStream
 
+from siderolink.common.errors import InterfaceInUseError
 from siderolink.common.keys import PrivateKey
-from siderolink.common.wireguard.device import DeviceConfig
+from siderolink.common.wireguard.device import DeviceChange, DeviceConfig
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
 from siderolink.common.wireguard.uapi.protocol import MAX_REQUEST_BYTES
 from siderolink.common.wireguard.uapi.server import serve_uapi
@@ -179,6 +185,50 @@ async def test_what_each_key_of_a_peer_does(tmp_path: Path) -> None:
         assert await peers(f"private_key={private}") == {PUBLIC: []}
         assert await client.ask(f"set=1\nprivate_key={'0' * 64}\n\n") == "errno=0\n\n"
         assert "private_key" not in await client.ask("get=1\n\n")
+
+
+@pytest.mark.parametrize(
+    "anyio_backend", [("asyncio", {"use_uvloop": loop}) for loop in (False, True)], ids=["asyncio", "uvloop"]
+)
+async def test_a_client_that_is_gone_before_its_answer_is_no_error(tmp_path: Path) -> None:
+    begun, go_on = anyio.Event(), anyio.Event()
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+
+    async def apply(change: DeviceChange) -> None:
+        begun.set()
+        await go_on.wait()
+
+    async with (
+        open_packet_device(DeviceConfig(name="wg0", private_key=PRIVATE), lambda packet: None) as device,
+        serve_uapi("wg0", device.report, apply, folder=tmp_path) as path,
+    ):
+        with socket.socket(socket.AF_UNIX) as quick:
+            await anyio.to_thread.run_sync(quick.connect, str(path))
+            quick.sendall(b"get=1\n\nset=1\n\n")
+            with anyio.fail_after(30):
+                await begun.wait()
+        await anyio.sleep(0.1)  # closing it with an unread answer has reset it
+        go_on.set()
+        async with await anyio.connect_unix(path) as stream:
+            assert (await Client(stream).ask("get=1\n\n")).endswith("errno=0\n\n"), "others are served"
+    gc.collect()  # an exception that nobody retrieved is reported then
+    assert not errors
+
+
+async def test_a_socket_whose_owner_accepts_nobody_is_in_use(tmp_path: Path) -> None:
+    path = str(tmp_path / "wg0.sock")
+    with socket.socket(socket.AF_UNIX) as stuck, contextlib.ExitStack() as stack:
+        stuck.bind(path)
+        stuck.listen(0)
+        with pytest.raises(BlockingIOError):  # noqa: PT012  # how many fit is the kernel's choice
+            while True:
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+                waiting.connect(path)
+        async with open_packet_device(DeviceConfig(name="wg0", private_key=PRIVATE), lambda packet: None) as device:
+            with pytest.raises(InterfaceInUseError):
+                async with serve_uapi("wg0", device.report, device.apply, folder=tmp_path):
+                    pass
 
 
 async def test_sockets_are_for_this_user_alone_and_the_umask_stays(tmp_path: Path) -> None:

@@ -104,9 +104,11 @@ def _claim_path(folder: Path, name: str) -> Path:
         return path
     if not stat.S_ISSOCK(mode):
         raise InterfaceInUseError(f"{path} exists and is not a socket; remove it or choose another interface name")
-    with socket.socket(socket.AF_UNIX) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
+        except BlockingIOError:
+            pass  # somebody listens and is busy
         except (ConnectionRefusedError, FileNotFoundError):
             path.unlink(missing_ok=True)
             return path
