@@ -60,6 +60,8 @@ class SimulatedMachine:
         self._sock: socket.socket | None = None
         self._carrying: asyncio.Task[None] | None = None
         self._asked_at: float | None = None
+        self._peer: Peer | None = None
+        """The server, once joined."""
         self.is_up = False
         """Whether a handshake has completed since the last connect began."""
 
@@ -68,11 +70,11 @@ class SimulatedMachine:
         key = PrivateKey.generate()
         self._engine = Engine(bytes(key), entropy=os.urandom, unix_time_ns=time.time_ns, ciphers=_CIPHERS)
         self._answer: Provisioned = await provision(self._url, self._identity, key.public_key())
-        self._peer: Peer = self._engine.add_peer(bytes(self._answer.server_key))
+        self._peer = self._engine.add_peer(bytes(self._answer.server_key))
         self._engine.allowed_ips.set(self._peer, [_host(self._answer)])
 
     async def connect(self) -> None:
-        """Connect by the transport selected in the server's response. Raises SideroLinkError."""
+        """Connect by the transport selected in the server's response. Raises OSError."""
         self._asked_at, self.is_up = self._loop.time(), False
         if self._answer.virtual_address is not None:
             self._carrying = self._loop.create_task(self._carry())
@@ -85,7 +87,9 @@ class SimulatedMachine:
         self._set_out(SocketPath(self._sock, endpoint))
 
     def reconnect(self) -> None:
-        """Drop the session and start a new handshake, as after a lost link."""
+        """Drop the session and start a new handshake, as after a lost link. Does nothing before the machine has joined."""
+        if self._peer is None:
+            return
         self._asked_at, self.is_up = self._loop.time(), False
         path = self._peer.path
         self._engine.stop()
@@ -107,6 +111,7 @@ class SimulatedMachine:
                 await self._carrying
 
     def _set_out(self, path: EnginePath) -> None:
+        assert self._peer is not None
         now = _now()
         self._peer.path = path
         self._engine.set_persistent_keepalive(self._peer, 0, now)
@@ -137,6 +142,7 @@ class SimulatedMachine:
 
     def _receive_datagrams(self) -> None:
         assert self._sock is not None
+        assert self._peer is not None
         try:
             datagram, endpoint = self._sock.recvfrom(1 << 16)
         except OSError:

@@ -48,7 +48,10 @@ def run_simulate(options: SimulateOptions) -> None:
             _report(joined, options, output)
             if joined.failed == joined.machines:
                 raise JoinError(f"none of the {joined.machines} machines joined: {joined.first_error}")
-            _report(await swarm.connect(options.timeout), options, output)
+            connected = await swarm.connect(options.timeout)
+            _report(connected, options, output)
+            if not swarm.machines:
+                raise JoinError(f"none of the {connected.machines} machines could connect: {connected.first_error}")
             if options.churn:
                 tasks.start_soon(swarm.churn, options.churn)
             for _ in range(options.reconnects):

@@ -111,7 +111,7 @@ class Swarm:
             try:
                 await machine.join()
                 await machine.connect()
-            except SideroLinkError as error:
+            except (SideroLinkError, OSError) as error:
                 self._failed(self._phase, error)
 
     async def close(self) -> None:
@@ -146,6 +146,7 @@ class Swarm:
                 except (SideroLinkError, OSError) as error:
                     failed.add(machine)
                     self._failed(self._phase, error)
+                    await machine.close()
                 else:
                     if phase is not None:
                         phase.took.append(time.perf_counter() - begun)
