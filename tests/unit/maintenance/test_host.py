@@ -1,6 +1,7 @@
 """Information about the host: the firmware's table, the kernel's files, and notified changes of both."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from siderolink.client.maintenance.host import disks, proc, smbios
 from siderolink.client.maintenance.resources import ResourceStore, host
-from siderolink.client.maintenance.resources.definitions import HOSTNAME_STATUS, LINK_STATUS
+from siderolink.client.maintenance.resources.definitions import HOSTNAME_STATUS, LINK_STATUS, SECURITY_STATE
 from siderolink.client.maintenance.resources.network import RouteFacts, route_status
 from siderolink.common.pb import storage
 
@@ -189,6 +190,37 @@ async def test_an_unreadable_part_of_the_host_affects_nothing_else(
         assert "cannot follow the disks" in caplog.text
         assert store.get(HOSTNAME_STATUS, "hostname") is not None
         assert store.list(LINK_STATUS)
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+async def test_slow_firmware_does_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    variable = tmp_path / "SecureBoot"
+    os.mkfifo(variable)  # reading it waits for a writer
+    monkeypatch.setattr(host, "SECURE_BOOT", variable)
+    store = ResourceStore()
+    async with anyio.create_task_group() as tasks:
+
+        async def keep(*, task_status: "anyio.abc.TaskStatus[None]") -> None:
+            await host.keep_host_resources(store, node_uuid="", task_status=task_status)
+
+        async def answer() -> None:
+            with anyio.fail_after(60):
+                while True:
+                    try:
+                        descriptor = os.open(variable, os.O_WRONLY | os.O_NONBLOCK)
+                    except OSError:  # nobody reads yet
+                        await anyio.sleep(0.01)
+                        continue
+                    os.write(descriptor, b"\x06\0\0\0\x01")
+                    os.close(descriptor)
+                    return
+
+        tasks.start_soon(answer)
+        await tasks.start(keep)
+        found = store.get(SECURITY_STATE, "securitystate")
+        assert found is not None
+        assert found.spec.fields["secureBoot"] is True
         tasks.cancel_scope.cancel()
 
 

@@ -128,7 +128,8 @@ async def _read_once(store: ResourceStore, node_uuid: str) -> None:
     store.replace(types.MEMORY_MODULE, {name: specs.memory_module(spec) for name, spec in modules.items()})
     cmdline = read_text(PROC / "cmdline", _CMDLINE_BYTES).strip()
     store.put(types.KERNEL_CMDLINE, "cmdline", specs.kernel_cmdline(cmdline))
-    store.put(types.SECURITY_STATE, "securitystate", _security())
+    # in a thread, because the firmware reads its variables
+    store.put(types.SECURITY_STATE, "securitystate", await anyio.to_thread.run_sync(_security))
 
 
 def _security() -> ResourceSpec:
