@@ -123,7 +123,9 @@ def test_a_process_may_be_called_anything_and_its_secrets_are_masked(tmp_path: P
     columns = ["S", "1", *["0"] * 9, "100", "200", *["0"] * 4, "3", "0", "5", "4096", "2"]
     (folder / "stat").write_text("42 (a) b (c) " + " ".join(columns))
     (folder / "cmdline").write_bytes(b"siderolink\0join\0grpc://h?jointoken=s3cret&grpc_tunnel=true\0--unique-token\0hidden\0")
+    os.symlink(b"/home/any user/no text\xff", folder / "exe")
     [found] = proc.processes(with_arguments=True, proc=tmp_path)
+    assert (found.executable, bool(bytes(found))) == ("/home/any user/no text\ufffd", True)
     assert (found.command, found.state, found.ppid, found.threads) == ("a) b (c", "S", 1, 3)
     assert found.args == "siderolink join grpc://h?jointoken=…&grpc_tunnel=true --unique-token …"
 

@@ -263,7 +263,7 @@ def _process(folder: Path, pid: int, with_arguments: bool) -> pb.ProcessInfo | N
         arguments = read_text(folder / "cmdline", _MAX_ARGUMENTS).replace("\0", " ").strip()
         info.args = masked(arguments)
         try:
-            info.executable = os.readlink(folder / "exe")
+            info.executable = os.readlink(os.fsencode(folder / "exe")).decode(errors="replace")
         except OSError:
             pass
     return info
