@@ -1,7 +1,6 @@
 """Reporting of a machine: events to the event sink, kernel logs to their destinations."""
 
 import logging
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from siderolink.common.machine_events import MachineEventPayload
 from siderolink.common.pb.machine import AddressEvent
 from siderolink.common.pb.siderolink.control import Reports
 from siderolink.common.tasks import background_tasks
+from siderolink.common.text import host_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Reporting:
         """Report the machine's address, and retry delivery, once the link is up."""
         match event:
             case Joined(address=address):
-                self.publish(AddressEvent(hostname=socket.gethostname(), addresses=[str(address.ip)]))
+                self.publish(AddressEvent(hostname=host_name(), addresses=[str(address.ip)]))
             case Connected() | Reestablished():
                 self.events.kick()
                 for sender in self._senders.values():

@@ -1,5 +1,7 @@
 """Foreign text: made safe for terminals and logs, and stored once where many objects have the same."""
 
+import os
+import socket
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -21,6 +23,11 @@ def printable(text: str) -> str:
     These are controls, escapes, and characters that change the writing direction.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+
+
+def host_name() -> str:
+    """This host's name. The kernel accepts any bytes; those that are not UTF-8 are replaced: messages cannot contain them."""
+    return os.fsencode(socket.gethostname()).decode(errors="replace")
 
 
 @lru_cache(maxsize=256)

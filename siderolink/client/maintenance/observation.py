@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -25,7 +24,7 @@ from siderolink.common.pb import storage
 from siderolink.common.pb import time as pb_time
 from siderolink.common.pb.common import Data
 from siderolink.common.pb.google.protobuf import Empty
-from siderolink.common.text import one_line
+from siderolink.common.text import host_name, one_line
 
 T = TypeVar("T")
 
@@ -274,7 +273,7 @@ async def _parts(lines: AsyncIterator[bytes]) -> AsyncIterator[Data]:
 
 
 async def _hostname(_: Empty, role: CallerRole) -> pb.HostnameResponse:
-    return pb.HostnameResponse(messages=[pb.Hostname(hostname=socket.gethostname())])
+    return pb.HostnameResponse(messages=[pb.Hostname(hostname=host_name())])
 
 
 async def _containers(_: pb.ContainersRequest, role: CallerRole) -> pb.ContainersResponse:

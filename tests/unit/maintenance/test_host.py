@@ -226,7 +226,7 @@ async def test_slow_firmware_does_not_stop_the_loop(monkeypatch: pytest.MonkeyPa
         tasks.cancel_scope.cancel()
 
 
-HOSTNAME_PROGRAM = """
+HOSTNAME_PROGRAM = r"""
 import anyio, json, socket
 from siderolink.client.maintenance.resources import ResourceStore
 from siderolink.client.maintenance.resources.definitions import HOSTNAME_STATUS
@@ -240,7 +240,7 @@ async def main():
         await tasks.start(keep)
         watch = store.watch(HOSTNAME_STATUS, "hostname")
         names = []
-        for name in ("one.example", "two"):
+        for name in ("one.example", "two", b"no text \xff"):
             socket.sethostname(name)
             with anyio.fail_after(30):
                 names.append(dict((await watch.next()).resource.spec.fields))
@@ -260,4 +260,5 @@ def test_a_changed_host_name_is_reported(uvloop: bool) -> None:
     assert json.loads(done.stdout) == [
         {"hostname": "one", "domainname": "example"},
         {"hostname": "two", "domainname": ""},
+        {"hostname": "no text \ufffd", "domainname": ""},
     ], done.stderr

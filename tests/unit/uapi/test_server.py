@@ -221,7 +221,7 @@ async def test_a_socket_whose_owner_accepts_nobody_is_in_use(tmp_path: Path) -> 
     with socket.socket(socket.AF_UNIX) as stuck, contextlib.ExitStack() as stack:
         stuck.bind(path)
         stuck.listen(0)
-        with pytest.raises(BlockingIOError):  # noqa: PT012  # how many fit is the kernel's choice
+        with pytest.raises(BlockingIOError):  # how many fit is the kernel's choice
             while True:
                 waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
                 waiting.connect(path)

@@ -32,6 +32,7 @@ from siderolink.common.errors import SideroLinkError
 from siderolink.common.netlink import HostNetwork, NetworkUpdate, follow_network
 from siderolink.common.readers import read_on
 from siderolink.common.tasks import background_tasks
+from siderolink.common.text import host_name
 
 log = logging.getLogger("siderolink")
 
@@ -188,7 +189,7 @@ async def _read_disks(store: ResourceStore) -> None:
 
 
 async def _read_hostname(store: ResourceStore, platform: str) -> None:
-    name = socket.gethostname()
+    name = host_name()
     store.put(types.HOSTNAME_STATUS, "hostname", specs.hostname_status(name))
     store.put(types.PLATFORM_METADATA, "platformmetadata", specs.platform_metadata(platform, name))
 
