@@ -13,6 +13,7 @@ import pytest
 
 from siderolink.common.grpc import server_tls
 from siderolink.server import Server
+from tests.support import without_netlink
 from tests.support.certificates import make_certificate
 from tests.support.netns import Namespace
 from tests.support.proxy import running_proxy
@@ -137,6 +138,21 @@ def test_missing_features_of_the_host_are_reported() -> None:
         assert found["loopback"]["is_good"] is None
         assert "IPv4 and IPv6" in found["forwarding"]["text"]
         assert any(found[f"{kind} device"]["is_good"] for kind in ("kernel", "userspace"))
+
+
+def test_a_sandbox_without_netlink_is_reported() -> None:
+    with Namespace("host") as host:
+        command = [sys.executable, without_netlink.__file__, sys.executable, "-m", "siderolink", "doctor", "--json"]
+        process = host.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        said, problems = process.communicate(timeout=60)
+        if "no seccomp filter" in problems:
+            pytest.skip(problems)
+        found = {finding["check"]: finding for finding in json.loads(said)}
+        assert process.returncode == 1
+        for kind in ("kernel", "userspace"):
+            assert found[f"{kind} device"]["is_good"] is False
+            assert "netlink cannot be used" in found[f"{kind} device"]["text"]
+        assert {"clock", "loopback", "nf_tables", "forwarding"} <= found.keys()
 
 
 def test_our_own_firewall_causes_no_warning() -> None:
