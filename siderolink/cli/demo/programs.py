@@ -110,10 +110,10 @@ class Service:
         )
         self._process = process
         came = anyio.Event()
-        last = ""
+        is_running, last = False, ""
 
         async def read() -> None:
-            nonlocal last
+            nonlocal is_running, last
             rest = ""
             assert process.stdout is not None
             async for text in TextReceiveStream(process.stdout, errors="replace"):
@@ -122,14 +122,15 @@ class Service:
                     self._on_line(line)
                     last = line
                     if until in line:
+                        is_running = True
                         came.set()
-            came.set()
+            came.set()  # its output has ended
 
         try:
             async with background_tasks() as tasks:
                 tasks.start_soon(read)
                 await came.wait()
-                if until not in last and process.returncode is not None:
+                if not is_running:
                     raise SideroLinkError(f"siderolink {self._arguments[0]} ended: {last}")
                 yield
         finally:
