@@ -105,13 +105,15 @@ class Turns:
 
     def _run(self) -> None:
         clock = self._clock or asyncio.get_running_loop().time
-        used = self._known.run(clock)
-        if not self._known:
-            self._known.spent = used  # work run at once in the same iteration of the loop counts, too
-        self._strangers.run(clock)
-        self._is_scheduled = bool(self._known or self._strangers)
-        if self._is_scheduled:
-            asyncio.get_running_loop().call_soon(self._run)
+        try:
+            used = self._known.run(clock)
+            if not self._known:
+                self._known.spent = used  # work run at once in the same iteration of the loop counts, too
+            self._strangers.run(clock)
+        finally:  # work that fails must not end everybody's turns
+            self._is_scheduled = bool(self._known or self._strangers)
+            if self._is_scheduled:
+                asyncio.get_running_loop().call_soon(self._run)
 
 
 class Metered:

@@ -54,6 +54,22 @@ async def test_sources_are_served_in_turns() -> None:
     assert done == ["machine", "a", "b", "c", "a", "a"]
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+async def test_work_that_fails_ends_nobody_elses_turns(is_known: bool) -> None:
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
+    turns, done, failure = Turns(), list[str](), ValueError("a fault in some work")
+
+    def fail(until: float) -> float:
+        raise failure
+
+    turns.queue("a", fail, is_known=is_known)
+    turns.queue("b", noting(done, "b"), is_known=is_known)
+    async with asyncio.timeout(30):
+        await turns.wait("c", is_known=is_known)
+    assert (errors, done) == ([failure], ["b"])
+
+
 @pytest.mark.usefixtures("one_by_one")
 async def test_processor_time_delays_the_class_that_used_it() -> None:
     turns, done = Turns(), list[str]()
