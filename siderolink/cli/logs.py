@@ -22,7 +22,7 @@ import structlog
 
 from siderolink.cli.journal import SOCKET, Journal, encode, is_journal
 from siderolink.cli.output import LineWriter
-from siderolink.cli.sampling import Sampler, Suppressed
+from siderolink.cli.sampling import RecordSampler, Suppressed
 from siderolink.common.text import one_line
 
 STDOUT, STDERR = 1, 2
@@ -57,7 +57,7 @@ def log_event(
 class LogHandler(logging.Handler):
     """Queues each record of this process for the writer. Called on any thread; never blocks."""
 
-    def __init__(self, writer: "LineWriter[logging.LogRecord]", sampler: Sampler) -> None:
+    def __init__(self, writer: "LineWriter[logging.LogRecord]", sampler: RecordSampler) -> None:
         super().__init__()
         self._writer = writer
         self._sampler = sampler
@@ -83,7 +83,7 @@ class Log:
 
     def __init__(self, level: int, *, as_json: bool, descriptor: int, journal: Journal | None = None) -> None:
         """With a `journal`, records go there instead of to the descriptor."""
-        self._sampler = Sampler()
+        self._sampler = RecordSampler()
         self._journal = journal
         self.writer: LineWriter[logging.LogRecord] = LineWriter(
             descriptor,

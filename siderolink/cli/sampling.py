@@ -31,7 +31,7 @@ class _Interval:
     shown: int = 0
 
 
-class Sampler:
+class RecordSampler:
     """Admits a burst of records of each kind per interval, which begins with the first record. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

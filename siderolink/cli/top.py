@@ -35,7 +35,7 @@ BARS: Final = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(slots=True)
-class Row:
+class PeerRow:
     """One displayed peer."""
 
     name: str
@@ -79,7 +79,7 @@ class Rates:
     def __init__(self) -> None:
         self._seen: dict[tuple[str, str], _Seen] = {}
 
-    def rows(self, answers: Iterable[StatusResponse], now: float) -> list[Row]:
+    def rows(self, answers: Iterable[StatusResponse], now: float) -> list[PeerRow]:
         """`now` is monotonic, in seconds. Removed peers are dropped."""
         kept: dict[tuple[str, str], _Seen] = {}
         found = []
@@ -90,7 +90,7 @@ class Rates:
                 name = one_line(peer.name or peer.node_uuid or peer.public_key)
                 who = answer.interface, peer.node_uuid if answer.role == "server" else "", peer.public_key
                 history, limits = tuple(seen.history), tuple(peer.limits_biting)
-                found.append(Row(name, one_line(peer.path), peer.last_handshake, *seen.rates, history, *who, limits))
+                found.append(PeerRow(name, one_line(peer.path), peer.last_handshake, *seen.rates, history, *who, limits))
         self._seen = kept
         return found
 
@@ -113,10 +113,10 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BARS[round(value / highest * (len(BARS) - 1))] for value in values)
 
 
-def choose(rows: Iterable[Row], *, order: Order, containing: str, count: int) -> list[Row]:
+def choose(rows: Iterable[PeerRow], *, order: Order, containing: str, count: int) -> list[PeerRow]:
     """The first `count` rows whose name, UUID or path contains a text: the busiest first, or the longest silent."""
     found = [row for row in rows if containing.lower() in f"{row.name} {row.node_uuid} {row.path}".lower()]
-    keys: dict[Order, Callable[[Row], tuple[float, str]]] = {
+    keys: dict[Order, Callable[[PeerRow], tuple[float, str]]] = {
         Order.RATE: lambda row: (-row.received_rate - row.sent_rate, row.name),
         Order.HANDSHAKE: lambda row: (row.last_handshake or 0.0, row.name),
         Order.NAME: lambda row: (0.0, row.name),
@@ -124,7 +124,7 @@ def choose(rows: Iterable[Row], *, order: Order, containing: str, count: int) ->
     return sorted(found, key=keys[order])[:count]
 
 
-def render(result: ControlAnswers, rows: Sequence[Row], shown: Sequence[Row], now: float, selected: str = "") -> Group:
+def render(result: ControlAnswers, rows: Sequence[PeerRow], shown: Sequence[PeerRow], now: float, selected: str = "") -> Group:
     """Render the rows; `now` is Unix time."""
     lines = [Text(one_line(line)) for line in (*result.notes, *result.failures)]
     for answer in result.answers:
@@ -147,7 +147,7 @@ def render(result: ControlAnswers, rows: Sequence[Row], shown: Sequence[Row], no
     return Group(*lines, table)
 
 
-def render_timeline(row: Row, entries: Sequence[HistoryEntry], problem: str, count: int, scrolled: int) -> Group:
+def render_timeline(row: PeerRow, entries: Sequence[HistoryEntry], problem: str, count: int, scrolled: int) -> Group:
     """Render one machine's history, newest entry first."""
     uuid = f" ({row.node_uuid})" if row.node_uuid not in ("", row.name) else ""
     state = f"{row.path or 'no path'}, handshake {describe_age(row.last_handshake)}  {sparkline(row.history)}"
@@ -173,7 +173,7 @@ class _Screen:
         self.view = view
         self._rates = Rates()
         self._result = ControlAnswers()
-        self._rows: list[Row] = []
+        self._rows: list[PeerRow] = []
         self._entries: Sequence[HistoryEntry] = ()
         self._problem = ""
 
@@ -183,10 +183,10 @@ class _Screen:
             1, self._console.height - 4 - len(self._result.answers) - len(self._result.notes) - len(self._result.failures)
         )
 
-    def _chosen(self) -> list[Row]:
+    def _chosen(self) -> list[PeerRow]:
         return choose(self._rows, order=self.view.order, containing=self.view.containing, count=len(self._rows))
 
-    def _selected(self) -> Row | None:
+    def _selected(self) -> PeerRow | None:
         return next((row for row in self._rows if row.key == self.view.selected), None)
 
     async def poll(self) -> None:

@@ -90,7 +90,7 @@ class _Result:
         self.is_made = anyio.Event()
 
 
-class Fleet:
+class MachineRows:
     """All machines of the server, while any user is signed in."""
 
     def __init__(self, caller: Callable[[], Caller | None], may_go_on: Callable[[Caller], bool] = lambda caller: True) -> None:

@@ -19,7 +19,7 @@ from siderolink.common.grpc import TrustedProxies
 from siderolink.common.text import one_line
 from siderolink.web.actions import ACTIONS, Do, Done, Download, Shown, Submission
 from siderolink.web.api import Api, ApiError, Caller, ServerAwayError, SignedOutError
-from siderolink.web.fleet import Fleet, Row
+from siderolink.web.fleet import MachineRows, Row
 from siderolink.web.guard import BODY_SECONDS, LIVE, MAX_BODY, Guard, Origins
 from siderolink.web.live import LiveStream, Rendering, event
 from siderolink.web.sampling import Sampler
@@ -54,7 +54,7 @@ class Site:
         self._environment.globals |= {"version": version("siderolink"), "views": VIEWS, "server": str(api.address)}
         self.sessions = Sessions()
         self.sampler = Sampler(self._sampling_caller, self._may_go_on)
-        self.fleet = Fleet(lambda: self._sampling_caller() if self.sessions.live() else None, self._may_go_on)
+        self.fleet = MachineRows(lambda: self._sampling_caller() if self.sessions.live() else None, self._may_go_on)
         self.app = Guard(Starlette(routes=self._routes()), origins, proxies)
 
     def _sampling_caller(self) -> Caller | None:

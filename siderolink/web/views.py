@@ -31,7 +31,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     TokenServiceStub,
 )
 from siderolink.web.api import Caller, explained
-from siderolink.web.fleet import ORDERS, Fleet, Found, Query
+from siderolink.web.fleet import ORDERS, Found, MachineRows, Query
 from siderolink.web.plots import Line, plot
 from siderolink.web.sampling import Sampler, rates
 from siderolink.web.templating import bit_rate, number, rate
@@ -49,7 +49,7 @@ class PageRequest:
 
     caller: Caller
     sampler: Sampler
-    fleet: Fleet
+    fleet: MachineRows
     query: Mapping[str, str]
     path: Mapping[str, str]
     is_live: bool = False

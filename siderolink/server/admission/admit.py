@@ -9,7 +9,7 @@ from siderolink.common.node_uuid import is_placeholder
 from siderolink.server.admission import rules
 from siderolink.server.admission.audit import audit_grant
 from siderolink.server.admission.limits import GRACE_SECONDS
-from siderolink.server.admission.policy import JoinPolicy, Known, TokenVerdict, decide
+from siderolink.server.admission.policy import JoinPolicy, StoredFacts, TokenVerdict, decide
 from siderolink.server.admission.prove import as_claimed
 from siderolink.server.admission.request import Grant, JoinRequest, LivenessSource, Rejection
 from siderolink.server.admission.rows import Rows, refusal, with_token
@@ -143,7 +143,7 @@ class Admission:
         """Check the call's tokens and UUID, before considering the row."""
         if holder is not None and holder.admission is MachineAdmission.DENIED:
             return refusal(JoinRefusal.DENIED, holder)
-        known = Known(owner=owner, is_equal=_is_known(request, owner, holder))
+        known = StoredFacts(owner=owner, is_equal=_is_known(request, owner, holder))
         verdict = decide(self.policy, request.credentials, known)
         if isinstance(verdict, Rejection):
             is_full = request.credentials.join.is_full and verdict.reason is JoinRefusal.INVALID_JOIN_TOKEN

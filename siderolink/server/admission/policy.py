@@ -63,7 +63,7 @@ class TokenVerdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
+class StoredFacts:
     """Stored facts about the call's UUID and key."""
 
     owner: Machine | None = None
@@ -81,7 +81,7 @@ def supports_unique_tokens(version: str | None) -> bool:
     return release > _FIRST_WITH_TOKENS or (release == _FIRST_WITH_TOKENS and match[4] is None)
 
 
-def decide(policy: JoinPolicy, given: Credentials, known: Known) -> TokenVerdict | Rejection:
+def decide(policy: JoinPolicy, given: Credentials, known: StoredFacts) -> TokenVerdict | Rejection:
     """Whether the call's tokens admit it. The order of the checks, and the texts, are those of other servers."""
     mode = policy.mode
     if mode is None:
@@ -102,7 +102,7 @@ def decide(policy: JoinPolicy, given: Credentials, known: Known) -> TokenVerdict
     return _decide_bound(policy, given.unique, known)
 
 
-def _decide_bound(policy: JoinPolicy, unique: UniqueToken, known: Known) -> TokenVerdict | Rejection:
+def _decide_bound(policy: JoinPolicy, unique: UniqueToken, known: StoredFacts) -> TokenVerdict | Rejection:
     """Handle a call with a unique token: another one may be bound to its UUID."""
     owner = known.owner
     if owner is None or owner.bound_digest is None or known.is_equal:
@@ -113,7 +113,7 @@ def _decide_bound(policy: JoinPolicy, unique: UniqueToken, known: Known) -> Toke
     return TokenVerdict.CONFLICT
 
 
-def _decide_either(given: Credentials, known: Known) -> TokenVerdict | Rejection:
+def _decide_either(given: Credentials, known: StoredFacts) -> TokenVerdict | Rejection:
     """Without a mode, either token admits."""
     if given.join.is_valid or known.is_equal:
         return TokenVerdict.ACCEPT
@@ -121,7 +121,7 @@ def _decide_either(given: Credentials, known: Known) -> TokenVerdict | Rejection
     return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token{error}")
 
 
-def _decide_legacy(mode: JoinTokensMode, given: Credentials, known: Known) -> TokenVerdict | Rejection:
+def _decide_legacy(mode: JoinTokensMode, given: Credentials, known: StoredFacts) -> TokenVerdict | Rejection:
     is_secured = mode is JoinTokensMode.LEGACY_ALLOWED and known.owner is not None and known.owner.bound_digest is not None
     if not given.join.is_valid:
         return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, UNAUTHORIZED)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from siderolink.cli import logs, output
 from siderolink.cli.output import LineWriter, TextWriter
-from siderolink.cli.sampling import INTERVAL_SECONDS, MAX_KINDS, Sampler, Suppressed
+from siderolink.cli.sampling import INTERVAL_SECONDS, MAX_KINDS, RecordSampler, Suppressed
 from siderolink.common.queues import LineQueue
 
 SECRET = "a-very-secret-token"
@@ -37,7 +37,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def test_the_first_of_each_kind_are_shown_and_the_rest_is_counted() -> None:
     now = 0.0
-    sampler = Sampler(lambda: now)
+    sampler = RecordSampler(lambda: now)
     shown = [sampler.admit("refused", 3, "refused") for _ in range(10)]
     assert shown == [True] * 3 + [False] * 7
     assert sampler.admit("joined", 3, "joined")
@@ -49,7 +49,7 @@ def test_the_first_of_each_kind_are_shown_and_the_rest_is_counted() -> None:
 
 
 def test_any_number_of_kinds_takes_bounded_memory() -> None:
-    sampler = Sampler(lambda: 0.0)
+    sampler = RecordSampler(lambda: 0.0)
     shown = sum(sampler.admit(f"kind {number}", 5, "event") for number in range(3 * MAX_KINDS))
     assert shown == MAX_KINDS + 5
     [others] = sampler.expired(INTERVAL_SECONDS)

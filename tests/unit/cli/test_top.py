@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from siderolink.cli.control import ControlAnswers
-from siderolink.cli.top import Rates, Row, render, render_timeline
+from siderolink.cli.top import PeerRow, Rates, render, render_timeline
 from siderolink.cli.top_keys import MAX_FILTER, Key, Order, ViewState, split_keys
 from siderolink.common.pb.siderolink.admin.v1 import HistoryEntry
 from siderolink.common.pb.siderolink.control import Peer, StatusResponse
@@ -87,7 +87,7 @@ def test_a_limited_machine_is_marked() -> None:
 def test_a_timeline_is_printable(problem: str) -> None:
     hostile = "v1\x1b]0;x\x07\N{RIGHT-TO-LEFT OVERRIDE}"
     entries = [HistoryEntry(at=number, kind="up", detail=hostile, source=hostile, version=hostile) for number in range(50)]
-    row = Row("m", "192.0.2.1:1", None, 0.0, 0.0, [1.0, 2.0], "siderolink", "u-1", "key")
+    row = PeerRow("m", "192.0.2.1:1", None, 0.0, 0.0, [1.0, 2.0], "siderolink", "u-1", "key")
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(render_timeline(row, entries, problem, 10, 45))
     text = console.export_text()

@@ -22,7 +22,7 @@ from siderolink.server.fleet.directory import LinkState
 from siderolink.server.fleet.limit_watch import QUIET_SECONDS
 from siderolink.server.store import Machine, MachineAdmission, Transaction
 from siderolink.web.api import ServerAwayError
-from siderolink.web.fleet import ORDERS, PAGE_SIZE, Fleet, Found, Query
+from siderolink.web.fleet import ORDERS, PAGE_SIZE, Found, MachineRows, Query
 from siderolink.web.live import ROW_BYTES, SentRows
 from tests.support.admin_server import AdminServer, open_admin_server
 from tests.unit.web.test_site import page
@@ -129,7 +129,7 @@ async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) ->
             if (key := machine(number).public_key) is not None:
                 admin_server.manager.device.beyond_limits[key] = (1, 0)
         await admin_server.administration.limits.poll()
-        fleet = Fleet(lambda: None)
+        fleet = MachineRows(lambda: None)
         with admin_server.administration.followers.register() as follower:
             assert follower is not None
             fleet.apply(await look(admin_server, follower))
@@ -175,7 +175,7 @@ async def test_pages_that_ask_the_same_share_what_is_found_until_something_chang
         await (anyio.sleep_forever() if steps == 1 else checkpoint())
 
     monkeypatch.setattr("siderolink.web.fleet.checkpoint", step)
-    fleet, same, found, leaving = Fleet(lambda: None), Query(sort="-name"), list[Found](), anyio.CancelScope()
+    fleet, same, found, leaving = MachineRows(lambda: None), Query(sort="-name"), list[Found](), anyio.CancelScope()
     fleet.apply(pb.MachinesPart(machines=[pb.Machine(id=str(one), name=str(one)) for one in range(250)], is_last=True))
 
     async def leave() -> None:
@@ -210,11 +210,11 @@ async def test_pages_that_ask_the_same_share_what_is_found_until_something_chang
 async def test_nothing_is_found_while_the_server_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siderolink.web.fleet._WAIT_SECONDS", 0.01)
     with pytest.raises(ServerAwayError):
-        await Fleet(lambda: None).find(Query(), 1)
+        await MachineRows(lambda: None).find(Query(), 1)
 
 
 async def test_what_changes_of_a_link_marks_its_row_alone() -> None:
-    fleet = Fleet(lambda: None)
+    fleet = MachineRows(lambda: None)
     fleet.apply(pb.MachinesPart(machines=[pb.Machine(id=name, name=name, link="up") for name in "ab"], is_last=True))
     before = {row.machine.id: row.stamp for row in (await fleet.find(Query(), 1)).rows}
     fleet.apply(pb.MachinesPart(links=[pb.LinkChange(id="b", link="down"), pb.LinkChange(id="nobody")], is_last=True))

@@ -30,7 +30,7 @@ from siderolink.common.wireguard.device import (
 from siderolink.common.wireguard.interface_rates import InterfaceRates
 from siderolink.common.wireguard.interface_rules import InterfaceRules
 from siderolink.common.wireguard.kernel.interface import KernelInterface, hold_name, open_interface
-from siderolink.common.wireguard.kernel.peers import Peers
+from siderolink.common.wireguard.kernel.peers import KernelPeers
 from siderolink.common.wireguard.kernel.wireguard import WireGuard
 from siderolink.common.wireguard.path import Datagrams, Path
 
@@ -52,7 +52,7 @@ class KernelDevice:
         wireguard: WireGuard,
         rules: InterfaceRules,
         rates: InterfaceRates,
-        peers: Peers,
+        peers: KernelPeers,
     ) -> None:
         """Use `open`."""
         self.name = interface.name
@@ -85,7 +85,7 @@ class KernelDevice:
                 config.name, config.addresses, config.mtu, up=config.up, exact=True, namespace=config.namespace
             )
             wireguard.read_device()
-            peers = stack.enter_context(closing(Peers(wireguard, config.mtu, on_event)))
+            peers = stack.enter_context(closing(KernelPeers(wireguard, config.mtu, on_event)))
             rates = await stack.enter_async_context(
                 InterfaceRates.open(
                     config.name,

@@ -15,14 +15,14 @@ from siderolink.common.wireguard.kernel.streams import KernelUdpPath, Streams, i
 from siderolink.common.wireguard.kernel.wireguard import WireGuard
 from siderolink.common.wireguard.path import Datagrams, Path
 
-__all__ = ["Peers"]
+__all__ = ["KernelPeers"]
 
 _SESSION_SECONDS = 180.0
 _NOWHERE = IPv4Address("127.0.0.1"), 9
 """The endpoint of a passive peer, this host's discard port: the kernel forgets an endpoint only with the peer's sessions."""
 
 
-class Peers:
+class KernelPeers:
     """All peers of one interface."""
 
     def __init__(self, wireguard: WireGuard, mtu: int, on_event: OnDeviceEvent) -> None:
