@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar
 
-from siderolink.common.errors import HostError, SideroLinkError
+from siderolink.common.errors import ConfigurationError, HostError, SideroLinkError
 from siderolink.common.queues import LineQueue
 from siderolink.common.text import printable
 
@@ -239,6 +240,22 @@ def fail(text: str, status: int = 1) -> int:
     except OSError:
         pass
     return status
+
+
+@contextmanager
+def new_file(path: str | Path, *, option: str = "") -> Iterator[BinaryIO]:
+    """A new file for a result; see `new_private`. `option` named it. Raises ConfigurationError if it cannot be written."""
+    from siderolink.common.private_files import new_private
+
+    is_open = False
+    try:
+        with new_private(path) as file:
+            is_open = True
+            yield file
+    except OSError as error:
+        if is_open:
+            raise ConfigurationError(f"cannot write {path}: {error.strerror}") from None
+        raise ConfigurationError(f"cannot create {path}: {error.strerror}{option and f' ({option})'}") from None
 
 
 def describe_age(at: float | None) -> str:

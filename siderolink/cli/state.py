@@ -9,7 +9,7 @@ import anyio
 from grpclib.exceptions import GRPCError
 
 from siderolink.cli.control import directory
-from siderolink.cli.output import show
+from siderolink.cli.output import new_file, show
 from siderolink.cli.serving import StoreAddress, open_state, state_key
 from siderolink.cli.state_copy import check, put, refuse_in_use
 from siderolink.common.errors import ConfigurationError, SideroLinkError
@@ -125,22 +125,13 @@ async def _state(interface: str) -> AsyncIterator[StateStub]:
 
 
 async def _backup(interface: str, file: Path) -> None:
-    try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigurationError(f"cannot create {file}: {error.strerror}") from None
-    try:
-        async with await anyio.open_file(descriptor, "wb") as opened, aclosing(_chunks_of_backup(interface)) as chunks:
+    with new_file(file) as made:
+        opened = anyio.wrap_file(made)
+        async with aclosing(_chunks_of_backup(interface)) as chunks:
             async for chunk in chunks:
                 await opened.write(chunk.data)
             await opened.flush()
-            await anyio.to_thread.run_sync(os.fsync, descriptor)
-    except OSError as error:
-        os.unlink(file)
-        raise ConfigurationError(f"cannot write {file}: {error.strerror}") from None
-    except BaseException:
-        os.unlink(file)
-        raise
+            await anyio.to_thread.run_sync(os.fsync, made.fileno())
 
 
 async def _chunks_of_backup(interface: str) -> AsyncGenerator[Chunk]:

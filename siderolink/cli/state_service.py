@@ -19,7 +19,7 @@ from siderolink.common.pb.siderolink.control import (
     RotateKeyResponse,
     StateBase,
 )
-from siderolink.common.private_files import draft_of
+from siderolink.common.private_files import draft_of, open_new
 from siderolink.common.tasks import to_its_end, uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server import Server
@@ -106,7 +106,7 @@ def _reporting_errors() -> Iterator[None]:
 
 async def _receive(messages: AsyncIterator[Chunk], path: Path) -> None:
     size = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = open_new(path)
     async with await anyio.open_file(descriptor, "wb") as file:
         async for chunk in messages:
             size += len(chunk.data)

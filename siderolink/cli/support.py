@@ -40,6 +40,7 @@ from siderolink.cli.secret import SECRET_VARIABLES
 from siderolink.cli.status import to_json
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.pb.siderolink.admin.v1 import ListHistoryRequest
+from siderolink.common.private_files import new_private
 from siderolink.common.text import printable
 
 MASK: Final = "…"
@@ -282,14 +283,9 @@ def _make(name: str, part: Part) -> str:
 
 def write(output: Path, texts: Mapping[str, str]) -> None:
     """Write a compressed tar archive. Raises OSError, also if the file exists."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
-            for name, text in texts.items():
-                data = text.encode(errors="replace")
-                info = tarfile.TarInfo(f"siderolink-support/{name}")
-                info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
-                archive.addfile(info, io.BytesIO(data))
-    except BaseException:
-        output.unlink(missing_ok=True)
-        raise
+    with new_private(output) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name, text in texts.items():
+            data = text.encode(errors="replace")
+            info = tarfile.TarInfo(f"siderolink-support/{name}")
+            info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
+            archive.addfile(info, io.BytesIO(data))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from siderolink.common.errors import ConfigurationError
 
@@ -19,6 +20,8 @@ __all__ = [
     "draft_of",
     "give_name",
     "link_or_copy",
+    "new_private",
+    "open_new",
     "read_private",
     "remove_drafts",
     "replace_private",
@@ -74,11 +77,27 @@ def read_private(path: Path, limit: int) -> bytes | None:
 
 def copy_private(source: Path, target: Path) -> None:
     """Copy a file of any size to a new one. Raises OSError; then the new one may be incomplete."""
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as made, source.open("rb") as given:
+    with open(open_new(target), "wb") as made, source.open("rb") as given:
         shutil.copyfileobj(given, made)
         made.flush()
-        os.fsync(descriptor)
+        os.fsync(made.fileno())
+
+
+def open_new(path: str | Path) -> int:
+    """The descriptor of a new file for writing. Raises OSError; FileExistsError if there is one."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+@contextmanager
+def new_private(path: str | Path) -> Iterator[BinaryIO]:
+    """A new file to write; removed if the context ends by an error. Raises OSError; FileExistsError if there is one."""
+    descriptor = open_new(path)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
 
 
 def link_or_copy(path: Path, name: Path) -> None:
@@ -134,7 +153,7 @@ def _link_nameless(directory: int, name: str, data: bytes) -> None:
 def _draft(path: Path, data: bytes) -> Iterator[Path]:
     """A complete file under a temporary name, which is removed at the end of the context."""
     draft = draft_of(path)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = open_new(draft)
     try:
         try:
             _write(descriptor, data)

@@ -1,7 +1,6 @@
 """`siderolink audit`, `events` and `version`."""
 
 import codecs
-import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, TypeVar
@@ -23,7 +22,7 @@ from siderolink.cli.admin.formats import (
     to_yaml,
 )
 from siderolink.cli.admin.records import HISTORY, Follow, Limit, Since, Until, print_all, read_history
-from siderolink.cli.output import own_version, show, show_message, to_json
+from siderolink.cli.output import new_file, own_version, show, show_message, to_json
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin.v1 import (
     AuditEntry,
@@ -132,22 +131,11 @@ def _export(call: Call, wanted: AuditFilter, file: str) -> None:
             async for chunk in chunks:
                 show(decoder.decode(chunk.data), end="")
             return
-        try:
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise CommandError(f"cannot create {file}: {error.strerror} (--export)") from None
         size = 0
-        try:
-            with os.fdopen(descriptor, "wb") as opened:
-                async with aclosing(_explained(connection, chunks)) as explained:
-                    async for chunk in explained:
-                        size += opened.write(chunk.data)
-        except OSError as error:
-            os.unlink(file)
-            raise CommandError(f"cannot write {file}: {error.strerror}") from None
-        except BaseException:
-            os.unlink(file)
-            raise
+        with new_file(file, option="--export") as opened:
+            async with aclosing(_explained(connection, chunks)) as explained:
+                async for chunk in explained:
+                    size += opened.write(chunk.data)
         show_message(f"{file}: {size} bytes")
 
     call.run(work)

@@ -12,6 +12,7 @@ import anyio
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from siderolink.common.errors import StoreError
+from siderolink.common.private_files import open_new
 from siderolink.common.tasks import background_tasks
 from siderolink.server.store.base import Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
@@ -99,7 +100,7 @@ class SqlStore(StoreReads):
     async def backup(self, path: Path) -> None:
         """Write a full copy to a new file, readable only by its owner, while the store is in use. Raises StoreError."""
         try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            os.close(open_new(path))
         except OSError as error:
             raise StoreError(f"the copy {path} cannot be created: {error.strerror}") from None
 
