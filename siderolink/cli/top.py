@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from siderolink.cli.admin.connection import TargetOptions, connect, find_target
-from siderolink.cli.admin.formats import timestamp
 from siderolink.cli.admin.records import read_history
 from siderolink.cli.control import ControlAnswers, query_all
 from siderolink.cli.output import describe_age, describe_size
@@ -23,7 +22,7 @@ from siderolink.cli.top_keys import Keyboard, Order, ViewState
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.pb.siderolink.admin.v1 import HistoryEntry, ListHistoryRequest
 from siderolink.common.pb.siderolink.control import Peer, StatusResponse
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, timestamp
 
 UP_FOR: Final = 275.0
 """Seconds after the last handshake during which a link counts as up."""

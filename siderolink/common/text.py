@@ -1,8 +1,10 @@
-"""Foreign text: made safe for terminals and logs, and stored once where many objects have the same."""
+"""Text for people: times, and foreign text made safe for terminals and logs, or stored once where many objects have it."""
 
+import math
 import os
 import socket
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from functools import lru_cache
 
 LONGEST = 400
@@ -28,6 +30,16 @@ def printable(text: str) -> str:
 def host_name() -> str:
     """This host's name. The kernel accepts any bytes; those that are not UTF-8 are replaced: messages cannot contain them."""
     return os.fsencode(socket.gethostname()).decode(errors="replace")
+
+
+def timestamp(at: float | None) -> str:
+    """A Unix time in UTC, with seconds: ``2026-12-31T12:00:00Z``. Empty for none, and for times outside the calendar."""
+    if at is None or not math.isfinite(at):
+        return ""
+    try:
+        return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    except (OverflowError, ValueError, OSError):
+        return ""
 
 
 @lru_cache(maxsize=256)

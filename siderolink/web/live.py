@@ -13,10 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from siderolink.common.pb.siderolink.admin.v1 import HistoryServiceStub, MachineLogLine, MachineLogsRequest
 from siderolink.common.tasks import background_tasks
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, timestamp
 from siderolink.web.api import ApiError, Caller, ServerAwayError, SignedOutError, explained
 from siderolink.web.sessions import Session, Sessions, TooManyError
-from siderolink.web.templating import timestamp
 
 EVERY: Final = 2.0
 SHARE: Final = 20.0

@@ -6,7 +6,7 @@ from typing import Final
 
 from markupsafe import Markup
 
-from siderolink.web.templating import timestamp
+from siderolink.common.text import timestamp
 
 WIDTH, HEIGHT = 420, 160
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 8, 10, 24

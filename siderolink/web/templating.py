@@ -1,13 +1,11 @@
 """Formatting of values in templates: times, sizes, rates, and foreign text, which is never markup."""
 
-import math
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import jinja2
 from markupsafe import Markup, escape
 
-from siderolink.common.text import one_line, printable
+from siderolink.common.text import one_line, printable, timestamp
 
 LONGEST: Final = 4096
 _SHORT: Final = 160
@@ -20,16 +18,6 @@ def moment(at: float | None) -> Markup:
     if not text:
         return Markup('<span class="none">never</span>')
     return Markup('<time datetime="{0}" data-at="{1}">{0}</time>').format(text, f"{at:.0f}")
-
-
-def timestamp(at: float | None) -> str:
-    """UTC with seconds; empty for none, and for times outside the calendar."""
-    if at is None or not math.isfinite(at):
-        return ""
-    try:
-        return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    except (OverflowError, ValueError, OSError):
-        return ""
 
 
 def size(count: float) -> str:

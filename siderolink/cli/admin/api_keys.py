@@ -18,7 +18,6 @@ from siderolink.cli.admin.formats import (
     fields_of,
     print_one,
     read_expiry,
-    timestamp,
     to_yaml,
     until,
 )
@@ -30,7 +29,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     CreateApiKeyRequest,
     ListApiKeysRequest,
 )
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, timestamp
 
 app = typer.Typer(
     help="Manage API keys, which allow remote management of the server.", no_args_is_help=True, add_completion=False

@@ -18,7 +18,6 @@ from siderolink.cli.admin.formats import (
     print_fields,
     print_list,
     read_time,
-    timestamp,
     to_yaml,
 )
 from siderolink.cli.admin.records import HISTORY, Follow, Limit, Since, Until, print_all, read_history
@@ -39,6 +38,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     ListHistoryRequest,
     ServerServiceStub,
 )
+from siderolink.common.text import timestamp
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import yaml
 
 from siderolink.cli.output import show, to_json
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.text import one_line, printable
+from siderolink.common.text import one_line, printable, timestamp
 
 T = TypeVar("T")
 
@@ -181,16 +181,6 @@ class _Dumper(yaml.SafeDumper):
 # --- times and labels
 
 
-def timestamp(at: float | None) -> str:
-    """A time in UTC, with seconds."""
-    if at is None or not math.isfinite(at):
-        return ""
-    try:
-        return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    except (OverflowError, ValueError):
-        return ""
-
-
 def age(at: float | None) -> str:
     """An age in its largest unit: ``5m``; empty for never."""
     return "" if at is None else _span(time.time() - at)
@@ -225,7 +215,7 @@ def read_time(text: str) -> float:
     Raises ConfigurationError.
     """
     try:
-        found = datetime.fromisoformat(text)
+        return _parse_time(text).timestamp()
     except ValueError:
         try:
             return time.time() - read_duration(text)
@@ -233,7 +223,12 @@ def read_time(text: str) -> float:
             raise ConfigurationError(
                 f"{one_line(text, limit=40)!r} is not a time; write 2026-12-31, 2026-12-31T12:00:00Z, or 24h for 24 hours ago"
             ) from None
-    return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
+
+
+def _parse_time(text: str) -> datetime:
+    """A time of the calendar, in UTC unless it names an offset. Raises ValueError."""
+    found = datetime.fromisoformat(text)
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 def read_expiry(text: str) -> tuple[float | None, float | None]:
@@ -243,12 +238,11 @@ def read_expiry(text: str) -> tuple[float | None, float | None]:
     except ConfigurationError:
         pass
     try:
-        at = datetime.fromisoformat(text)
+        at = _parse_time(text)
     except ValueError:
         raise ConfigurationError(
             f"{one_line(text, limit=40)!r} is neither a duration such as 7d nor a time such as 2026-12-31T12:00:00Z"
         ) from None
-    at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
     if at <= datetime.now(UTC):
         raise ConfigurationError(f"{timestamp(at.timestamp())} is in the past")
     return at.timestamp(), None

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from siderolink.cli.admin.commands import Call, command
-from siderolink.cli.admin.formats import CHECK_TIME, Column, View, print_list, read_time, timestamp
+from siderolink.cli.admin.formats import CHECK_TIME, Column, View, print_list, read_time
 from siderolink.cli.admin.records import HISTORY, Kinds, Limit, Since, Until, delete_records, read_history
 from siderolink.cli.output import describe_size
 from siderolink.common.pb.siderolink.admin.v1 import (
@@ -16,6 +16,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     ListHistoryRequest,
     Retention,
 )
+from siderolink.common.text import timestamp
 
 DAY = 86_400.0
 

@@ -17,7 +17,6 @@ from siderolink.cli.admin.formats import (
     print_list,
     print_stream,
     read_time,
-    timestamp,
 )
 from siderolink.cli.output import flush, show
 from siderolink.common.errors import ConfigurationError
@@ -31,7 +30,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     MachineLogLine,
     MachineLogsRequest,
 )
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, timestamp
 
 T = TypeVar("T")
 

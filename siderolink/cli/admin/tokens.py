@@ -24,7 +24,6 @@ from siderolink.cli.admin.formats import (
     print_one,
     read_expiry,
     read_labels,
-    timestamp,
     to_yaml,
     until,
 )
@@ -43,7 +42,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     TokenUser,
     UpdateTokenRequest,
 )
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, timestamp
 
 app = typer.Typer(help="Manage join tokens.", no_args_is_help=True, add_completion=False)
 
