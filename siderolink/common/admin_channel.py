@@ -49,8 +49,8 @@ class ServerAddress:
             raise ConfigurationError(f"{what}: an API key travels by TLS only; write https://HOST:PORT or unix:///PATH")
         if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:
             raise ConfigurationError(f"{what}; write https://HOST:PORT or unix:///PATH")
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        checked = HostPort.parse(f"{host}:{(80 if is_plain else 443) if port is None else port}")
+        given = HostPort(parts.hostname, (80 if is_plain else 443) if port is None else port)
+        checked = HostPort.parse(str(given))
         return cls(host=checked.host, port=checked.port, is_plain=is_plain)
 
     def __str__(self) -> str:

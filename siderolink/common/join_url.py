@@ -12,6 +12,7 @@ from typing import NoReturn, Self
 from urllib.parse import quote, unquote
 
 from siderolink.common.errors import JoinURLError
+from siderolink.common.hostport import HostPort
 
 MAX_LENGTH = 8192
 """Maximum length in characters; a kernel command line has at most half of that."""
@@ -99,7 +100,7 @@ class JoinURL:
     @property
     def authority(self) -> str:
         """``host:port``, with brackets around an IPv6 address."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return str(HostPort(self.host, self.port))
 
     def encode(self) -> str:
         """The complete URL including the token: a secret if there is one."""

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import logging
 import re
 import uuid
@@ -17,6 +16,7 @@ from siderolink.common.errors import ConfigurationError, HostError, host_error
 from siderolink.common.netlink import run_netlink
 from siderolink.common.node_uuid import is_placeholder, parse_uuid
 from siderolink.common.private_files import create_private
+from siderolink.common.unique_token import hardware_fingerprint, new_unique_token
 
 log = logging.getLogger("siderolink")
 
@@ -88,15 +88,11 @@ class UniqueTokens:
         """
         name = (*server, node_uuid)
         if name not in self._tokens:
-            made = _encode(await _fingerprint())
+            made = new_unique_token(await _fingerprint())
             if self._folder is not None:
                 made = await anyio.to_thread.run_sync(_kept, self._folder / _file_name(name), made)
             self._tokens[name] = made
         return self._tokens[name]
-
-
-def _encode(fingerprint: str) -> str:
-    return json.dumps({"Fingerprint": fingerprint, "Token": str(uuid.uuid4())}, separators=(",", ":"))
 
 
 def _file_name(name: tuple[str, int, str]) -> str:
@@ -107,12 +103,12 @@ def _file_name(name: tuple[str, int, str]) -> str:
 
 
 async def _fingerprint() -> str:
-    """SHA-256 of the sorted hardware addresses of the physical Ethernet links, as existing machines compute it."""
+    """The fingerprint of this host."""
     try:
         addresses = await run_netlink(_physical_addresses, None)
     except (OSError, NetlinkError):
         addresses = []
-    return hashlib.sha256(b"".join(sorted(addresses))).hexdigest()
+    return hardware_fingerprint(addresses)
 
 
 async def _physical_addresses() -> list[bytes]:

@@ -19,6 +19,7 @@ from aiohappyeyeballs import start_connection
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc.outgoing_proxies import Proxy, proxy_for
 from siderolink.common.grpc.tls import proxy_tls
+from siderolink.common.hostport import HostPort
 from siderolink.common.text import one_line
 
 _LONGEST_ANSWER = 16 * 1024
@@ -53,7 +54,7 @@ def check_host(host: str) -> str:
 
 def authority(host: str, port: int) -> str:
     """``host:port`` for a request. IPv6 addresses are put in brackets, without their zone, which is local to this host."""
-    return f"[{host.partition('%')[0]}]:{port}" if ":" in host else f"{host}:{port}"
+    return str(HostPort(host.partition("%")[0], port))
 
 
 async def dial(

@@ -11,7 +11,7 @@ from typing import Literal, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.hostport import plain_address
+from siderolink.common.hostport import HostPort, plain_address
 
 Scheme = Literal["http", "https", "socks5"]
 _DEFAULT_PORTS = {"http": 80, "https": 443, "socks5": 1080}
@@ -30,8 +30,7 @@ class Proxy:
     password: str = field(default="", repr=False)
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
+        return f"{self.scheme}://{HostPort(self.host, self.port)}"
 
 
 def proxy_for(host: str, port: int, *, tls: bool, environ: Mapping[str, str]) -> Proxy | None:

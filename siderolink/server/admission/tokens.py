@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from siderolink.common.unique_token import NO_HARDWARE
 from siderolink.server.admission.json_errors import unique_token_error
 from siderolink.server.admission.signed_tokens import SignedToken, is_signed, parse
 from siderolink.server.store import JoinToken, Machine
@@ -21,8 +22,6 @@ MAX_UNIQUE_TOKEN_BYTES = 1024
 
 _MOST_SIGNED_LABELS = 64
 _LONGEST_LABEL = 253
-_NO_HARDWARE = hashlib.sha256().hexdigest()
-"""The fingerprint of every machine without a physical link; it distinguishes none of them."""
 
 
 class JoinTokenState(StrEnum):
@@ -159,7 +158,7 @@ def parse_unique_token(token: str) -> UniqueToken | None:
         return UniqueToken(token_digest("text:" + token), text=token)
     given = document.get("Fingerprint")
     fingerprint = given if isinstance(given, str) and len(given) <= 128 and given.isprintable() else ""
-    return UniqueToken(token_digest("token:" + document["Token"]), "" if fingerprint == _NO_HARDWARE else fingerprint)
+    return UniqueToken(token_digest("token:" + document["Token"]), "" if fingerprint == NO_HARDWARE else fingerprint)
 
 
 def unique_token_digest(token: str) -> bytes | None:

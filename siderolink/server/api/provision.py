@@ -298,5 +298,5 @@ def _bad_key(why: str) -> JoinRejectedError:
 def _source(stream: Stream[ProvisionRequest, bytes]) -> str:
     address = stream.peer.addr()
     if isinstance(address, tuple):
-        return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+        return str(HostPort(address[0], address[1]))
     return "a local socket"

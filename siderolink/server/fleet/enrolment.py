@@ -4,8 +4,6 @@ Both values are chosen and stored before they are sent, so that each attempt sen
 machine presents them. META key 16 is the unique token, META key 15 the UUID.
 """
 
-import hashlib
-import json
 import logging
 import ssl
 import uuid
@@ -25,6 +23,7 @@ from siderolink.common.pb.google.protobuf import Empty
 from siderolink.common.pb.machine import MachineServiceStub, MetaWriteRequest
 from siderolink.common.pb.storage import StorageServiceStub
 from siderolink.common.pb.talos.resource.definitions.network import LinkStatusSpec
+from siderolink.common.unique_token import hardware_fingerprint, new_unique_token
 from siderolink.server.admission.policy import JoinPolicy, supports_unique_tokens
 from siderolink.server.admission.tokens import unique_token_digest
 from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
@@ -171,7 +170,7 @@ class Enrolment:
 
     async def _choose(self, machine_id: str, fingerprint: str, is_installed: bool) -> Machine:
         """Choose and store the values for the machine, for all attempts."""
-        new_uuid, new_token = str(uuid.uuid4()), _token(fingerprint)
+        new_uuid, new_token = str(uuid.uuid4()), new_unique_token(fingerprint)
         sealed = self._store.sealer.seal_text(new_token, place_of_assigned(machine_id))
 
         async def work(transaction: Transaction) -> Machine:
@@ -194,11 +193,6 @@ def _needs_uuid(machine: Machine) -> bool:
     return machine.has_uuid_conflict and not machine.is_accepted
 
 
-def _token(fingerprint: str) -> str:
-    """A unique token in the form that machines and servers use."""
-    return json.dumps({"Fingerprint": fingerprint, "Token": str(uuid.uuid4())}, separators=(",", ":"))
-
-
 async def _is_installed(channel: GrpcChannel) -> bool:
     try:
         answer = await StorageServiceStub(channel).disks(Empty())
@@ -210,7 +204,7 @@ async def _is_installed(channel: GrpcChannel) -> bool:
 
 
 async def _fingerprint(channel: GrpcChannel) -> str:
-    """The SHA-256 of the sorted hardware addresses of all physical links."""
+    """The fingerprint of the machine, by its own account."""
     request = ListRequest(namespace="network", type="LinkStatuses.net.talos.dev", options=ListOptions())
     addresses: list[bytes] = []
     async for answer in StateStub(channel).list(request):
@@ -221,4 +215,4 @@ async def _fingerprint(channel: GrpcChannel) -> str:
             addresses.append((spec.permanent_addr or spec.hardware_addr)[:_MAX_ADDRESS_BYTES])
         if len(addresses) > _MAX_LINKS:
             raise SideroLinkError("the machine has too many links")
-    return hashlib.sha256(b"".join(sorted(addresses))).hexdigest()
+    return hardware_fingerprint(addresses)
