@@ -31,7 +31,7 @@ from siderolink.cli.serve_values import (
     SettingsPart,
     are_ports,
     full_listen,
-    is_loopback,
+    is_on_loopback,
     listed,
     networks,
     option,
@@ -365,7 +365,7 @@ class ServeConfig(SettingsPart):
             (self.admin_tls_cert is not None and self.admin_listen is None, "--admin-tls-cert needs --admin-listen"),
             (
                 self.admin_listen is not None
-                and not is_loopback(self.admin_listen)
+                and not is_on_loopback(self.admin_listen)
                 and self.tls_cert is None
                 and self.admin_tls_cert is None,
                 f"callers send API keys to {self.admin_listen}, which needs TLS: set --admin-tls-cert or --tls-cert",
@@ -376,7 +376,7 @@ class ServeConfig(SettingsPart):
                 "--web-tls-cert, --web-origin and --web-forwarded-from need --web-listen",
             ),
             (
-                self.web_listen is not None and self.web_tls_cert is None and not is_loopback(full_listen(self.web_listen)),
+                self.web_listen is not None and self.web_tls_cert is None and not is_on_loopback(full_listen(self.web_listen)),
                 f"browsers send API keys and cookies to {self.web_listen}, which needs TLS: set --web-tls-cert",
             ),
             (

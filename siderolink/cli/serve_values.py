@@ -2,7 +2,6 @@
 
 from dataclasses import MISSING, fields
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import Limits, parse_networks
-from siderolink.common.hostport import HostPort
+from siderolink.common.hostport import HostPort, is_loopback
 from siderolink.server import MachineLimits, ReportOptions
 
 _OWN_OPTION = {"max_connections_per_address"}
@@ -61,13 +60,9 @@ def is_host_port(text: str, *, port_zero: bool) -> str:
     return text
 
 
-def is_loopback(text: str) -> bool:
+def is_on_loopback(text: str) -> bool:
     """Whether a host and port are on the loopback."""
-    host = HostPort.parse(text, port_zero=True).host
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(HostPort.parse(text, port_zero=True).host)
 
 
 def is_listen(text: str) -> str:

@@ -3,14 +3,13 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import GrpcChannel, Limits, client_tls, open_channel
-from siderolink.common.hostport import HostPort
+from siderolink.common.hostport import HostPort, is_loopback_address
 from siderolink.common.text import one_line
 
 SOURCE_METADATA = "siderolink-source"
@@ -44,7 +43,7 @@ class ServerAddress:
             return cls(path=Path(parts.path))
         if parts.username is not None or parts.password is not None:
             raise ConfigurationError("an address must not contain a secret; set SIDEROLINK_API_KEY or --api-key-file")
-        is_plain = parts.scheme == "http" and _is_loopback(parts.hostname or "")
+        is_plain = parts.scheme == "http" and is_loopback_address(parts.hostname or "")
         if parts.scheme != "https" and not is_plain:
             raise ConfigurationError(f"{what}: an API key travels by TLS only; write https://HOST:PORT or unix:///PATH")
         if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:
@@ -57,13 +56,6 @@ class ServerAddress:
         if self.path is not None:
             return f"unix://{self.path}"
         return f"http{'' if self.is_plain else 's'}://{HostPort(self.host or '', self.port or 0)}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @asynccontextmanager

@@ -70,6 +70,19 @@ def plain_address(text: str) -> IPv4Address | IPv6Address | None:
     return mapped or address
 
 
+def is_loopback(host: str) -> bool:
+    """Whether it is a loopback address, or the name ``localhost``."""
+    return host == "localhost" or is_loopback_address(host)
+
+
+def is_loopback_address(host: str) -> bool:
+    """Whether it is a loopback address, and not a name, which could be resolved to another one."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _is_host(host: str, *, ipv6: bool) -> bool:
     try:
         address = ip_address(host)

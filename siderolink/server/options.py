@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import Limits, TrustedProxies, parse_networks
-from siderolink.common.hostport import HostPort
+from siderolink.common.hostport import HostPort, is_loopback
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceKind
@@ -42,7 +42,7 @@ class AdminOptions:
             raise ConfigurationError("api_url must not contain a join token; tokens are added when they are shown")
         if self.listen is not None:
             _check_listen(self.listen)
-            if self.tls is None and not _is_loopback(_address(self.listen).host):
+            if self.tls is None and not is_loopback(_address(self.listen).host):
                 raise ConfigurationError("the admin API carries API keys: use TLS, or listen on a loopback address")
         if self.audit_retention is not None and not 0 < self.audit_retention <= MAX_AUDIT_RETENTION:
             raise ConfigurationError("audit_retention must be a number of seconds above 0, or None to keep the audit forever")
@@ -168,13 +168,6 @@ def _is_any(host: str) -> bool:
         return ip_address(host).is_unspecified
     except ValueError:
         return not host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_listen(listen: str | tuple[str, int]) -> None:

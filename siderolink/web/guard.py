@@ -4,7 +4,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import TrustedProxies, source_of
-from siderolink.common.hostport import HostPort
+from siderolink.common.hostport import HostPort, is_loopback
 from siderolink.common.text import one_line
 
 log = logging.getLogger(__name__)
@@ -90,14 +89,6 @@ def read_origin(text: str) -> str:
 def _origin(scheme: str, host: str, port: int | None) -> str:
     shown = f"[{host}]" if ":" in host else host.lower()
     return f"{scheme}://{shown}" if port in (None, 443 if scheme == "https" else 80) else f"{scheme}://{shown}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the host is the loopback's address or name."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def find_origins(listen: HostPort, certificate: Path | None, given: Iterable[str]) -> Origins:

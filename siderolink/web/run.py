@@ -22,10 +22,10 @@ from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.grpc import ServerCertificate, TrustedProxies, parse_networks
 from siderolink.common.grpc.listeners import accept
 from siderolink.common.grpc.sources import contains
-from siderolink.common.hostport import HostPort
+from siderolink.common.hostport import HostPort, is_loopback
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.web.api import open_api
-from siderolink.web.guard import find_origins, is_loopback
+from siderolink.web.guard import find_origins
 from siderolink.web.site import Site
 
 log = logging.getLogger(__name__)

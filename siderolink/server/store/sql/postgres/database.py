@@ -5,7 +5,6 @@ pooler may give each transaction another session. Time limits are enforced by th
 """
 
 import asyncio
-import ipaddress
 import logging
 import select
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from siderolink.common.errors import ConfigurationError, StoreError, StoreFullError, StoreReadOnlyError, StoreUnavailableError
+from siderolink.common.hostport import is_loopback
 from siderolink.common.tasks import to_its_end
 from siderolink.common.text import one_line
 from siderolink.server.store.sql.schema import HEAD, USABLE_SINCE, upgrade
@@ -113,16 +113,12 @@ def _is_here(url: URL) -> bool:
     given = url.query.get("host", url.host or "")
     hosts = given.split(",") if isinstance(given, str) else given
 
-    def is_loopback(host: str) -> bool:
-        if host in ("", "localhost") or host.startswith("/"):
+    def is_here(host: str) -> bool:
+        if not host or host.startswith("/"):
             return True
-        name = host.partition(":")[0] if host.count(":") == 1 else host  # with several hosts, each may have a port
-        try:
-            return ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return name == "localhost"
+        return is_loopback(host.partition(":")[0] if host.count(":") == 1 else host)  # of several, each may have a port
 
-    return all(is_loopback(host) for host in hosts)
+    return all(is_here(host) for host in hosts)
 
 
 def describe(url: URL) -> str:
