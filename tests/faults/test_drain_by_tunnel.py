@@ -13,10 +13,10 @@ from siderolink.cli.demo.probe import EchoCount, keep_pinging
 from siderolink.client import Disconnected, LinkEvent, Moved
 from siderolink.common.hostport import HostPort
 from tests.netns.test_serve_memory import pings
-from tests.netns.test_serve_postgres import waits_until
 from tests.netns.test_several_servers import servers
 from tests.support.serving import TOKEN
 from tests.support.topology import several
+from tests.support.waiting import until
 
 
 def test_a_machine_by_tunnel_opens_a_stream_to_the_next_server_before_it_leaves_the_old_one(tmp_path: Path) -> None:
@@ -38,5 +38,5 @@ def test_a_machine_by_tunnel_opens_a_stream_to_the_next_server_before_it_leaves_
             assert len(echoes.sent_at) > 100
             assert echoes.lost == []
             # told once the first stream has been read to its end, a second after the move
-            waits_until(lambda: any(isinstance(event, Moved) for event in told))
+            until(lambda: any(isinstance(event, Moved) for event in told))
             assert not any(isinstance(event, Disconnected) for event in told)

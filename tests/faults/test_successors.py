@@ -14,7 +14,8 @@ from tests.faults.test_faults import Faulty, Lateness, traffic
 from tests.netns.test_serve_memory import pings
 from tests.support.netns import Namespace, stop
 from tests.support.postgres import Cluster, cluster
-from tests.support.server_pair import A, B, Pair, existing_machine, server_pair, until
+from tests.support.server_pair import A, B, Pair, existing_machine, server_pair
+from tests.support.waiting import until
 from tests.support.who_sends import recorded
 
 OURS_SECONDS = 5.0

@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from tests.support.netns import Namespace, stop
 from tests.support.serving import API, COMMAND, SERVER, TOKEN, Served, served
 from tests.support.talosctl import Talosctl
 from tests.support.topology import routed
+from tests.support.waiting import until
 
 T = TypeVar("T")
 METRICS = "http://127.0.0.1:9180/metrics"
@@ -32,13 +32,6 @@ apiVersion: v1alpha1
 kind: SideroLinkConfig
 apiUrl: grpc://{API}?jointoken={TOKEN}
 """
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 class Elsewhere:

@@ -1,7 +1,6 @@
 """Two servers' kernel devices with one key, and an existing machine with the kernel's WireGuard that goes to and fro."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address, ip_network
@@ -14,17 +13,11 @@ from tests.support.kernel_device import OURS, PORT, THEIR_PORT, THEIRS, running
 from tests.support.kernel_wireguard import kernel_wireguard
 from tests.support.pings import ping
 from tests.support.topology import several
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("ageing")
 
 MACHINE = "198.51.100.2"
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_passive_peer_is_sent_nothing_and_a_dial_is_answered_though_there_is_an_old_session() -> None:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_interface
 from pathlib import Path
@@ -21,6 +21,7 @@ from tests.support.bare import Bare, bare
 from tests.support.flood import well_made_initiation
 from tests.support.netns import Namespace, link, run_beside, stop
 from tests.support.pings import ping
+from tests.support.waiting import until
 
 PEER = PrivateKey.generate().public_key().encode()
 OTHER = PrivateKey.generate().public_key().encode()
@@ -30,13 +31,6 @@ OTHER = PrivateKey.generate().public_key().encode()
 def namespace() -> Iterator[Namespace]:
     with Namespace("bare") as made:
         yield made
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("address", "nobody"), [("10.0.0.1/8", "10.0.0.9"), ("fd00::1/32", "fd00::9")])
@@ -64,7 +58,7 @@ def test_a_packet_without_a_peer_gets_an_icmp_error(namespace: Namespace, addres
         def errors() -> int:
             return int(namespace.run(["cat", "/sys/class/net/wg0/statistics/rx_packets"]))
 
-        wait_for(lambda: errors() > 2)
+        until(lambda: errors() > 2)
         assert errors() <= 2 + 100 + 100 * (time.monotonic() - began)
 
 
@@ -301,7 +295,7 @@ def test_the_port_changes_while_running() -> None:
         ping(left, "fd00::2")
         one.wg("set", "wg0", "listen-port", "4000")
         ping(left, "fd00::2")
-        wait_for(lambda: other.show("endpoints").split()[1] == "192.0.2.1:4000")
+        until(lambda: other.show("endpoints").split()[1] == "192.0.2.1:4000")
 
 
 def test_the_firewall_mark_is_on_what_is_sent() -> None:
@@ -358,7 +352,7 @@ def test_status_shows_what_was_dropped_and_why(namespace: Namespace, tmp_path: P
         with namespace.call(socket.socket, socket.AF_INET, socket.SOCK_DGRAM) as sock:
             for datagram in (initiation, initiation, b"x"):
                 sock.sendto(datagram, ("127.0.0.1", 12345))
-            wait_for(lambda: status()["drops"].get("malformed") == 1)
+            until(lambda: status()["drops"].get("malformed") == 1)
         found = status()
         assert found["drops"]["replayed_initiation"] == 1
         assert found["listen_port"] == 12345

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from siderolink.client import Link
 from siderolink.server import Server
 from tests.support.pings import ping, pinging
 from tests.support.topology import SERVER_V4, Net, direct
+from tests.support.waiting import until
 
 TOKEN = "the-join-token"
 URL = f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}"
@@ -43,13 +44,6 @@ def server_path(portal: BlockingPortal, server: Server) -> str:
     return peer.path
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @TRANSPORTS
 def test_packets_of_every_kind_pass_both_ways(query: str) -> None:
     with direct() as net, linked(net, query) as (server, machine, here, there):
@@ -67,7 +61,7 @@ def test_the_server_follows_a_machine_to_another_address_under_load() -> None:
             in_flight = [pings.oldest_unanswered() for pings in (up, down)]
             net.machine.add_address("eth0", "192.0.2.77/24")
             net.machine.remove_address("eth0", "192.0.2.2/24")
-            wait_for(lambda: server_path(there, server).startswith("192.0.2.77:"))
+            until(lambda: server_path(there, server).startswith("192.0.2.77:"))
             for pings, first in zip((up, down), in_flight, strict=True):
                 followed = pings.sent
                 pings.wait_sent(50)
@@ -90,8 +84,8 @@ def test_a_killed_program_leaves_no_interface(how: signal.Signals, tmp_path: Pat
     with direct() as net, net.server.portal() as there, there.wrap_async_context_manager(make_server()):
         command = [sys.executable, "-m", "siderolink", "join", URL, "--device", "userspace"]
         process = net.machine.popen(command, stdout=subprocess.PIPE, env=os.environ | {"HOME": str(tmp_path)})
-        wait_for(lambda: "siderolink" in net.machine.interfaces())
+        until(lambda: "siderolink" in net.machine.interfaces())
         process.send_signal(how)
         status = process.wait(60)
         assert status == (0 if how is not signal.SIGKILL else -signal.SIGKILL)
-        wait_for(lambda: "siderolink" not in net.machine.interfaces())
+        until(lambda: "siderolink" not in net.machine.interfaces())

@@ -4,14 +4,13 @@ import json
 import os
 import socket
 import subprocess
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.netns import Namespace, stop
 from tests.support.serving import API, COMMAND, TOKEN, Served, served
 from tests.support.topology import routed
+from tests.support.waiting import until
 
 FIRST = str(uuid.uuid4())
 HOSTILE = "evil \x1b]0;title\x07\x1b[31m red \N{RIGHT-TO-LEFT OVERRIDE}gpj.exe \x9b2J"
@@ -40,13 +39,6 @@ def send_lines(texts: list[str]) -> None:
     with socket.create_connection((OVERLAY, 8092), timeout=20) as connection:
         for text in texts:
             connection.sendall(json.dumps({"msg": text, "talos-level": "info", "facility": "kern"}).encode() + b"\n")
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def test_logs_events_and_history_are_kept_searched_followed_and_deleted(tmp_path: Path) -> None:

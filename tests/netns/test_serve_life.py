@@ -25,9 +25,9 @@ from tests.support.certificates import Certified, make_certificate
 from tests.support.netns import stop
 from tests.support.proxy import running_proxy
 from tests.support.raw_machine import RawMachine
-from tests.support.server_pair import until
 from tests.support.serving import API, COMMAND, SERVER, TOKEN, served
 from tests.support.topology import Net, direct
+from tests.support.waiting import until
 
 ADDRESS = HostPort.parse(API)
 

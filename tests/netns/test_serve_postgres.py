@@ -3,7 +3,7 @@
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -20,6 +20,7 @@ from tests.support.postgres import Cluster
 from tests.support.raw_machine import RawMachine
 from tests.support.serving import SERVER, TOKEN, Served, served
 from tests.support.topology import Net, direct
+from tests.support.waiting import until
 
 CLOCK_AHEAD = 3600
 """Seconds by which the database's clock is off."""
@@ -56,17 +57,10 @@ def shake_hands(portal: BlockingPortal, machine: RawMachine, answer: ProvisionRe
     portal.call(connect)
 
 
-def waits_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def linked_at(postgres: Cluster, machine: RawMachine) -> float:
     """When its first handshake was, once that is written."""
     asked = f"SELECT linked_at FROM machines WHERE node_uuid = '{machine.node_uuid}'"
-    waits_until(lambda: isinstance(postgres.execute(asked, "state")[0][0], float))
+    until(lambda: isinstance(postgres.execute(asked, "state")[0][0], float))
     return float(str(postgres.execute(asked, "state")[0][0]))
 
 
@@ -170,16 +164,16 @@ def test_a_machine_whose_row_a_promoted_replica_lacks_joins_again(net: Net, tmp_
             with net.machine.portal() as portal:
                 kept = raw_machine()
                 portal.call(kept.provision)
-            waits_until(lambda: replica.execute(count, "state") == [(1,)])
+            until(lambda: replica.execute(count, "state") == [(1,)])
             replica.stop()
             with joined(net.machine) as (link, _):
                 assert pings(net.server, link.address, 60)
-                waits_until(lambda: postgres.execute(count, "state") == [(2,)])
+                until(lambda: postgres.execute(count, "state") == [(2,)])
                 postgres.stop(signal.SIGQUIT)
                 replica.start()
                 replica.execute("SELECT pg_promote()")
-                waits_until(lambda: replica.execute(count, "state") == [(2,)])
-                waits_until(lambda: pings(net.server, link.address, 1))
+                until(lambda: replica.execute(count, "state") == [(2,)])
+                until(lambda: pings(net.server, link.address, 1))
                 rows = replica.execute("SELECT overlay_address FROM machines", "state")
                 assert link.address.packed in [row[0] for row in rows]
     finally:

@@ -13,8 +13,9 @@ from siderolink.common.hostport import HostPort
 from tests.netns.test_serve_memory import pings
 from tests.support.postgres import cluster
 from tests.support.raw_machine import RawMachine
-from tests.support.server_pair import A, B, Pair, existing_machine, server_pair, until
+from tests.support.server_pair import A, B, Pair, existing_machine, server_pair
 from tests.support.serving import TOKEN
+from tests.support.waiting import until
 
 log = logging.getLogger(__name__)
 

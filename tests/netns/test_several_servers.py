@@ -15,11 +15,11 @@ import anyio
 from siderolink.cli.demo.probe import EchoCount, keep_pinging
 from siderolink.client import Disconnected, LinkEvent, Moved
 from tests.netns.test_serve_memory import joined, pings
-from tests.netns.test_serve_postgres import waits_until
 from tests.support.netns import stop
 from tests.support.postgres import cluster
 from tests.support.serving import TOKEN, Served, served
 from tests.support.topology import ServersNet, several
+from tests.support.waiting import until
 
 KEY = b64encode(bytes(range(32))).decode()
 
@@ -90,7 +90,7 @@ connection.sendall(data)
 connection.shutdown(1)
 print(connection.makefile("rb").read() == data[::-1])
 """
-    waits_until(lambda: "True" in server.namespace.run([sys.executable, "-c", client], check=False), 30)
+    until(lambda: "True" in server.namespace.run([sys.executable, "-c", client], check=False), 30)
     stop(forward)
 
 
@@ -138,7 +138,7 @@ def test_a_rotated_key_reaches_every_server_within_five_seconds(tmp_path: Path) 
         (key,) = re.findall(r"key (\S{43}=)", overlay)
         assert key in said
         assert time.monotonic() - began < 20  # five, and what a busy host takes to start a server
-        waits_until(lambda: link.server_key != first)
+        until(lambda: link.server_key != first)
         assert pings(net.servers[1], link.address, 60)
 
 
@@ -166,7 +166,7 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
         a.command(["drain", "--undo"])
         assert readiness(a) == 200
         # and by SIGTERM, back
-        waits_until(lambda: "draining" not in b.command(["servers"]), 10)
+        until(lambda: "draining" not in b.command(["servers"]), 10)
         assert b.stop(timeout=50) == 0
         assert "192.0.2.1" in str(portal.call(link.status).route)
         assert pings(net.servers[0], link.address, 60)
@@ -174,6 +174,6 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
         pinging.result(60)
         assert len(echoes.sent_at) > 200
         assert echoes.lost == []
-        waits_until(lambda: sum(isinstance(event, Moved) for event in told) >= 2)
+        until(lambda: sum(isinstance(event, Moved) for event in told) >= 2)
         assert [event.route for event in told if isinstance(event, Moved)] == ["udp 192.0.3.1:51820", "udp 192.0.2.1:51820"]
         assert not any(isinstance(event, Disconnected) for event in told)

@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from siderolink.common.keys import PrivateKey
 from tests.support.bare import bare
 from tests.support.netns import Namespace, link, stop
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,13 +36,6 @@ def shell(namespace: Namespace, script: str, *, status: int = 0) -> str:
     return output
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_it_returns_when_the_interface_is_there_and_ends_with_it(tmp_path: Path) -> None:
     run = program(tmp_path)
     with Namespace("script") as namespace:
@@ -63,7 +55,7 @@ def test_it_returns_when_the_interface_is_there_and_ends_with_it(tmp_path: Path)
             "4242",
             "siderolink: the interface wg0 already exists: remove it, or choose another name",
         ]
-        eventually(lambda: not pids(namespace))
+        until(lambda: not pids(namespace))
 
 
 def pids(namespace: Namespace) -> list[str]:
@@ -125,4 +117,4 @@ def test_wg_quick_sends_everything_through_it(tmp_path: Path) -> None:
         )
         assert output.count(" 0% packet loss") == 2
         assert "0.0.0.0/0,::/0" in output
-        eventually(lambda: not pids(near))
+        until(lambda: not pids(near))

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ import pytest
 from siderolink.common.keys import PresharedKey, PrivateKey
 from tests.support.bare import Bare, bare
 from tests.support.netns import Namespace, link, run_beside
+from tests.support.waiting import until
 
 BULK = os.environ.get("WIREGUARD_SUITE_BYTES", "8M")
 KEYS = PrivateKey.generate().clamped(), PrivateKey.generate().clamped()
@@ -92,16 +93,9 @@ def ends(home: Namespace | None = None) -> Iterator[tuple[End, End]]:
         yield both[0], both[1]
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def iperf(server: End, client: End, address: str, *options: str) -> None:
     listening = server.inner.popen(["iperf3", "-s", "-1", "-B", address], stdout=subprocess.DEVNULL)
-    eventually(lambda: ":5201" in server.inner.run(["ss", "-Htln", "sport = 5201"]))
+    until(lambda: ":5201" in server.inner.run(["ss", "-Htln", "sport = 5201"]))
     client.inner.run(["iperf3", "-Z", "-n", BULK, *options, "-c", address], timeout=300)
     assert listening.wait(60) == 0
 
@@ -128,7 +122,7 @@ def check_counters(one: End, two: End) -> None:
         return [found["stats64"][way]["bytes"] for way in ("rx", "tx")]
 
     two.flood(FOUR[0])
-    eventually(lambda: counted()[1] >= 880)  # with the kernel's own solicitation of routers, soon
+    until(lambda: counted()[1] >= 880)  # with the kernel's own solicitation of routers, soon
     received, sent = counted()
     assert 840 <= received < 2500
     assert sent < 2500

@@ -3,9 +3,8 @@
 import asyncio
 import contextlib
 import itertools
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,10 +137,3 @@ def existing_machine(namespace: Namespace, server: str) -> Iterator[tuple[RawMac
 
     with namespace.portal() as portal, portal.wrap_async_context_manager(linked()) as up:
         yield machine, up
-
-
-def until(is_so: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -21,15 +21,9 @@ from siderolink.cli import logs, output
 from siderolink.cli.output import LineWriter, TextWriter
 from siderolink.cli.sampling import INTERVAL_SECONDS, MAX_KINDS, RecordSampler, Suppressed
 from siderolink.common.queues import LineQueue
+from tests.support.waiting import until
 
 SECRET = "a-very-secret-token"
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 # --- sampling
@@ -81,7 +75,7 @@ def test_a_writer_with_a_stuck_reader_never_blocks_and_later_reports_its_losses(
     writer: LineWriter[str] = LineWriter(writing, lambda text: f"{text}\n".encode(), notice=lambda text: text)
     for number in range(2000):
         writer.put(f"{number} " + "x" * 1000, 1000)
-    wait_for(lambda: writer.lost > 0)
+    until(lambda: writer.lost > 0)
     lost = writer.lost
     received = bytearray()
 
@@ -91,7 +85,7 @@ def test_a_writer_with_a_stuck_reader_never_blocks_and_later_reports_its_losses(
 
     reader = threading.Thread(target=read)
     reader.start()
-    wait_for(lambda: b"\n99 " in received)
+    until(lambda: b"\n99 " in received)
     writer.put("at last", 10)
     writer.stop(10)
     os.close(writing)
@@ -126,7 +120,7 @@ def test_a_disk_that_fails_for_a_while_loses_only_what_was_written_then(
     descriptor = os.open("/proc/self/mem", os.O_WRONLY)
     writer: LineWriter[str] = LineWriter(descriptor, lambda text: f"{text}\n".encode(), notice=lambda text: text)
     writer.put("lost", 10)
-    wait_for(lambda: writer.lost == 1)
+    until(lambda: writer.lost == 1)
     sound = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     os.dup2(sound, descriptor)
     os.close(sound)
@@ -156,7 +150,7 @@ def test_a_line_that_a_full_disk_cut_off_swallows_none_of_the_next(tmp_path: Pat
         for number in range(4):
             writer.put(f"line {number} ..", 10)  # ten bytes
         queued.set()
-        wait_for(lambda: writer.lost > 0)
+        until(lambda: writer.lost > 0)
         lost = writer.lost
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
