@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import CanShakeHands
-from tests.interop.test_wireguard_go import OUR_PORT, THEIR_PORT, Pair, pair_of_ends
 from tests.support.netns import Namespace, link, stop
+from tests.support.wireguard_pair import OUR_PORT, THEIR_PORT, Pair, pair_with_wireguard_go
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def cookies(namespace: Namespace) -> int:
 
 
 def test_our_cookie_admits_wireguard_go() -> None:
-    with pair_of_ends() as pair, flooded(pair, pair.net.server, pair.device.public_key, OUR_PORT, 3_000):
+    with pair_with_wireguard_go() as pair, flooded(pair, pair.net.server, pair.device.public_key, OUR_PORT, 3_000):
         pair.know_each_other(they_dial=True, keepalive=25)
         # it tries again by its timer
         pair.wait(lambda peer: peer.last_handshake is not None)
@@ -59,7 +59,7 @@ def test_our_cookie_admits_wireguard_go() -> None:
 
 
 def test_wireguard_gos_cookie_admits_us() -> None:
-    with pair_of_ends() as pair, flooded(pair, pair.net.machine, pair.their_key.public_key(), THEIR_PORT, 30_000):
+    with pair_with_wireguard_go() as pair, flooded(pair, pair.net.machine, pair.their_key.public_key(), THEIR_PORT, 30_000):
         pair.know_each_other(we_dial=True, keepalive=25)
         assert isinstance(pair.device, CanShakeHands)
         while not cookies(pair.net.machine):  # it is under load only while its queue is long

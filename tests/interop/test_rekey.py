@@ -8,8 +8,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.interop.test_wireguard_go import Pair, pair_of_ends
 from tests.support.pings import pinging
+from tests.support.wireguard_pair import Pair, pair_with_wireguard_go
 
 SECONDS = 130
 INTERVAL = 0.05
@@ -25,7 +25,7 @@ def handshake_times(pair: Pair) -> tuple[float, int]:
 
 def test_no_packet_is_lost_over_a_rekey() -> None:
     with ExitStack() as stack:
-        we_begin, they_begin = stack.enter_context(pair_of_ends()), stack.enter_context(pair_of_ends())
+        we_begin, they_begin = stack.enter_context(pair_with_wireguard_go()), stack.enter_context(pair_with_wireguard_go())
         we_begin.know_each_other(we_dial=True)
         they_begin.know_each_other(they_dial=True)
         # The side that sends first begins the session, and only that side renews it by age.

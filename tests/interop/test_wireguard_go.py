@@ -2,112 +2,26 @@
 
 import hashlib
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Interface, ip_interface, ip_network
+from ipaddress import IPv6Interface
 
-import anyio
 import pytest
-from anyio.from_thread import BlockingPortal
 
 from siderolink.common.keys import PresharedKey, PrivateKey
-from siderolink.common.wireguard.device import Device, DeviceConfig, PeerConfig, PeerStatus
+from siderolink.common.wireguard.device import DeviceConfig
 from siderolink.common.wireguard.opening import open_device
 from tests.support.netns import Namespace
 from tests.support.pings import ping
-from tests.support.topology import Net, direct
-from tests.support.wireguard_go import WireguardGo, wireguard_go
+from tests.support.wireguard_go import wireguard_go
+from tests.support.wireguard_pair import OUR_PORT, OURS, THEIR_ADDRESSES, THEIR_PORT, Pair, pair_with_wireguard_go
 
-OUR_ADDRESSES = ("fd00::1/64", "10.9.0.1/24")
-THEIR_ADDRESSES = ("fd00::2/64", "10.9.0.2/24")
-OURS = "fd00::1/128,10.9.0.1/32"
-THEIRS = (ip_network("fd00::2/128"), ip_network("10.9.0.2/32"))
-OUR_PORT = 51820
-THEIR_PORT = 51821
 BULK = 4 << 20
-
-
-@dataclass
-class Pair:
-    """Our device in `net.server`, wireguard-go in `net.machine`; neither knows the other yet."""
-
-    net: Net
-    portal: BlockingPortal
-    device: Device
-    other: WireguardGo
-    their_key: PrivateKey
-
-    def know_each_other(
-        self, *, we_dial: bool = False, they_dial: bool = False, preshared_key: PresharedKey | None = None, keepalive: int = 0
-    ) -> None:
-        peer = PeerConfig(
-            public_key=self.their_key.public_key(),
-            allowed_ips=THEIRS,
-            endpoint=(IPv4Address("192.0.2.2"), THEIR_PORT) if we_dial else None,
-            preshared_key=preshared_key,
-            persistent_keepalive=keepalive if we_dial else 0,
-        )
-        # the dialling end is configured last, so that no handshake reaches an end without its peer
-        if not we_dial:
-            self.portal.call(self.device.set_peer, peer)
-        self.other.set_peer(
-            self.device.public_key,
-            OURS,
-            endpoint=f"192.0.2.1:{OUR_PORT}" if they_dial else None,
-            preshared_key=preshared_key,
-            keepalive=keepalive if they_dial else 0,
-        )
-        if we_dial:
-            self.portal.call(self.device.set_peer, peer)
-
-    def peer(self) -> PeerStatus:
-        peer = self.portal.call(self.device.peer, self.their_key.public_key())
-        assert peer is not None
-        return peer
-
-    def wait(self, condition: Callable[[PeerStatus], bool]) -> PeerStatus:
-        """Wait until our view of the peer is as wanted."""
-
-        async def look() -> PeerStatus:
-            while True:
-                peer = await self.device.peer(self.their_key.public_key())
-                if peer is not None and condition(peer):
-                    return peer
-                await anyio.sleep(0.02)
-
-        return self.portal.call(look)
-
-    def wait_dropped(self, reason: str) -> None:
-        deadline = time.monotonic() + 30
-        while not self.device.drops().get(reason):
-            assert time.monotonic() < deadline, self.device.drops()
-            time.sleep(0.02)
-
-
-@contextmanager
-def pair_of_ends() -> Iterator[Pair]:
-    their_key = PrivateKey.generate()
-    config = DeviceConfig(
-        name="ours",
-        private_key=PrivateKey.generate(),
-        addresses=tuple(ip_interface(address) for address in OUR_ADDRESSES),
-        listen_port=OUR_PORT,
-    )
-    with (
-        direct() as net,
-        wireguard_go(net.machine, their_key, port=THEIR_PORT, addresses=THEIR_ADDRESSES) as other,
-        net.server.portal() as portal,
-        portal.wrap_async_context_manager(open_device("userspace", config, lambda event: None)) as device,
-    ):
-        yield Pair(net, portal, device, other, their_key)
 
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    with pair_of_ends() as pair:
+    with pair_with_wireguard_go() as pair:
         yield pair
 
 
@@ -222,7 +136,7 @@ def test_the_other_end_follows_us_to_another_address(pair: Pair) -> None:
 
 
 def test_the_other_end_reconnects_after_a_restart() -> None:
-    with pair_of_ends() as pair:
+    with pair_with_wireguard_go() as pair:
         pair.know_each_other(they_dial=True)
         ping(pair.net.machine, "fd00::1")
         first = pair.peer().last_handshake

@@ -2,15 +2,13 @@
 
 import json
 import subprocess
-import time
-from ipaddress import IPv6Address
 
 import pytest
 
-from siderolink.common.wireguard.device import PeerConfig
-from tests.interop.test_wireguard_go import OUR_PORT, OURS, THEIR_PORT, THEIRS, Pair, pair_of_ends
 from tests.support.netns import Namespace
 from tests.support.pings import ping
+from tests.support.waiting import until
+from tests.support.wireguard_pair import OUR_PORT, OURS, THEIR_PORT, pair_with_wireguard_go
 
 MEGABYTES = 8
 
@@ -18,10 +16,7 @@ MEGABYTES = 8
 def iperf(client: Namespace, server: Namespace, address: str, *options: str) -> dict[str, float]:
     """What the receiving side counted; of a stream, only what had come when the sender had sent all."""
     listening = server.popen(["iperf3", "-s", "-1", "-B", address], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while ":5201" not in server.run(["ss", "-Htln", "sport = 5201"]):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: ":5201" in server.run(["ss", "-Htln", "sport = 5201"]))
     report = json.loads(client.run(["iperf3", "-J", "-c", address, *options], timeout=60))
     assert listening.wait(60) == 0
     found: dict[str, float] = report["end"]["sum" if "-u" in options else "sum_received"]
@@ -31,7 +26,7 @@ def iperf(client: Namespace, server: Namespace, address: str, *options: str) -> 
 @pytest.mark.parametrize("version", [4, 6])
 def test_iperf_both_ways(version: int) -> None:
     ours, theirs = ("10.9.0.1", "10.9.0.2") if version == 4 else ("fd00::1", "fd00::2")
-    with pair_of_ends() as pair:
+    with pair_with_wireguard_go() as pair:
         pair.know_each_other(we_dial=version == 4, they_dial=version == 6)
         ping(*(pair.net.server, theirs) if version == 4 else (pair.net.machine, ours))
         for client, server, address in ((pair.net.server, pair.net.machine, theirs), (pair.net.machine, pair.net.server, ours)):
@@ -44,20 +39,10 @@ def test_iperf_both_ways(version: int) -> None:
         assert set(pair.device.drops()) <= {"no_peer"}  # the kernel's own multicast
 
 
-def dial_over_ipv6(pair: Pair, *, we_dial: bool) -> None:
-    peer = PeerConfig(
-        public_key=pair.their_key.public_key(),
-        allowed_ips=THEIRS,
-        endpoint=(IPv6Address("2001:db8::2"), THEIR_PORT) if we_dial else None,
-    )
-    pair.portal.call(pair.device.set_peer, peer)
-    pair.other.set_peer(pair.device.public_key, OURS, endpoint=None if we_dial else f"[2001:db8::1]:{OUR_PORT}")
-
-
 @pytest.mark.parametrize("we_dial", [True, False])
 def test_ipv6_outside_and_addresses_that_change(we_dial: bool) -> None:
-    with pair_of_ends() as pair:
-        dial_over_ipv6(pair, we_dial=we_dial)
+    with pair_with_wireguard_go() as pair:
+        pair.know_each_other_by_ipv6(we_dial=we_dial)
         ping(*(pair.net.server, "fd00::2") if we_dial else (pair.net.machine, "10.9.0.1"))
         assert pair.peer().path == f"[2001:db8::2]:{THEIR_PORT}"
         assert pair.other.endpoint(pair.device.public_key) == f"[2001:db8::1]:{OUR_PORT}"

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.test_wireguard_go import Pair
-from tests.support.kernel_pair import pair_with_the_kernel
 from tests.support.netns import Namespace
 from tests.support.pings import ping
+from tests.support.wireguard_pair import Pair, pair_with_the_kernel
 
 LATER = (
     "client",

@@ -1,19 +1,11 @@
 """Our userspace device against the kernel's own WireGuard, in both roles: the tests against wireguard-go, and more."""
 
 from collections.abc import Iterator
-from ipaddress import IPv6Address
 
 import pytest
 
-from siderolink.common.wireguard.device import PeerConfig
 from tests.interop import test_wireguard_go as suite
 from tests.interop.test_wireguard_go import (
-    OUR_PORT,
-    OURS,
-    THEIR_ADDRESSES,
-    THEIR_PORT,
-    THEIRS,
-    Pair,
     test_a_preshared_key,
     test_a_stranger_is_counted_and_gets_no_answer,
     test_another_preshared_key_makes_no_session,
@@ -24,9 +16,9 @@ from tests.interop.test_wireguard_go import (
     test_we_begin_the_handshake,
     test_we_follow_the_other_end_to_another_address_and_port,
 )
-from tests.support.kernel_pair import pair_with_the_kernel
 from tests.support.kernel_wireguard import kernel_wireguard
 from tests.support.pings import ping
+from tests.support.wireguard_pair import OUR_PORT, OURS, THEIR_ADDRESSES, THEIR_PORT, Pair, pair_with_the_kernel
 
 __all__ = [
     "test_a_preshared_key",
@@ -62,13 +54,7 @@ def test_packets_of_any_size(pair: Pair) -> None:
 
 @pytest.mark.parametrize("we_dial", [True, False])
 def test_ipv6_outside(pair: Pair, we_dial: bool) -> None:
-    peer = PeerConfig(
-        public_key=pair.their_key.public_key(),
-        allowed_ips=THEIRS,
-        endpoint=(IPv6Address("2001:db8::2"), THEIR_PORT) if we_dial else None,
-    )
-    pair.portal.call(pair.device.set_peer, peer)
-    pair.other.set_peer(pair.device.public_key, OURS, endpoint=None if we_dial else f"[2001:db8::1]:{OUR_PORT}")
+    pair.know_each_other_by_ipv6(we_dial=we_dial)
     if we_dial:
         ping(pair.net.server, "fd00::2")
     else:
