@@ -34,8 +34,9 @@ from benchmarks.support.scale_net import processor, resident
 from siderolink.common.grpc import frames, open_channel
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionServiceStub
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace
-from tests.support.serving import API, COMMAND, SERVER, TOKEN, served
+from tests.support.serving import API, SERVER, TOKEN, served
 from tests.support.topology import routed
 
 OVERLAY = "fdae:41e4:649b:9303::1"

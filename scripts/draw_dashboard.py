@@ -27,8 +27,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tests.interop.test_prometheus import Watched
 from tests.support.certificates import make_certificate
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
-from tests.support.serving import API, COMMAND, TOKEN, Served, served
+from tests.support.serving import API, TOKEN, Served, served
 from tests.support.topology import SERVER_V4, Net, routed
 
 Answers = list[tuple[dict[str, str], list[dict[str, Any]]]]

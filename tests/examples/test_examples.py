@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import end, read_until
 from tests.support.netns import Namespace
 from tests.support.topology import Net, direct
 
@@ -28,24 +29,9 @@ def start(namespace: Namespace, program: str, *arguments: str) -> "subprocess.Po
     )
 
 
-def read_until(process: "subprocess.Popen[str]", text: str) -> str:
-    """The first line of output that contains the text; fails with the whole output if there is none."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return line
-    raise AssertionError(f"{text!r} is not in:\n{''.join(lines)}")
-
-
 def interrupt(process: "subprocess.Popen[str]", namespace: Namespace) -> None:
     """End a program like Ctrl-C: it prints no traceback, succeeds, and leaves no interface."""
-    process.send_signal(signal.SIGINT)
-    assert process.stdout is not None
-    rest = process.stdout.read()
-    assert process.wait(60) == 0, rest
-    assert "Traceback" not in rest
+    end(process, signal.SIGINT)
     assert not {name for name in namespace.interfaces() if name.startswith("siderolink")}
 
 
@@ -64,7 +50,7 @@ def test_http(net: Net) -> None:
     server = start(net.server, "http/server.py", *ENDPOINT, "--token", "secret")
     read_until(server, "waits for reports")
     machine = start(net.machine, "http/machine.py", URL)
-    line = read_until(machine, "thank you")
+    line = read_until(machine, "thank you")[-1]
     address = line.split()[0]
     assert machine.wait(60) == 0
     read_until(server, f"{address} reports: ")
@@ -76,7 +62,7 @@ def test_reports(net: Net) -> None:
     server = start(net.server, "reports/server.py", *ENDPOINT, "--token", "secret")
     read_until(server, "takes events")
     machine = start(net.machine, "reports/machine.py", URL)
-    address = read_until(machine, "reports to").split()[0]
+    address = read_until(machine, "reports to")[-1].split()[0]
     said = [
         f"{address} tells: SequenceEvent(sequence='example'",
         f"{address} logs: heartbeat 0",

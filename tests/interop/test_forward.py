@@ -17,8 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from siderolink.server.admin.forwards import ForwardRefusal
 from tests.support.certificates import make_certificate
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
-from tests.support.serving import API, COMMAND, SERVER, TOKEN, Served, served
+from tests.support.serving import API, SERVER, TOKEN, Served, served
 from tests.support.talosctl import Talosctl
 from tests.support.topology import routed
 from tests.support.waiting import until

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from tests.support.certificates import make_certificate
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
-from tests.support.serving import API, COMMAND, TOKEN, Served, served
+from tests.support.serving import API, TOKEN, Served, served
 from tests.support.topology import SERVER_V4, routed
 
 pytestmark = pytest.mark.timeout(400)

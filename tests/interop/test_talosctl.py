@@ -1,28 +1,22 @@
 """The four commands of existing machines' command-line client, played to the letter, against `siderolink join`."""
 
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TypeVar
 
 import pytest
 import yaml
 
-from tests.netns.test_machine_command import DOCUMENTS, TOKEN, UUID, end, read_until, start
+from tests.netns.test_machine_command import DOCUMENTS, UUID, address_in, end, net
+from tests.support.commands import read_until, start
 from tests.support.netns import Namespace
 from tests.support.talosctl import CommandError, Talosctl
-from tests.support.topology import Net, direct
+from tests.support.topology import Net
+
+__all__ = ["net"]
 
 T = TypeVar("T")
 LAN = "192.0.2.2"
-
-
-@pytest.fixture
-def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
-    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "run"))
-    monkeypatch.setenv("SIDEROLINK_JOIN_TOKEN", TOKEN)
-    with direct() as net:
-        yield net
 
 
 def rows(table: str) -> list[dict[str, str]]:
@@ -56,8 +50,7 @@ def test_version_get_and_apply_config_before_and_over_siderolink(net: Net) -> No
     read_by_anyone(net.server)
     apply(net.server)
     read_until(machine, "connected")
-    event, _ = read_until(server, "AddressEvent", f"kernel log: {UUID}")
-    address = event.split("addresses ")[1].split()[0]
+    address = address_in(read_until(server, "AddressEvent", f"kernel log: {UUID}"))
     read_by_the_admin(net.server, address)
     # no longer by the regular address
     with pytest.raises(OSError, match="refused"):

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
-from tests.support.serving import API, COMMAND, TOKEN, Served, served
+from tests.support.serving import API, TOKEN, Served, served
 from tests.support.topology import direct
 
 UUID = "a1b2c3d4-0000-4000-8000-000000000001"

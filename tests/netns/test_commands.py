@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from siderolink.common.addressing import overlay_prefix, server_address
+from tests.support.commands import COMMAND, end, read_until, start
 from tests.support.netns import Namespace
 from tests.support.topology import Net, direct
 
-COMMAND = [sys.executable, "-m", "siderolink"]
 SERVE = ["serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", "192.0.2.1:51820"]
 URL = "grpc://192.0.2.1:4000"
 TOKEN = "s3cret-token"
@@ -32,28 +30,6 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
 @pytest.fixture
 def token(tmp_path: Path) -> list[str]:
     return ["--join-token-file", str(tmp_path / "token")]
-
-
-def start(namespace: Namespace, *arguments: str) -> "subprocess.Popen[str]":
-    return namespace.popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def read_until(process: "subprocess.Popen[str]", text: str) -> list[str]:
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return lines
-    raise AssertionError(f"{text!r} is not in:\n{''.join(lines)}")
-
-
-def end(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
-    process.send_signal(number)
-    assert process.stdout is not None
-    rest = process.stdout.read()
-    assert process.wait(60) == 0, rest
-    assert "Traceback" not in rest
 
 
 def refused(namespace: Namespace, *arguments: str) -> str:

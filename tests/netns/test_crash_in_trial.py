@@ -18,7 +18,8 @@ from siderolink import JoinURL, Server
 from siderolink.cli.trial import JoinSettings, SettingsTrial
 from siderolink.common.pb.machine import ApplyConfigurationRequest
 from siderolink.server import Allow, Deny, JoinRequest
-from tests.netns.test_machine_command import COMMAND, TOKEN, UUID, ask_when_linked, end, read_until, start
+from tests.netns.test_machine_command import TOKEN, UUID, ask_when_linked, end
+from tests.support.commands import COMMAND, read_until, start
 from tests.support.machine_api import MACHINE, MachineClient, status_of
 from tests.support.machine_stubs import Stubs
 from tests.support.topology import Net, direct

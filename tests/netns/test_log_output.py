@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +17,10 @@ import pytest
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest
 from siderolink.common.pb.sidero.link import ProvisionRequest
+from tests.support.commands import COMMAND, read_until
 from tests.support.netns import Namespace, stop
 from tests.support.topology import SERVER_V4, direct
 
-COMMAND = [sys.executable, "-m", "siderolink"]
 TOKEN = "s3cret-token"
 API = "127.0.0.1:4000"
 SERVE = ["serve", "--api-listen", API, "--wireguard-endpoint", "127.0.0.1:51820", "--no-state", "--device", "userspace"]
@@ -78,17 +77,6 @@ def until(host: Namespace, attempt: Callable[[], None]) -> None:
         except grpc.RpcError:
             assert time.monotonic() < end
             time.sleep(0.1)
-
-
-def lines_of(process: "subprocess.Popen[str]", text: str) -> list[str]:
-    """The lines up to the first that holds the text."""
-    assert process.stdout is not None
-    found = []
-    for line in process.stdout:
-        found.append(line)
-        if text in line:
-            return found
-    raise AssertionError("".join(found))
 
 
 def test_a_stuck_reader_stops_nothing(host: Namespace, tmp_path: Path) -> None:
@@ -148,9 +136,9 @@ def test_closed_descriptors_stop_nothing_and_are_taken_by_no_file(host: Namespac
 
 def test_records_as_json_have_times_levels_and_the_machine(host: Namespace, tmp_path: Path) -> None:
     with running(host, tmp_path, *SERVE, *NO_REPORTS, "--log-format", "json", **BOTH) as process:
-        lines = lines_of(process, "overlay")
+        lines = read_until(process, "overlay")
         host.call(provision, 1, TOKEN)
-        lines += lines_of(process, "joined")
+        lines += read_until(process, "joined")
         records = [json.loads(line) for line in lines]
         assert [record["event"] for record in records] == ["serving", "overlay", "joined"]
         assert all(record["level"] == "info" and record["time"].endswith("Z") for record in records)
@@ -161,9 +149,9 @@ def test_records_as_json_have_times_levels_and_the_machine(host: Namespace, tmp_
 
 def test_repeated_refusals_are_sampled_and_counted(host: Namespace, tmp_path: Path) -> None:
     with running(host, tmp_path, *SERVE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        lines_of(process, "overlay")
+        read_until(process, "overlay")
         host.call(provision, 300, "another-token")
-        lines = lines_of(process, "more like this")
+        lines = read_until(process, "more like this")
         refused = [line for line in lines if " refused: " in line]
         assert len(refused) == 21
         assert refused[-1].split(" refused: ")[1].startswith("280 more like this in 10 s are not shown")
@@ -179,7 +167,7 @@ def test_no_secret_is_logged_and_the_level_is_kept(tmp_path: Path) -> None:
     with direct() as net, running(net.server, tmp_path, *serve, "--log-level", "error", **output) as server:
         options = ("--log-level", "debug", "--interface", "machine0")
         with running(net.machine, tmp_path, *join, *options, **output) as machine:
-            told = "".join(lines_of(machine, " connected: "))
+            told = "".join(read_until(machine, " connected: "))
             assert TOKEN not in told
             assert "the-unique-token" not in told
             assert f"node_uuid={UUID}" in told

@@ -2,10 +2,8 @@
 
 import json
 import queue
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,12 +27,13 @@ from siderolink.common.pb.machine import (
     MetaWriteResponse,
 )
 from siderolink.server import Allow, Deny, JoinRequest, MachineStatus
+from tests.support import commands
+from tests.support.commands import COMMAND, read_until, start
 from tests.support.machine_api import MACHINE, MachineClient, machine_client, status_of
 from tests.support.netns import Namespace
 from tests.support.reach import dial, keeps_out, lets_in
 from tests.support.topology import Net, direct
 
-COMMAND = [sys.executable, "-m", "siderolink"]
 TOKEN = "s3cret-token"
 UUID = "a1b2c3d4-0000-4000-8000-000000000001"
 SERVER = "fdae:41e4:649b:9303::1"
@@ -66,29 +65,13 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
         yield net
 
 
-def start(namespace: Namespace, *arguments: str) -> "subprocess.Popen[str]":
-    return namespace.popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def read_until(process: "subprocess.Popen[str]", *texts: str) -> list[str]:
-    """The first line of each of the texts, in whatever order they come."""
-    assert process.stdout is not None
-    found: dict[str, str] = {}
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        found |= {text: line for text in texts if text in line and text not in found}
-        if len(found) == len(texts):
-            return [found[text] for text in texts]
-    raise AssertionError(f"{texts} are not all in:\n{''.join(lines)}")
-
-
 def end(process: "subprocess.Popen[str]") -> None:
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert "Traceback" not in output
-    assert TOKEN not in output
+    assert TOKEN not in commands.end(process)
+
+
+def address_in(lines: list[str]) -> str:
+    """The machine's address by its first AddressEvent."""
+    return next(line for line in lines if "AddressEvent" in line).split("addresses ")[1].split()[0]
 
 
 def ask(namespace: Namespace, host: str, work: Callable[[MachineClient], object]) -> object:
@@ -151,8 +134,7 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
     assert isinstance(answer, ApplyConfigurationResponse)
     assert any("HostnameConfig" in warning for warning in answer.messages[0].warnings)
     read_until(machine, "connected")
-    event, _ = read_until(server, "AddressEvent", f"kernel log: {UUID}")
-    address = event.split("addresses ")[1].split()[0]
+    address = address_in(read_until(server, "AddressEvent", f"kernel log: {UUID}"))
     assert ask(net.server, address, lambda client: len(client.get_all("machineconfig"))) == 2
     wrong = DOCUMENTS.replace("---", "uniqueToken: of another machine\n---", 1)
     status, text = refused(wrong, modes.AUTO, address)

@@ -13,9 +13,10 @@ import pytest
 from grpclib import GRPCError, Status
 
 from siderolink.common.hostport import HostPort
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
 from tests.support.raw_machine import RawMachine
-from tests.support.serving import API, COMMAND, TOKEN, Served, served
+from tests.support.serving import API, TOKEN, Served, served
 from tests.support.topology import Net, direct, routed
 
 URL = f"grpc://{API}?jointoken={TOKEN}"

@@ -15,8 +15,9 @@ import yaml
 
 from siderolink.cli.admin.connection import ExitStatus
 from tests.support.certificates import make_certificate
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
-from tests.support.serving import API, COMMAND, SERVER, TOKEN, Served, served
+from tests.support.serving import API, SERVER, TOKEN, Served, served
 from tests.support.topology import routed
 
 ADMIN = f"{SERVER}:8095"

@@ -19,8 +19,9 @@ from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceConfig, DeviceKind
 from siderolink.common.wireguard.opening import open_device
 from siderolink.server import ReportOptions, Server
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace
-from tests.support.serving import API, COMMAND, TOKEN, served
+from tests.support.serving import API, TOKEN, served
 from tests.support.topology import SERVER_V4, Net, direct
 
 DEVICE: DeviceKind = "userspace"

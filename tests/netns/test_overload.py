@@ -18,9 +18,10 @@ import pytest
 from anyio.from_thread import BlockingPortal
 
 from siderolink.common.hostport import HostPort
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
 from tests.support.raw_machine import RawMachine
-from tests.support.serving import API, COMMAND, TOKEN, Served, served
+from tests.support.serving import API, TOKEN, Served, served
 from tests.support.topology import Net, routed
 
 URL = f"grpc://{API}?jointoken={TOKEN}"

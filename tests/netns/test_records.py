@@ -7,8 +7,9 @@ import subprocess
 import uuid
 from pathlib import Path
 
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
-from tests.support.serving import API, COMMAND, TOKEN, Served, served
+from tests.support.serving import API, TOKEN, Served, served
 from tests.support.topology import routed
 from tests.support.waiting import until
 

@@ -22,10 +22,11 @@ from siderolink.common.grpc import client_tls, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest, HealthStub
 from tests.support.certificates import Certified, make_certificate
+from tests.support.commands import COMMAND
 from tests.support.netns import stop
 from tests.support.proxy import running_proxy
 from tests.support.raw_machine import RawMachine
-from tests.support.serving import API, COMMAND, SERVER, TOKEN, served
+from tests.support.serving import API, SERVER, TOKEN, served
 from tests.support.topology import Net, direct
 from tests.support.waiting import until
 

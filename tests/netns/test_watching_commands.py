@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
-from tests.support.serving import API, COMMAND, TOKEN, served
+from tests.support.serving import API, TOKEN, served
 from tests.support.topology import direct
 
 pytestmark = pytest.mark.timeout(120)

@@ -16,8 +16,9 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.support.browser import browser_in, faults_of, picture, sign_in, visitor
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
-from tests.support.serving import API, COMMAND, TOKEN, Served, served
+from tests.support.serving import API, TOKEN, Served, served
 from tests.support.topology import routed
 
 URL = f"grpc://{API}?jointoken={TOKEN}"

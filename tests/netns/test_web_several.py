@@ -12,8 +12,8 @@ from playwright.sync_api import expect
 from tests.netns.test_several_servers import servers, url
 from tests.netns.test_web import live, send_lines
 from tests.support.browser import browser_in, picture, sign_in, visitor
+from tests.support.commands import COMMAND
 from tests.support.netns import stop
-from tests.support.serving import COMMAND
 from tests.support.talosctl import Talosctl
 from tests.support.topology import several
 

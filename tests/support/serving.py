@@ -4,15 +4,14 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.commands import COMMAND
 from tests.support.netns import Namespace, stop
 
-COMMAND = [sys.executable, "-m", "siderolink"]
 TOKEN = "s3cret-token"
 SERVER = "192.0.2.1"
 API = f"{SERVER}:4000"

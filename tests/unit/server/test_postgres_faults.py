@@ -15,21 +15,13 @@ from siderolink.common.errors import StoreError, StoreFullError, StoreUnavailabl
 from siderolink.server.store import Store, Transaction
 from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.postgres import STATE_KEY, Cluster, cluster
-from tests.support.server_pair import until
+from tests.support.waiting import until
+from tests.unit.server.test_postgres import database, url
 from tests.unit.server.test_store import machine, work_of
 
+__all__ = ["database", "url"]
+
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def database() -> Iterator[str]:
-    with cluster().database() as name:
-        yield name
-
-
-@pytest.fixture
-def url(database: str) -> str:
-    return cluster().url(database)
 
 
 def end_sessions(database: str) -> None:
