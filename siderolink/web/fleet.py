@@ -1,7 +1,6 @@
 """A copy of the server's machines in this process: followed at the server, searched and sorted here."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -10,6 +9,7 @@ from typing import Final
 import anyio
 from anyio.lowlevel import checkpoint
 
+from siderolink.common.newest_dict import NewestDict
 from siderolink.common.pb.siderolink.admin.v1 import (
     FollowMachinesRequest,
     LinkChange,
@@ -102,7 +102,7 @@ class MachineRows:
         """The incomplete first list; None once it is complete."""
         self._stamp = 0
         self._problem = ""
-        self._results: OrderedDict[Query, _Result] = OrderedDict()
+        self._results: NewestDict[Query, _Result] = NewestDict(_MAX_RESULTS)
         """Of the latest queries, the least recent first."""
         self._whole = anyio.Event()
         self._wake = anyio.Event()
@@ -188,10 +188,8 @@ class MachineRows:
                 return shared.rows
             if self._results.get(query) is shared:  # whoever made it was cancelled
                 del self._results[query]
-        mine = self._results[query] = _Result(stamp)
-        self._results.move_to_end(query)
-        if len(self._results) > _MAX_RESULTS:
-            self._results.popitem(last=False)
+        mine = _Result(stamp)
+        self._results.put(query, mine)
         try:
             mine.rows = await self._sorted(query, selector)
         finally:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -10,6 +10,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from siderolink.common.newest_dict import NewestDict
 from siderolink.common.pb.siderolink.admin.v1 import (
     EventServiceStub,
     FollowEventsRequest,
@@ -80,16 +81,16 @@ class MachineTraffic:
     """Bytes from and to recently viewed machines."""
 
     def __init__(self) -> None:
-        self._samples: OrderedDict[str, deque[tuple[float, int, int]]] = OrderedDict()
+        self._samples: NewestDict[str, deque[tuple[float, int, int]]] = NewestDict(_MACHINES)
 
     def note(self, machine: Machine, at: float) -> Sequence[tuple[float, int, int]]:
         """Add a machine's present counters; returns all its samples."""
-        found = self._samples.setdefault(machine.id, deque(maxlen=_MACHINE_SAMPLES))
-        self._samples.move_to_end(machine.id)
+        found = self._samples.get(machine.id)
+        if found is None:
+            found = deque(maxlen=_MACHINE_SAMPLES)
+        self._samples.put(machine.id, found)
         if not found or at - found[-1][0] >= 1.0:
             found.append((at, machine.received_bytes, machine.sent_bytes))
-        while len(self._samples) > _MACHINES:
-            self._samples.popitem(last=False)
         return found
 
 
@@ -106,7 +107,7 @@ class AnsweredMachines:
     """Recent answers of machines, shared by all viewers."""
 
     def __init__(self) -> None:
-        self._found: OrderedDict[str, Answered] = OrderedDict()
+        self._found: NewestDict[str, Answered] = NewestDict(_MACHINES)
 
     def of(self, machine_id: str) -> Answered | None:
         return self._found.get(machine_id)
@@ -124,10 +125,7 @@ class AnsweredMachines:
             raise
         except ApiError as error:
             found = Answered(time.monotonic(), problem=str(error))
-        self._found[machine_id] = found
-        self._found.move_to_end(machine_id)
-        while len(self._found) > _MACHINES:
-            self._found.popitem(last=False)
+        self._found.put(machine_id, found)
         return found
 
 

@@ -16,6 +16,7 @@ from siderolink.common.backoff import Backoff
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.netlink import run_netlink
+from siderolink.common.newest_dict import NewestDict
 from siderolink.common.queues import Broadcast
 from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line, shared
@@ -219,3 +220,10 @@ def test_every_name_of_the_package_is_there() -> None:
     assert all(getattr(siderolink, name) is not None for name in siderolink.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         siderolink.nothing  # type: ignore[attr-defined] # noqa: B018
+
+
+def test_a_newest_dict_keeps_the_entries_that_were_put_last() -> None:
+    newest: NewestDict[str, int] = NewestDict(2)
+    for key, value in (("a", 1), ("b", 2), ("a", 3), ("c", 4)):
+        newest.put(key, value)
+    assert list(newest.items()) == [("a", 3), ("c", 4)]

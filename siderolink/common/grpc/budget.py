@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.refusals import Refusal
+from siderolink.common.newest_dict import NewestDict
 
 log = logging.getLogger("siderolink")
 
@@ -121,7 +122,7 @@ class ConnectionBudget:
         self._known = _Pool()
         self._unproven = _Pool()
         self._known_sources: dict[str, None] = {}
-        self._logged: dict[str, float] = {}
+        self._logged: NewestDict[str, float] = NewestDict(_MAX_LOGGED)
 
     def __len__(self) -> int:
         """Connections counted now."""
@@ -221,10 +222,7 @@ class ConnectionBudget:
         count = self._of(source)
         if not source or count < 2 or now - self._logged.get(source, -_LOG_SECONDS) < _LOG_SECONDS:
             return
-        self._logged.pop(source, None)
-        if len(self._logged) >= _MAX_LOGGED:
-            del self._logged[next(iter(self._logged))]
-        self._logged[source] = now
+        self._logged.put(source, now)
         log.warning(
             "%s has %d of %d API connections and reached a limit (max_connections_per_address, --connections-per-address: %d; "
             "max_unproven_connections: %d)",

@@ -1,11 +1,11 @@
 """The audit: listing, following, export and pruning, and sampled records of failed logins."""
 
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from siderolink.common.newest_dict import NewestDict
 from siderolink.common.tasks import uninterrupted
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.server.admin.lists import Page, page_size, seq_of
@@ -36,7 +36,7 @@ class AuditLog:
         self._store = store
         self._clock = clock
         self._retention_time = RetentionTime("audit entries", clock.time, clock.monotonic)
-        self._failures: OrderedDict[str, _Failures] = OrderedDict()
+        self._failures: NewestDict[str, _Failures] = NewestDict(_MAX_SOURCES)
         self._samples = TokenBucket(_SAMPLES_PER_MINUTE / 60, _SAMPLES_PER_MINUTE)
 
     # --- reading
@@ -106,11 +106,9 @@ class AuditLog:
     async def login_failed(self, source: str, reason: str) -> None:
         """Record a failed login: once a minute per source, with a count, and a few per minute in total."""
         now = time.monotonic()
-        known = self._failures.setdefault(source, _Failures(0, -_SAMPLE_EVERY))
-        self._failures.move_to_end(source)
+        known = self._failures.get(source) or _Failures(0, -_SAMPLE_EVERY)
+        self._failures.put(source, known)
         known.count += 1
-        if len(self._failures) > _MAX_SOURCES:
-            self._failures.popitem(last=False)
         if now - known.written_at < _SAMPLE_EVERY or not self._samples.take(1):
             return
         count, known.count, known.written_at = known.count, 0, now

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import islice
 
+from siderolink.common.newest_dict import NewestDict
 from siderolink.server.admission.rules import source_key
 from siderolink.server.clock import Clock
 from siderolink.server.store import Claim
@@ -133,14 +134,12 @@ class NamedKeys:
     """Keys named by calls, with the first unique token of each. Prevents binding a token to another machine's key."""
 
     def __init__(self) -> None:
-        self._digests: OrderedDict[bytes, bytes | None] = OrderedDict()
+        self._digests: NewestDict[bytes, bytes | None] = NewestDict(_NAMED_KEYS)
 
     def first_digest(self, public_key: bytes, digest: bytes | None) -> bytes | None:
         """The digest that may be bound once the key is proved: this one, unless an earlier call named the key with another."""
         if public_key in self._digests:
             first = self._digests[public_key]
             return digest if first == digest else None
-        self._digests[public_key] = digest
-        if len(self._digests) > _NAMED_KEYS:
-            self._digests.popitem(last=False)
+        self._digests.put(public_key, digest)
         return digest

@@ -6,10 +6,10 @@ in a table that is at most three quarters full. The hash key is random per proce
 
 import os
 from array import array
-from collections import OrderedDict
 from hashlib import blake2b
 from typing import Final
 
+from siderolink.common.newest_dict import NewestDict
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.server.admission.rules import source_key
 from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState, assigned_digest
@@ -202,7 +202,7 @@ class QueryBudget:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._all = TokenBucket(_REFUSED_PER_SECOND, _REFUSED_AT_ONCE, clock.monotonic)
-        self._sources: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._sources: NewestDict[str, TokenBucket] = NewestDict(_MOST_SOURCES)
 
     def allows(self, source: str) -> bool:
         """Whether a query for a call from this source is allowed now."""
@@ -212,11 +212,9 @@ class QueryBudget:
     def charge(self, source: str) -> None:
         """Record a query for a call that was refused."""
         key = source_key(source) or source
-        bucket = self._sources.pop(key, None)
+        bucket = self._sources.get(key)
         if bucket is None:
             bucket = TokenBucket(_REFUSED_PER_SOURCE, _REFUSED_PER_SOURCE_AT_ONCE, self._clock.monotonic)
         bucket.charge(1)
         self._all.charge(1)
-        self._sources[key] = bucket
-        if len(self._sources) > _MOST_SOURCES:
-            self._sources.popitem(last=False)
+        self._sources.put(key, bucket)

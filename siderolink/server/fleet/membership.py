@@ -15,6 +15,7 @@ from hashlib import blake2b
 import anyio
 
 from siderolink.common.errors import SideroLinkError
+from siderolink.common.newest_dict import NewestDict
 from siderolink.common.tasks import background_tasks
 from siderolink.server.clock import Clock
 from siderolink.server.store import FleetServer, Store, Transaction
@@ -54,15 +55,12 @@ class Failures:
     """The endpoints of servers that died, were removed or may have failed, and have had no heartbeat since."""
 
     def __init__(self) -> None:
-        self._heard_at: dict[str, float] = {}
+        self._heard_at: NewestDict[str, float] = NewestDict(MAX_FAILED)
         """The last heartbeats of the servers, by their endpoints."""
 
     def note(self, server: FleetServer) -> None:
         for endpoint in server.endpoints:
-            self._heard_at.pop(endpoint, None)
-            self._heard_at[endpoint] = server.heartbeat_at
-        while len(self._heard_at) > MAX_FAILED:
-            del self._heard_at[next(iter(self._heard_at))]
+            self._heard_at.put(endpoint, server.heartbeat_at)
 
     def endpoints(self, living: Sequence[FleetServer]) -> list[str]:
         """Those of servers that are not alive again and were heard within `FORGOTTEN_AFTER`; the latest failure last."""

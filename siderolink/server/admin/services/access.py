@@ -4,7 +4,6 @@ import grp
 import os
 import pwd
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -40,6 +39,7 @@ from siderolink.common.grpc import (
     valid_token,
 )
 from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES
+from siderolink.common.newest_dict import NewestDict
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.protobuf_wire import encode_in_parts, holds_nul
 from siderolink.common.text import one_line
@@ -162,19 +162,17 @@ class Penalties:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._known: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._known: NewestDict[str, tuple[float, float]] = NewestDict(_MAX_SOURCES)
 
     def next_delay(self, source: str) -> float:
         """Seconds until this source's refusal is answered. Refusals of one source queue up."""
         now = self._clock()
-        delay, free_at = self._known.pop(source, (0.0, 0.0))
+        delay, free_at = self._known.get(source, (0.0, 0.0))
         if now - free_at > _FORGIVEN_AFTER:
             delay = 0.0
         delay = min(2 * delay, _LONGEST_DELAY) if delay else _FIRST_DELAY
         answered_at = min(max(now, free_at) + delay, now + _LONGEST_QUEUE)
-        self._known[source] = (delay, answered_at)
-        if len(self._known) > _MAX_SOURCES:
-            self._known.popitem(last=False)
+        self._known.put(source, (delay, answered_at))
         return answered_at - now
 
 
