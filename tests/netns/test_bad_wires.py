@@ -6,8 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,11 +62,12 @@ class Names(BaseResolver):  # type: ignore[misc] # the library has no types
 
 
 @contextmanager
-def resolving(namespace: Namespace, options: str) -> Iterator[None]:
-    """Programs that are started in the namespace ask the name server at 127.0.0.1."""
+def resolving(namespace: Namespace, options: str, *servers: str) -> Iterator[None]:
+    """Programs that are started in the namespace ask these name servers, in this order."""
     folder = Path("/etc/netns") / namespace.name
     folder.mkdir(parents=True)
-    (folder / "resolv.conf").write_text(f"nameserver 127.0.0.1\noptions {options} attempts:1\n")
+    lines = [*(f"nameserver {server}" for server in servers), f"options {options} attempts:1"]
+    (folder / "resolv.conf").write_text("".join(f"{line}\n" for line in lines))
     try:
         yield
     finally:
@@ -75,12 +76,21 @@ def resolving(namespace: Namespace, options: str) -> Iterator[None]:
 
 
 @contextmanager
-def resolver(namespace: Namespace, address: str) -> Iterator[Names]:
-    """The name server of programs that are started in the namespace."""
-    names = Names(address)
-    with resolving(namespace, "timeout:1"):
+def silent_name_server(address: str) -> Iterator[None]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((address, 53))
+        yield
+
+
+@contextmanager
+def resolver(namespace: Namespace, address: str, *, timeout: int = 1, silent: Sequence[str] = ()) -> Iterator[Names]:
+    """The name server of programs that are started in the namespace, after `silent` ones."""
+    names, own = Names(address), "127.0.0.53"
+    with resolving(namespace, f"timeout:{timeout}", *silent, own), ExitStack() as stack:
         with namespace.entered():
-            server = DNSServer(names, address="127.0.0.1", port=53)
+            server = DNSServer(names, address=own, port=53)
+            for other in silent:
+                stack.enter_context(silent_name_server(other))
         server.start_thread()
         try:
             yield names
@@ -98,7 +108,7 @@ async def main():
     try:
         async with open_channel("siderolink.test", 4000) as channel:
             await channel.connect()
-    except ServerUnreachableError as error:
+    except (ServerUnreachableError, ConnectionRefusedError) as error:
         print(error, flush=True)
     os._exit(0)  # the lookup's thread still waits
 
@@ -107,14 +117,17 @@ anyio.run(main)
 
 
 def test_a_silent_name_server_is_reported_as_such() -> None:
-    with Namespace("host") as host, resolving(host, "timeout:30"):
-        with host.entered():
-            silent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        with silent:
-            silent.bind(("127.0.0.1", 53))
-            said = host.run([sys.executable, "-c", CONNECT])
+    with Namespace("host") as host, resolver(host, "127.0.0.1", timeout=30, silent=["127.0.0.1"]):
+        said = host.run([sys.executable, "-c", CONNECT])
     assert said.startswith("siderolink.test was not resolved within ")
     assert "the name server does not answer" in said
+
+
+def test_a_name_is_resolved_while_two_of_three_name_servers_are_silent() -> None:
+    """With the resolver's own time limit: 5 s for the first one, and 3 s for the second one."""
+    with Namespace("host") as host, resolver(host, "127.0.0.1", timeout=5, silent=["127.0.0.1", "127.0.0.2"]):
+        said = host.run([sys.executable, "-c", CONNECT])
+    assert "('127.0.0.1', 4000)" in said  # which refused the connection
 
 
 def test_a_name_is_resolved_afresh_each_time_it_is_tried(tmp_path: Path) -> None:

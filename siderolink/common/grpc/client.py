@@ -101,7 +101,7 @@ class GrpcChannel(private.ConnectingChannel):
         if self._namespace is not None:
             return await self._begin(await connect_in(self._namespace, self.host, self.port))
         environ = {} if self._is_direct else os.environ
-        dialled = await dial(self.host, self.port, environ, tls=self.tls is not None)
+        dialled = await dial(self.host, self.port, environ, tls=self.tls is not None, timeout=self._limits.connect_timeout)
         if isinstance(dialled, socket.socket):
             return await self._begin(dialled)
         connected, rest = dialled

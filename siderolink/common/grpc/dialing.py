@@ -25,8 +25,11 @@ from siderolink.common.text import one_line
 _LONGEST_ANSWER = 16 * 1024
 _NEXT_ADDRESS_SECONDS = 0.25
 """Connection Attempt Delay (RFC 8305, section 8)."""
-_LOOKUP_SECONDS = 8.0
-"""Less than a connection may take, so that a silent name server is reported as such. One of several may be silent for 5 s."""
+_LOOKUP_SHARE = 0.9
+"""Share of the time limit that a lookup may take, so that a silent name server is reported as such.
+
+If two of three name servers are silent, the third one answers after 8 s.
+"""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,253}\Z")
 
 
@@ -58,29 +61,34 @@ def authority(host: str, port: int) -> str:
 
 
 async def dial(
-    host: str, port: int, environ: Mapping[str, str], *, tls: bool
+    host: str, port: int, environ: Mapping[str, str], *, tls: bool, timeout: float
 ) -> socket.socket | tuple[asyncio.Transport, bytes]:
     """Connect to a server, through the proxy that `environ` selects, if any.
 
-    Returns a connected socket; for an HTTP proxy, a transport with reading paused, and the bytes received after the proxy's
-    answer. Raises ServerUnreachableError, ConfigurationError, or OSError.
+    `timeout` is the caller's time limit in seconds, of which a lookup may take most. Returns a connected socket; for an HTTP
+    proxy, a transport with reading paused, and the bytes received after the proxy's answer. Raises ServerUnreachableError,
+    ConfigurationError, or OSError.
     """
     proxy = proxy_for(host, port, tls=tls, environ=environ)
     if proxy is None:
-        return await connect(host, port)
+        return await connect(host, port, timeout)
     with _naming(proxy):
         if proxy.scheme == "socks5":
             return await _connect_by_socks(proxy, host, port)
-        return await _connect_by_http(proxy, await connect(proxy.host, proxy.port), host, port)
+        return await _connect_by_http(proxy, await connect(proxy.host, proxy.port, timeout), host, port)
 
 
-async def connect(host: str, port: int) -> socket.socket:
-    """Connect to the first address of the host that answers (RFC 8305). Raises ServerUnreachableError or OSError."""
+async def connect(host: str, port: int, timeout: float) -> socket.socket:
+    """Connect to the first address of the host that answers (RFC 8305). Raises ServerUnreachableError or OSError.
+
+    `timeout` is the caller's time limit in seconds, of which the lookup may take most.
+    """
+    most = _LOOKUP_SHARE * timeout
     try:
-        async with asyncio.timeout(_LOOKUP_SECONDS):
+        async with asyncio.timeout(most):
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except TimeoutError:
-        text = f"{host} was not resolved within {_LOOKUP_SECONDS:g} s: the name server does not answer"
+        text = f"{host} was not resolved within {most:g} s: the name server does not answer"
         raise ServerUnreachableError(text) from None
     return await start_connection(found, happy_eyeballs_delay=_NEXT_ADDRESS_SECONDS)
 

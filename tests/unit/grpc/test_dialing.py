@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
-from siderolink.common.grpc import client_tls, open_channel, serve, server_tls, translate_errors
+from siderolink.common.grpc import Limits, client_tls, open_channel, serve, server_tls, translate_errors
 from siderolink.common.grpc.dialing import authority, check_host, connect
 from tests.support.api import Raw, Service, method, serving
 
@@ -45,9 +45,19 @@ async def test_of_two_dials_that_finish_in_one_turn_one_socket_is_closed(monkeyp
 
         monkeypatch.setattr(loop, "getaddrinfo", resolve)
         monkeypatch.setattr(loop, "sock_connect", slow_connect)
-        with await connect("two.test", 1) as kept:
+        with await connect("two.test", 1, 60) as kept:
             assert len(dialled) == 2
             assert [sock.fileno() for sock in dialled if sock is not kept] == [-1]
+
+
+async def test_a_lookup_may_take_most_of_the_time_limit_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def resolve(*_: object, **__: object) -> list[Any]:
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    async with open_channel("silent.test", 1, direct=True, limits=Limits(connect_timeout=0.5)) as channel:
+        with pytest.raises(ServerUnreachableError, match=r"silent\.test was not resolved within 0\.45 s"):
+            await channel.connect()
 
 
 async def test_the_second_family_is_tried_when_the_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
