@@ -80,8 +80,8 @@ class Reconciler:
         """By UUID and by public key, in that order; serialises changes of one machine."""
         self.leaving: dict[str, LeaveReason] = {}
         """Reasons of removals in progress at this server, by machine id."""
-        self._unremoved: dict[MachineLink, None] = {}
-        """Dropped links whose peers the device still has."""
+        self._unremoved: dict[str, list[MachineLink]] = {}
+        """Dropped links whose peers the device still has, by machine id."""
         self.on_applied: Callable[[MachineLink, PublicKey | None], None] = lambda link, key_before: None
         """Called with each link whose row was applied and with its previous key, even if the device failed."""
         self.on_dropped: Callable[[MachineLink], None] = lambda link: None
@@ -231,7 +231,7 @@ class Reconciler:
         except SideroLinkError as error:
             fields = link.machine.log_fields
             log.warning("the peer of a removed machine could not be removed; retrying: %s", error, extra=fields)
-            self._unremoved[link] = None
+            self._unremoved.setdefault(link.machine.id, []).append(link)
             self.on_failed(link.machine.id)
 
     async def apply_claim(self, row: Machine, claim: Claim) -> None:
@@ -390,20 +390,18 @@ class Reconciler:
         return link is not None and link.is_applied and link.machine.revision >= machine.revision
 
     async def resync(self, machine_id: str) -> None:
-        """Read a machine's row, or all rows for EVERYTHING, again and apply it. First removes peers that were left over."""
-        for gone in list(self._unremoved):
-            await self._remove_abandoned(gone)
-            self._unremoved.pop(gone, None)
+        """Read a machine's row, or all rows for EVERYTHING, again and apply it. Then remove the machine's leftover peers."""
         if machine_id == EVERYTHING:
             await self._reread()
             return
-        row = await self._directory.row(machine_id)
+        row, link = await self._directory.row(machine_id), self._directory.get(machine_id)
         if row is not None:
             await self.apply_change(row)
-            return
-        link = self._directory.get(machine_id)
-        if link is not None:
+        elif link is not None:
             await self.forget(link.machine, LeaveReason.REMOVED_ELSEWHERE)
+        for gone in self._unremoved.get(machine_id, ()):
+            await self._remove_abandoned(gone)
+        self._unremoved.pop(machine_id, None)
 
     async def _reread(self) -> None:
         unstored = set() if self._owners is None else await self._owners.load()

@@ -24,6 +24,7 @@ from siderolink.server import (
 )
 from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.events import EventHub
+from siderolink.server.fleet.reconciler import EVERYTHING
 from siderolink.server.store import Machine, Transaction
 from siderolink.server.store.base import Work
 from tests.support.manager import FakeMachine, Manager, drain, following, new_key
@@ -236,6 +237,30 @@ async def test_a_removed_machines_key_is_given_up_later_if_the_device_would_not_
     assert MachineLeft(machine=row, reason=LeaveReason.REMOVED) in await manager.events()
     await manager.pass_time(600)
     assert set(manager.device.configs) == {machine.key}
+    manager.device.remove_peer = remove  # type: ignore[method-assign]
+    await manager.pass_time(600)
+    assert not manager.device.configs
+
+
+async def test_a_peer_that_the_device_does_not_give_up_delays_no_other_machine() -> None:
+    manager, stuck, other = Manager(), FakeMachine(), FakeMachine()
+    for machine in (stuck, other):
+        await manager.join(machine)
+        await manager.handshake(machine)
+    remove = manager.device.remove_peer
+
+    async def remove_others(public_key: PublicKey) -> None:
+        if public_key == stuck.key:
+            raise DeviceError("no answer")
+        await remove(public_key)
+
+    manager.device.remove_peer = remove_others  # type: ignore[method-assign]
+    await manager.machines.remove((await manager.row(stuck)).id)
+    row = await manager.row(other)
+    await manager.store.transact(lambda transaction: transaction.delete(row.id))
+    await manager.reconciler.resync(EVERYTHING)
+    assert set(manager.device.configs) == {stuck.key}
+    await manager.reconciler.resync(row.id)
     manager.device.remove_peer = remove  # type: ignore[method-assign]
     await manager.pass_time(600)
     assert not manager.device.configs
