@@ -327,9 +327,11 @@ def decode_answer(data: bytes, kind: type[T], max_fields: int | None = None) -> 
     """A message from an answer, or within one. Raises InvalidAnswerError if it is malformed or has more fields."""
     try:
         if max_fields is not None and count_fields(data, max_fields, kind) > max_fields:
-            raise ValueError(f"more than {max_fields} fields")
+            raise InvalidAnswerError(f"the answer has more than {max_fields} fields")
         refuse_strings_as_numbers(kind, data)
         message: T = _declared(ProtoCodec().decode(data, cast("Any", kind)))
+    except InvalidAnswerError:
+        raise
     except Exception as error:
         raise InvalidAnswerError(f"the server's answer is no {kind.__name__}") from error
     return message

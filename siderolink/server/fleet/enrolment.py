@@ -23,6 +23,7 @@ from siderolink.common.pb.google.protobuf import Empty
 from siderolink.common.pb.machine import MachineServiceStub, MetaWriteRequest
 from siderolink.common.pb.storage import StorageServiceStub
 from siderolink.common.pb.talos.resource.definitions.network import LinkStatusSpec
+from siderolink.common.text import one_line
 from siderolink.common.unique_token import hardware_fingerprint, new_unique_token
 from siderolink.server.admission.policy import JoinPolicy, supports_unique_tokens
 from siderolink.server.admission.tokens import unique_token_digest
@@ -135,7 +136,7 @@ class Enrolment:
                     if not self._lacks_something(machine_id):
                         return
                 except (SideroLinkError, GRPCError, TimeoutError) as error:
-                    reason = error.message if isinstance(error, GRPCError) else str(error) or "no answer in time"
+                    reason = _reason(error)
                     log.info("machine %s could not be given its unique token yet: %s", uuid, reason, extra=fields)
                 except Exception:
                     log.exception("machine %s could not be given its unique token yet", uuid, extra=fields)
@@ -191,6 +192,13 @@ class Enrolment:
 
 def _needs_uuid(machine: Machine) -> bool:
     return machine.has_uuid_conflict and not machine.is_accepted
+
+
+def _reason(error: Exception) -> str:
+    """Why the machine has no token yet, in one line: a status is the machine's own text."""
+    if isinstance(error, GRPCError):
+        return one_line(error.message or error.status.name)
+    return str(error) or "no answer in time"
 
 
 async def _is_installed(channel: GrpcChannel) -> bool:
