@@ -4,6 +4,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -131,7 +132,8 @@ def change_contexts(path: Path, change: Callable[[Contexts], Contexts]) -> Conte
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+            with suppress(OSError):  # a file system without locks
+                fcntl.lockf(lock, fcntl.LOCK_EX)
             changed = change(read_contexts(path))
             body: dict[str, Any] = changed.model_dump(by_alias=True, exclude_none=True)
             replace_private(path, yaml.safe_dump(body, sort_keys=False).encode())

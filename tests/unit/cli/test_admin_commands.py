@@ -3,6 +3,8 @@
 tests/netns/test_manage.py runs them against a real one.
 """
 
+import errno
+import fcntl
 import json
 import os
 import pty
@@ -21,7 +23,7 @@ from grpclib.const import Handler
 from rich.cells import cell_len
 
 from siderolink.cli.admin.connection import ExitStatus
-from siderolink.cli.admin.contexts import contexts_path, read_contexts
+from siderolink.cli.admin.contexts import Context, change_contexts, contexts_path, read_contexts
 from siderolink.cli.app import run
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import GRPCError, Status, serve, server_tls
@@ -438,6 +440,16 @@ def test_two_changes_at_once_are_both_kept(tmp_path: Path) -> None:
             slow.communicate("\n", timeout=60)
             assert (slow.returncode, quick.wait(60)) == (0, 0)
     assert set(read_contexts(path).contexts) == {"slow", "quick"}
+
+
+def test_contexts_can_be_changed_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    path = tmp_path / "config.yaml"
+    change_contexts(path, lambda contexts: contexts.with_context("one", Context(server="https://one.test:1")))
+    assert set(read_contexts(path).contexts) == {"one"}
 
 
 # --- completion
