@@ -10,7 +10,6 @@ import os
 import pty
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -42,6 +41,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     WatchMachinesRequest,
 )
 from tests.support.certificates import Certified, make_certificate
+from tests.support.waiting import until
 
 HOSTILE = "evil\x1b]0;owned\x07\r\n\u202egnp.exe\u2066\x9b31m[red]$(reboot)`id`;a b|c\ttab"
 CHINESE = "机器一"
@@ -433,10 +433,7 @@ def test_two_changes_at_once_are_both_kept(tmp_path: Path) -> None:
         assert slow.stdout.readline() == "reading\n"
         command = [sys.executable, "-m", "siderolink", "context", "add", "quick", "--server", "https://quick.test:1"]
         with subprocess.Popen(command, env=os.environ | {"SIDEROLINK_CONTEXTS": str(path)}, stdout=subprocess.PIPE) as quick:
-            deadline = time.monotonic() + 60
-            while quick.poll() is None and f" {quick.pid} " not in Path("/proc/locks").read_text():
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            until(lambda: quick.poll() is not None or f" {quick.pid} " in Path("/proc/locks").read_text())
             slow.communicate("\n", timeout=60)
             assert (slow.returncode, quick.wait(60)) == (0, 0)
     assert set(read_contexts(path).contexts) == {"slow", "quick"}
