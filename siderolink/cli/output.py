@@ -252,6 +252,8 @@ def new_file(path: str | Path, *, option: str = "") -> Iterator[BinaryIO]:
         with new_private(path) as file:
             is_open = True
             yield file
+    except HostError:  # of what the result comes from
+        raise
     except OSError as error:
         if is_open:
             raise ConfigurationError(f"cannot write {path}: {error.strerror}") from None

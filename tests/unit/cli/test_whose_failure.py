@@ -15,6 +15,8 @@ from hpack import Encoder
 from hyperframe.frame import Frame, HeadersFrame, SettingsFrame
 
 from siderolink.cli.admin.connection import ExitStatus
+from siderolink.cli.output import new_file
+from siderolink.common.errors import HostError
 from siderolink.common.grpc import serve
 from siderolink.common.pb.siderolink.admin.v1 import (
     AuditServiceBase,
@@ -63,6 +65,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def siderolink(*arguments: str, output: int | IO[str] = subprocess.PIPE, **more: Any) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "siderolink", *arguments]
     return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, check=False, timeout=60, **more)
+
+
+def test_a_failure_of_the_source_is_not_taken_for_one_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="no file descriptor is left"), new_file(tmp_path / "copy"):
+        raise HostError("no file descriptor is left")
+    assert not list(tmp_path.iterdir())
 
 
 def on_a_small_disk() -> None:
