@@ -48,8 +48,8 @@ LATER_AT_ONCE = 32
 """Later attempts wait for each other, but never delay a first one."""
 _ANSWER_BYTES = 1024 * 1024
 """Message limit of these calls: all messages are far shorter, and a machine may be hostile."""
-_ANSWER_FIELDS = 4096
-"""The same for protobuf fields, each of which costs time: enough for 300 disks."""
+_ANSWER_FIELDS = 8192
+"""The same for protobuf fields, each of which costs time: enough for 700 disks."""
 _MAX_LINKS = 1024
 _ETHER = 1
 _MAX_ADDRESS_BYTES = 32

@@ -37,7 +37,7 @@ def disks(count: int) -> DisksResponse:
     ("answer", "says"),
     [
         (disks(1000), "yet: this server does not have the method"),
-        (disks(5000), "yet: the answer has more than 4096 fields"),  # they would take long to decode
+        (disks(10_000), "yet: the answer has more than 8192 fields"),  # they would take long to decode
         (GRPCError(Status.INTERNAL, "no\nforged"), "yet: no forged"),
         (GRPCError(Status.INTERNAL), "yet: INTERNAL"),
     ],
