@@ -95,6 +95,8 @@ class Log:
         self._handler = LogHandler(self.writer, self._sampler)
         self._before = logging.root.handlers[:]
         self._hooks_before = sys.unraisablehook, threading.excepthook
+        loggers = logging.root, logging.getLogger("siderolink"), _logger
+        self._levels_before = [(logger, logger.level) for logger in loggers]
         logging.root.handlers[:] = [self._handler]
         logging.root.setLevel(max(level, logging.WARNING))
         # the command itself logs the events; further details of the library need --log-level debug
@@ -105,7 +107,9 @@ class Log:
         threading.excepthook = _log_thread_failure
 
     def stop(self) -> None:
-        """Write queued records, as far as the reader accepts them within STOP_SECONDS, and restore the handlers and hooks."""
+        """Write queued records, as far as the reader accepts them within STOP_SECONDS; restore handlers, levels and hooks."""
+        for logger, level in self._levels_before:
+            logger.setLevel(level)
         sys.unraisablehook, threading.excepthook = self._hooks_before
         logging.captureWarnings(False)
         logging.root.handlers[:] = self._before

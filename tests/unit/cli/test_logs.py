@@ -216,13 +216,17 @@ def logging_to_pipe(level: str = "info", *, as_json: bool = True) -> Iterator[Ca
 
 
 def test_an_ended_log_leaves_the_process_as_it_was() -> None:
+    loggers = logging.root, logging.getLogger("siderolink"), logging.getLogger("siderolink.cli")
     before = sys.unraisablehook, threading.excepthook, warnings.showwarning, logging.root.handlers[:]
+    levels = [logger.level for logger in loggers]
     with logging_to_pipe() as written:
+        assert [logger.level for logger in loggers] != levels
         assert sys.unraisablehook is not before[0]
         assert threading.excepthook is not before[1]
         assert warnings.showwarning is not before[2]
         written()
     assert (sys.unraisablehook, threading.excepthook, warnings.showwarning, logging.root.handlers) == before
+    assert [logger.level for logger in loggers] == levels
 
 
 def test_library_records_carry_their_fields_and_tracebacks() -> None:

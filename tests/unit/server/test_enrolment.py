@@ -45,7 +45,7 @@ def disks(count: int) -> DisksResponse:
 async def test_why_a_machine_has_no_token_yet_is_one_line(
     answer: DisksResponse | GRPCError, says: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "siderolink")
     manager, machine = Manager(mode=JoinTokensMode.LEGACY_ALLOWED), FakeMachine()
     await manager.join(machine)
     await manager.handshake(machine)
