@@ -35,6 +35,8 @@ the database, the last heartbeats of the others are not older than `DEAD_AFTER` 
 """
 MAX_CLOCK_OFFSET = 0.5
 """Maximum difference between a host's clock and the store's, in seconds."""
+MAX_REMOVED = 256
+"""Removed servers that are remembered, so that each is reported once although the feed may tell of it again."""
 MAX_FAILED = 32
 """Maximum endpoints of failed servers reported to machines."""
 _CLOSE_SECONDS = 1.0
@@ -99,8 +101,8 @@ class Membership:
             id=self.id, endpoints=tuple(endpoints), heartbeat_at=clock.time(), software=software, schema=schema
         )
         self._others: dict[str, FleetServer] = {}
-        self._dead: set[str] = set()
-        """Servers whose death was reported."""
+        self._dead: dict[str, None] = {}
+        """Servers whose death was reported: those with a row, and the last `MAX_REMOVED` without one."""
         self.failures = Failures()
         self._read_at = clock.time()
         """When heartbeats were last read, on the store's clock."""
@@ -237,8 +239,10 @@ class Membership:
 
     def _report_changes(self, gone: set[str]) -> None:
         dead = gone | {server_id for server_id in self._others if not self.is_alive(server_id)}
-        told_dead, self._dead = self._dead, dead | (self._dead - self._others.keys())
-        for server_id in dead - told_dead:
+        told_dead = self._dead
+        removed = [server_id for server_id in told_dead if server_id not in self._others]
+        self._dead = dict.fromkeys((*removed, *dead))
+        for server_id in dead - told_dead.keys():
             log.warning("the server %s is %s", server_id, "gone" if server_id in gone else "dead: it has no heartbeat")
             if server_id in self._others:
                 self.failures.note(self._others[server_id])
@@ -247,8 +251,10 @@ class Membership:
         told, self._draining = self._draining, {server_id for server_id in self._others if self.is_leaving(server_id)}
         for server_id in self._draining - told:
             self.on_drained(server_id)
-        for server_id in (self._draining ^ told) | (self._dead ^ told_dead):
+        for server_id in (self._draining ^ told) | (self._dead.keys() ^ told_dead.keys()):
             self.on_standing(server_id)
+        for server_id in removed[:-MAX_REMOVED]:
+            self._dead.pop(server_id, None)
 
     # --- run
 

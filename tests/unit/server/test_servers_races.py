@@ -9,8 +9,8 @@ import pytest
 from siderolink.common.errors import DeviceError, StoreError
 from siderolink.common.tasks import background_tasks
 from siderolink.server import LinkState, MemoryStore
-from siderolink.server.fleet.membership import Membership
-from siderolink.server.store import Transaction
+from siderolink.server.fleet.membership import MAX_REMOVED, Membership
+from siderolink.server.store import FleetServer, Transaction
 from tests.support.fake_device import VirtualClock
 from tests.support.manager import FakeMachine, Manager
 from tests.support.several import UdpPath, fleet_of, linked, membership, owners, settled
@@ -63,6 +63,23 @@ async def test_a_server_that_starts_while_another_reads_the_servers_is_not_gone(
         assert dead == ["new"]
         await a.beat()
         assert dead == ["new"], "reported once"
+
+
+async def test_of_servers_that_stop_only_the_last_ones_are_remembered() -> None:
+    async with fleet_of("a") as fleet:
+        a = membership(fleet["a"])
+        dead: list[str] = []
+        a.on_dead = dead.append
+        for number in range(MAX_REMOVED + 2):
+            server = FleetServer(id=str(number), heartbeat_at=fleet.time.clock.time())
+            a.changed(server, False)
+            for _ in range(2):  # the feed may tell it again
+                a.changed(server, True)
+            assert dead == [str(number)]
+            dead.clear()
+        for number in (0, MAX_REMOVED + 1):
+            a.changed(FleetServer(id=str(number), heartbeat_at=fleet.time.clock.time()), True)
+        assert dead == ["0"]
 
 
 async def test_a_server_without_its_database_does_not_try_more_often_when_others_would_be_dead(
