@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import anyio
 import pytest
 from grpclib import GRPCError, Status
 
@@ -183,6 +184,25 @@ async def following(manager: Manager) -> AsyncIterator[Manager]:
         if manager.fleet.owners is not None:
             tasks.start_soon(manager.fleet.owners.run)
         yield manager
+
+
+async def pass_time_of_moves(manager: Manager, seconds: float = 0) -> None:
+    """Run the moves' task for three turns of its clock, or until no move is left."""
+    turns = 0
+
+    def on_sleep() -> None:
+        nonlocal turns
+        turns += 1
+        manager.time.advance(seconds)
+        if turns > 3:
+            scope.cancel()
+
+    manager.time.on_sleep = on_sleep
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(manager.fleet.moves.run, lambda address: None)
+            await anyio.wait_all_tasks_blocked()
+            scope.cancel()
 
 
 def tokens_of(manager: Manager) -> Tokens:

@@ -72,8 +72,8 @@ class Moves:
         self._moves: dict[IPv6Address, _Move] = {}
         self._lingering: dict[PublicKey, tuple[IPv6Address, float]] = {}
         """The old addresses of keys that were moved at once, and when the keys lose them."""
-        self._gave_way: set[PublicKey] = set()
-        """Keys of moves that ended to make room, which still have the address."""
+        self._ended: dict[PublicKey, bool] = {}
+        """Keys whose peers may still have the addresses of ended moves, and whether a failure to remove them was logged."""
         self._wake = anyio.Event()
         self.on_moved: Callable[[MachineLink], None] = lambda link: None
         """Called with the link that has the key now."""
@@ -117,8 +117,7 @@ class Moves:
         if self._clock.monotonic() - oldest.began_at < GRACE_SECONDS:
             return False
         self._end(oldest)
-        if oldest.machine.public_key is not None:
-            self._gave_way.add(oldest.machine.public_key)
+        self._note_ended(oldest.machine.public_key)
         return True
 
     def _addresses(self, key: PublicKey | None) -> list[IPv6Address]:
@@ -129,17 +128,14 @@ class Moves:
     def _of_key(self, key: PublicKey | None) -> list[_Move]:
         return [move for move in self._moves.values() if move.machine.public_key == key]
 
-    def _end_old(self) -> set[PublicKey]:
+    def _end_old(self) -> None:
         now = self._clock.monotonic()
-        ended = [move for move in self._moves.values() if now - move.began_at >= MOVE_SECONDS]
-        for move in ended:
+        for move in [move for move in self._moves.values() if now - move.began_at >= MOVE_SECONDS]:
             self._end(move)
-        left = {key for key, (_, ends_at) in self._lingering.items() if ends_at <= now}
-        for key in left:
+            self._note_ended(move.machine.public_key)
+        for key in [key for key, (_, ends_at) in self._lingering.items() if ends_at <= now]:
             del self._lingering[key]
-        left |= {move.machine.public_key for move in ended if move.machine.public_key is not None} | self._gave_way
-        self._gave_way.clear()
-        return left
+            self._note_ended(key)
 
     def _end(self, move: _Move) -> None:
         del self._moves[move.machine.overlay_address]
@@ -158,23 +154,36 @@ class Moves:
     async def run(self, ping: Ping) -> None:
         """Ping each awaited address, until cancelled."""
         while True:
-            await self._wake.wait()
-            self._wake = anyio.Event()
-            while self._moves or self._lingering:
+            while self._moves or self._lingering or self._ended:
                 for address in self._moves:
                     ping(address)
                 await self._clock.sleep(ECHO_SECONDS)
-                for key in self._end_old():
-                    await self._take_back(key)
+                self._end_old()
+                await self._take_back()
+            await self._wake.wait()
+            self._wake = anyio.Event()
 
-    async def _take_back(self, key: PublicKey | None) -> None:
-        link = None if key is None else self._directory.by_key(key)
-        try:
-            if link is not None:
-                await self._reconciler.also_reach(link, self._addresses(key))
-        except SideroLinkError as error:
-            fields = link.machine.log_fields if link is not None else {}
-            log.warning("an unproven address could not be removed from a machine's peer: %s", error, extra=fields)
+    def _note_ended(self, key: PublicKey | None) -> None:
+        if key is not None:
+            self._ended.setdefault(key, False)
+            self._wake.set()
+
+    async def _take_back(self) -> None:
+        """Remove the addresses of ended moves from their keys' peers. If that fails, `run` tries again."""
+        for key in list(self._ended):
+            was_logged, link = self._ended.pop(key, False), self._directory.by_key(key)
+            try:
+                if link is not None:
+                    await self._reconciler.also_reach(link, self._addresses(key))
+            except SideroLinkError as error:
+                self._note_ended(key)
+                self._ended[key] = True
+                if link is not None and not was_logged:
+                    log.warning(
+                        "an unproven address could not be removed from a machine's peer; retrying: %s",
+                        error,
+                        extra=link.machine.log_fields,
+                    )
 
     def awaits(self, address: IPv6Address) -> bool:
         """Whether an echo of this address is awaited."""
@@ -197,10 +206,10 @@ class Moves:
                     await self._reconciler.apply(moved[1])
         except SideroLinkError as error:
             log.warning("moving a machine to another UUID failed; it has to join again: %s", error, extra=machine.log_fields)
-            await self._take_back(machine.public_key)
-            return
+            moved = None
         if moved is None:
-            await self._take_back(machine.public_key)
+            self._note_ended(machine.public_key)
+            await self._take_back()
             return
         self.on_moved(link)
         self._events.publish(AdmissionChanged(machine=moved[0]))

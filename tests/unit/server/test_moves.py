@@ -14,34 +14,16 @@ from siderolink.common.tasks import background_tasks
 from siderolink.server import AdmissionChanged, LeaveReason, LinkState, MachineAdmission, MachineLeft, MachineLimits
 from siderolink.server.admission.policy import JoinTokensMode
 from siderolink.server.admission.tokens import unique_token_digest
+from siderolink.server.fleet.moves import MOVE_SECONDS
 from siderolink.server.fleet.reconciler import EVERYTHING
 from siderolink.server.store import Machine, MemoryStore, Transaction
 from siderolink.server.store.base import T, Work
 from tests.support.fake_device import FakePath
-from tests.support.manager import FakeMachine, Manager, following, new_key
+from tests.support.manager import FakeMachine, Manager, following, new_key, pass_time_of_moves
 
 pytestmark = pytest.mark.anyio
 
 NEW_UUID = "11111111-2222-4333-8444-555555555555"
-
-
-async def pass_time_of_moves(manager: Manager, seconds: float = 0) -> None:
-    """Run the moves' task for three turns of its clock, or until no move is left."""
-    turns = 0
-
-    def on_sleep() -> None:
-        nonlocal turns
-        turns += 1
-        manager.time.advance(seconds)
-        if turns > 3:
-            scope.cancel()
-
-    manager.time.on_sleep = on_sleep
-    with anyio.CancelScope() as scope:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(manager.fleet.moves.run, lambda address: None)
-            await anyio.wait_all_tasks_blocked()
-            scope.cancel()
 
 
 def network(text: str) -> IPv6Network:
@@ -97,6 +79,21 @@ async def test_with_its_token_a_key_moves_at_once_and_packets_in_flight_still_ar
         assert manager.device.configs[machine.key].allowed_ips == (new,)
         await manager.handshake(replace(machine, node_uuid=node_uuid))
         assert ended == [] or node_uuid == machine.node_uuid, "back to its own row, it opens a stream again"
+
+
+async def test_an_address_that_the_device_did_not_take_away_is_taken_away_later(caplog: pytest.LogCaptureFixture) -> None:
+    manager, machine = Manager(), FakeMachine()
+    first = await manager.join(machine)
+    await manager.handshake(machine)
+    await manager.join(replace(machine, node_uuid=NEW_UUID))
+    assert len(manager.device.configs[machine.key].allowed_ips) == 2
+    manager.device.fails_with = DeviceError("busy")
+    await pass_time_of_moves(manager, MOVE_SECONDS)
+    assert len(manager.device.configs[machine.key].allowed_ips) == 2
+    assert caplog.text.count("could not be removed from a machine's peer; retrying: busy") == 1
+    manager.device.fails_with = None
+    await pass_time_of_moves(manager)
+    assert manager.device.configs[machine.key].allowed_ips == (network(first.node_address_prefix),)
 
 
 async def test_a_caller_that_only_read_the_key_moves_nothing() -> None:
