@@ -191,7 +191,9 @@ class GrpcServer:
     def _enter(self, accepted: "_Accepted") -> bool:
         """Count a connection; returns False if it is refused. Others may be closed to make room."""
         if isinstance(accepted.address, tuple):
-            accepted.source = source_of(str(accepted.address[0]), self._limits.ipv6_source_bits)
+            # one spelling for each address, in all limits and records: a socket for both families shows IPv4 as IPv6
+            accepted.address = plain(str(accepted.address[0])), *accepted.address[1:]
+            accepted.source = source_of(accepted.name, self._limits.ipv6_source_bits)
             accepted.is_proxy = bool(self._proxies.forwarded_from) and contains(self._proxies.forwarded_from, accepted.name)
         source, address = accepted.source, accepted.name if accepted.source else ""
         held = self._budget.enter(source, self._loop.time(), accepted.close, address=address, is_trusted=accepted.is_proxy)
@@ -308,7 +310,7 @@ class _Accepted:
 
     @property
     def name(self) -> str:
-        return plain(str(self.address[0])) if isinstance(self.address, tuple) else "a local process"
+        return str(self.address[0]) if isinstance(self.address, tuple) else "a local process"
 
     def close(self, refusal: Refusal, message: str) -> None:
         """Close immediately to make room for others, with GOAWAY if possible."""

@@ -150,7 +150,7 @@ class HeardSources:
         self._streams: dict[str, dict[Stream, None]] = {}
 
     def __contains__(self, address: str) -> bool:
-        return address in self._counts or f"::ffff:{address}" in self._counts
+        return address in self._counts
 
     def is_shared(self, source: str) -> bool:
         """Whether several machines were last heard from this address, as behind a proxy or a router."""

@@ -316,6 +316,23 @@ async def test_calls_and_streams_by_a_proxy_that_forwards() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("proxies", [TrustedProxies(), PROXIES])
+async def test_an_ipv4_caller_has_one_address_on_a_socket_for_both_families(proxies: TrustedProxies) -> None:
+    """Its UDP endpoint is IPv4, too: as two texts it would be two sources, and a move between them a change of address."""
+    found: list[str] = []
+
+    async def name(stream: ByteStream) -> None:
+        found.append(stream.peer_name.rpartition(":")[0])
+
+    header = v2("::ffff:192.0.2.1", 8) if proxies.protocol_from else b""
+    async with serve([ByteStreamService({ECHO: name})], host=None, proxies=proxies) as server:
+        async with relay(server.port, header) as port, open_channel("127.0.0.1", port) as channel:
+            async with open_byte_stream(channel, ECHO, {}) as stream:
+                await stream.wait_ended()
+    assert found == ["192.0.2.1" if proxies.protocol_from else "127.0.0.1"]
+
+
+@pytest.mark.anyio
 async def test_limits_per_address_apply_to_forwarded_callers() -> None:
     """The proxy's own connections meet no limit; the calls of one address behind it do, and tokens make it known."""
     limits = Limits(max_connections=20, max_connections_per_address=2, max_unproven_connections=6, crowded_from=0)
