@@ -1,5 +1,6 @@
-"""Text for people: times, and foreign text made safe for terminals and logs, or stored once where many objects have it."""
+"""Text for people: times, and foreign text made safe for terminals and logs, digested, or stored once for many objects."""
 
+import hashlib
 import math
 import os
 import socket
@@ -25,6 +26,11 @@ def printable(text: str) -> str:
     These are controls, escapes, and characters that change the writing direction.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+
+
+def text_digest(text: str) -> bytes:
+    """The SHA-256 digest of any text: lone surrogates, which UTF-8 excludes, count as three bytes each."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def host_name() -> str:

@@ -1,6 +1,5 @@
 """Signed-in users. Sessions are kept only in memory: a restart of the web UI signs everyone out."""
 
-import hashlib
 import secrets
 import time
 from collections import Counter, OrderedDict
@@ -12,6 +11,7 @@ from typing import Final
 import anyio
 
 from siderolink.common.grpc import source_of
+from siderolink.common.text import text_digest
 
 COOKIE: Final = "__Host-siderolink"
 LIFETIME: Final = 12 * 3600.0
@@ -85,7 +85,7 @@ class Sessions:
             self.end(min(self._by_digest.values(), key=_used_at))
         cookie = secrets.token_urlsafe(32)
         session = Session(key=key, actor=actor, role=role, source=source, created_at=now, used_at=now)
-        self._by_digest[_digest(cookie)] = session
+        self._by_digest[text_digest(cookie)] = session
         return cookie, session
 
     def _of(self, actor: str) -> list[Session]:
@@ -95,7 +95,7 @@ class Sessions:
         """The session of a cookie; with `is_use` False its idle time continues. A cookie from an address other than the
         session's ends the session.
         """
-        session = None if not cookie or len(cookie) > 128 else self._by_digest.get(_digest(cookie))
+        session = None if not cookie or len(cookie) > 128 else self._by_digest.get(text_digest(cookie))
         if session is None or not self.is_live(session):
             return None
         if _network(session.source) != _network(source):
@@ -169,7 +169,3 @@ def _used_at(session: Session) -> float:
 
 def _network(source: str) -> str:
     return source_of(source, 64) or source
-
-
-def _digest(cookie: str) -> bytes:
-    return hashlib.sha256(cookie.encode("utf-8", "surrogatepass")).digest()

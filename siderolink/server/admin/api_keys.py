@@ -1,6 +1,5 @@
 """API keys: created, listed, revoked, and authenticated by their digests."""
 
-import hashlib
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from siderolink.common.errors import (
     UnauthenticatedError,
 )
 from siderolink.common.tasks import uninterrupted
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, text_digest
 from siderolink.server.admin.lists import Page, page_of
 from siderolink.server.admin.names import check_name, require
 from siderolink.server.admission.admit import new_id
@@ -89,7 +88,7 @@ class ApiKeys:
             id=new_id(),
             name=check_name(name),
             role=role,
-            key_digest=_digest(secret),
+            key_digest=text_digest(secret),
             created_at=now,
             created_by=actor.name,
             expires_at=expiry(now, expires_at, ttl),
@@ -179,7 +178,7 @@ class ApiKeys:
 
     def authenticate(self, secret: str, source: str) -> tuple[Actor, Principal]:
         """The principal of this key, without a query. UnauthenticatedError does not reveal whether the key was ever valid."""
-        principal = self._by_digest.get(_digest(secret)) if len(secret) <= _MAX_KEY_LENGTH else None
+        principal = self._by_digest.get(text_digest(secret)) if len(secret) <= _MAX_KEY_LENGTH else None
         now = self._clock.time()
         if principal is None:
             raise UnauthenticatedError("the API key is not valid")
@@ -274,10 +273,6 @@ async def _grant(transaction: Transaction, text: str) -> ForwardGrant:
     if machine is None:
         raise NotFoundError(f"no machine has the name, id, UUID or public key {one_line(name, limit=64)!r}")
     return ForwardGrant(machine.id, port)
-
-
-def _digest(secret: str) -> bytes:
-    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
 def _sort_key(principal: Principal) -> tuple[str, str]:

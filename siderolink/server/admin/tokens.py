@@ -9,11 +9,11 @@ from siderolink.common.errors import AlreadyExistsError, NotFoundError, SideroLi
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.selection import changed_labels
 from siderolink.common.tasks import uninterrupted
-from siderolink.common.text import one_line
+from siderolink.common.text import one_line, text_digest
 from siderolink.server.admin.names import check_note, require
 from siderolink.server.admin.token_values import check_limits, check_name, check_provider, check_secret, expiry, random_secret
 from siderolink.server.admission.signed_tokens import PROVIDER, sign
-from siderolink.server.admission.tokens import JoinTokenCheck, token_digest
+from siderolink.server.admission.tokens import JoinTokenCheck
 from siderolink.server.store import (
     Actor,
     AuditEntry,
@@ -193,7 +193,7 @@ class Tokens:
         made = JoinToken(
             id=token_id,
             name=check_name(name),
-            digest=token_digest(secret),
+            digest=text_digest(secret),
             secret=self._store.sealer.seal(secret.encode(), place_of_token(token_id)),
             kind=TokenKind(kind),
             provider=check_provider(TokenKind(kind), provider),
@@ -390,7 +390,7 @@ class Tokens:
         if self._given.secret is None:
             return None
         default = await self._store.transact(lambda transaction: transaction.tokens.find(*DEFAULT_TOKEN))
-        token = replace(_given(), digest=token_digest(self._given.secret), is_default=default is None)
+        token = replace(_given(), digest=text_digest(self._given.secret), is_default=default is None)
         uses = self._count_machines(GIVEN_TOKEN)
         return TokenStatus(token=token, state=TokenState.ACTIVE, uses=uses, machines=uses, is_given=True)
 

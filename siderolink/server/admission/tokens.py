@@ -1,12 +1,12 @@
 """Join tokens, which admit machines, and unique tokens, which distinguish machines with the same UUID."""
 
-import hashlib
 import hmac
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from siderolink.common.text import text_digest
 from siderolink.common.unique_token import NO_HARDWARE
 from siderolink.server.admission.json_errors import unique_token_error
 from siderolink.server.admission.signed_tokens import SignedToken, is_signed, parse
@@ -88,7 +88,7 @@ class JoinTokenCheck:
     def expect(self, expected: str | None) -> None:
         """Accept only this token from now on."""
         self._secret = expected
-        self._digest = None if expected is None else token_digest(expected)
+        self._digest = None if expected is None else text_digest(expected)
         # one for all calls, so that all rows share its digest
         self._valid = JoinTokenResult(JoinTokenState.VALID, digest=self._digest if expected else None)
 
@@ -111,7 +111,7 @@ class JoinTokenCheck:
         text = token or ""
         if len(text) > MAX_JOIN_TOKEN_BYTES:
             return JoinTokenResult(JoinTokenState.WRONG)
-        digest = token_digest(text)
+        digest = text_digest(text)
         if self._digest is not None and hmac.compare_digest(digest, self._digest):
             return self._valid
         if self.admits_any:
@@ -155,10 +155,10 @@ def parse_unique_token(token: str) -> UniqueToken | None:
         except (ValueError, RecursionError):
             pass
     if not isinstance(document, dict) or not isinstance(document.get("Token"), str) or not document["Token"]:
-        return UniqueToken(token_digest("text:" + token), text=token)
+        return UniqueToken(text_digest("text:" + token), text=token)
     given = document.get("Fingerprint")
     fingerprint = given if isinstance(given, str) and len(given) <= 128 and given.isprintable() else ""
-    return UniqueToken(token_digest("token:" + document["Token"]), "" if fingerprint == NO_HARDWARE else fingerprint)
+    return UniqueToken(text_digest("token:" + document["Token"]), "" if fingerprint == NO_HARDWARE else fingerprint)
 
 
 def unique_token_digest(token: str) -> bytes | None:
@@ -172,7 +172,3 @@ def assigned_digest(machine: Machine) -> bytes | None:
     if machine.assigned_digest is not None or machine.assigned_token is None or is_sealed(machine.assigned_token):
         return machine.assigned_digest
     return unique_token_digest(machine.assigned_token)
-
-
-def token_digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
