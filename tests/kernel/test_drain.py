@@ -15,14 +15,13 @@ from siderolink.cli.demo.probe import EchoCount, keep_pinging
 from siderolink.client import Disconnected, LinkEvent, Moved
 from siderolink.server import Server
 from siderolink.server.store.sql.postgres import PostgresStore
+from tests.support.kernel_server import TOKEN, kernel_server
 from tests.support.netns import Namespace
 from tests.support.pings import ping
 from tests.support.postgres import cluster
 from tests.support.topology import several
 
 pytestmark = pytest.mark.timeout(400)  # a database starts, and the processor is emulated
-
-TOKEN = "the-join-token"
 
 
 @contextmanager
@@ -31,14 +30,7 @@ def serving(namespace: Namespace, address: str, database: str) -> Iterator[tuple
         namespace.portal() as portal,
         portal.wrap_async_context_manager(PostgresStore.open(database, unsealed_secrets=True)) as store,
     ):
-        server = Server(
-            api_listen=f"{address}:4000",
-            wireguard_endpoints=[f"{address}:51820"],
-            join_token=TOKEN,
-            device="kernel",
-            store=store,
-        )
-        with portal.wrap_async_context_manager(server):
+        with kernel_server(portal, address, store) as server:
             yield server, portal
 
 

@@ -12,35 +12,27 @@ import pytest
 
 import siderolink
 from siderolink.server import LinkState, MemoryStore, Server, Store
+from tests.support.kernel_server import TOKEN, kernel_server
 from tests.support.netns import Namespace
 from tests.support.topology import SERVER_V4, direct
 
-TOKEN = "the-join-token"
 PINGS = 150
 
 
 @contextmanager
 def serving(namespace: Namespace, store: Store) -> Iterator[float]:
     """Yields the seconds from the start until the only machine, if there is one, was known to be connected."""
-    server = Server(
-        api_listen=f"{SERVER_V4}:4000",
-        wireguard_endpoints=[f"{SERVER_V4}:51820"],
-        join_token=TOKEN,
-        device="kernel",
-        store=store,
-        keep_interface=True,
-    )
 
-    async def all_up() -> None:
+    async def all_up(server: Server) -> None:
         while any(status.state is not LinkState.UP for status in await server.machines()):
             await anyio.sleep(0.01)
 
     with namespace.portal() as portal:
         began = time.monotonic()
-        with portal.wrap_async_context_manager(server):
-            portal.call(all_up)
+        with kernel_server(portal, SERVER_V4, store, keep_interface=True) as server:
+            portal.call(all_up, server)
             yield time.monotonic() - began
-            portal.call(all_up)
+            portal.call(all_up, server)
 
 
 def test_a_server_takes_up_its_interface_and_no_packet_is_lost(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from siderolink.common.newest_dict import NewestDict
 from siderolink.common.queues import Broadcast
 from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line, shared
+from tests.support.waiting import until
 
 
 def test_equal_texts_are_one_object_and_few_of_them_are_kept() -> None:
@@ -33,6 +34,12 @@ def test_equal_texts_are_one_object_and_few_of_them_are_kept() -> None:
     assert shared.cache_info().currsize <= 256
     assert shared(version(999)) == version(999)
     assert shared(version(0)) is not kept
+
+
+def test_a_wait_that_fails_says_what_it_waited_for() -> None:
+    found = ["one"]
+    with pytest.raises(AssertionError, match=r"(?s)after 0 s it is False: .*len\(found\) > 1.*found = \['one'\]"):
+        until(lambda: len(found) > 1, 0)
 
 
 def test_backoff_doubles_up_to_its_cap() -> None:
