@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from grpclib.config import Configuration
@@ -237,10 +237,10 @@ class Connection(_GrpclibConnection):
             except Refused as refused:
                 self._flood(refused)
 
-    def feed(self, data: bytes) -> list[Event]:
-        """Feed frames to the engine and send its responses. Raises Refused if the peer violates the protocol."""
+    def receive(self, data: bytes, begun: Sequence[frames.FrameHeader]) -> list[Event]:
+        """Feed a piece for the engine and send its responses. Raises Refused if the peer violates the protocol."""
         try:
-            events = private.receive(self.engine, data)
+            events = private.receive(self.engine, data, begun)
         except ProtocolError as error:
             raise Refused(_refusal_of(error), str(error) or type(error).__name__) from error
         answer = self.engine.data_to_send()

@@ -2,8 +2,7 @@
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hpack import Decoder
@@ -56,10 +55,20 @@ def frame_header(length: int, frame_type: int, flags: int, stream_id: int) -> by
 _SETTINGS_ACK = frame_header(0, SETTINGS, ACK, 0)
 
 
-def read_header(data: bytes, pos: int) -> tuple[int, int, int, int]:
-    """Length, type, flags and stream of the frame header at `pos`. Ignores the reserved bit."""
-    high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
-    return high << 8 | low, kind, flags, stream_id & 0x7FFF_FFFF
+FrameHeader = tuple[int, int, int, int, int]
+"""Where the frame begins, its type, flags and stream, and the length of its payload."""
+Piece = tuple[int, memoryview, Sequence[FrameHeader]]
+"""DATA of a raw stream, after its id; or after 0 bytes for the engine, and the headers of the frames that begin in them."""
+
+
+def read_headers(data: bytes) -> list[FrameHeader]:
+    """The headers of successive frames, of which the last may be incomplete. Ignores the reserved bit."""
+    found, pos = list[FrameHeader](), 0
+    while len(data) - pos >= FRAME_HEADER_BYTES:
+        high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
+        found.append((pos, kind, flags, stream_id & 0x7FFF_FFFF, high << 8 | low))
+        pos += FRAME_HEADER_BYTES + (high << 8 | low)
+    return found
 
 
 def window_update(stream_id: int, increment: int) -> bytes:
@@ -69,12 +78,7 @@ def window_update(stream_id: int, increment: int) -> bytes:
 
 def count_resets(data: bytes) -> int:
     """The number of RST_STREAM frames among complete frames."""
-    pos = count = 0
-    while pos < len(data):
-        length, kind, _, _ = read_header(data, pos)
-        count += kind == RST_STREAM
-        pos += FRAME_HEADER_BYTES + length
-    return count
+    return sum(header[1] == RST_STREAM for header in read_headers(data))
 
 
 class HeaderDecoder(Decoder):
@@ -172,7 +176,7 @@ class FrameScanner:
         self._block = 0
         self._in_block = False
         self._highest_stream = 0
-        self._cuts: list[int] = []
+        self._begun: list[FrameHeader] = []
 
     @property
     def waiting(self) -> int:
@@ -187,8 +191,8 @@ class FrameScanner:
         if len(self._reset) > _MAX_ENDED:
             self._reset.popitem(last=False)
 
-    def feed(self, data: bytes) -> Iterator[tuple[int, memoryview]]:
-        """Yield (stream id, DATA bytes) for raw streams and (0, bytes) for the engine, in order; pieces may be empty.
+    def feed(self, data: bytes) -> Iterator[Piece]:
+        """Yield the pieces in order; they may be empty.
 
         Each piece must be processed before the next one is requested. A piece for the engine contains at most `PIECE_FRAMES`
         frames. All frames of such a run are counted before its first piece is yielded. Raises Refused.
@@ -198,14 +202,14 @@ class FrameScanner:
         view = memoryview(data)
         end = len(data)
         start = pos = self._skip_preface(data) if self._preface else 0
-        self._cuts.clear()
+        self._begun.clear()
         while pos < end and (self._remaining or end - pos >= FRAME_HEADER_BYTES):
             if self._remaining:
                 first, pos = pos, min(pos + self._remaining, end)
                 self._remaining -= pos - first
                 if self._target:
                     start = pos
-                    yield max(self._target, 0), view[first:pos] if self._target > 0 else _NOTHING
+                    yield max(self._target, 0), view[first:pos] if self._target > 0 else _NOTHING, ()
                 continue
             high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
             length, stream_id = high << 8 | low, stream_id & 0x7FFF_FFFF
@@ -214,7 +218,7 @@ class FrameScanner:
             if is_plain and start == pos and stream_id in self.raw and not self._in_block:
                 # the most frequent case, a complete frame of a tunnel: the steps below would change nothing
                 pos = start = body + length
-                yield stream_id, view[body:pos]
+                yield stream_id, view[body:pos], ()
                 continue
             target = self._target_of(kind, flags, length, stream_id)
             if target == _HERE and end - pos < FRAME_HEADER_BYTES + length <= _LONGEST_HERE:
@@ -224,28 +228,28 @@ class FrameScanner:
                 start = pos
                 target = self._target_of(kind, flags, length, stream_id)
             self._check(kind, flags, length, stream_id)
-            pos = body
-            self._begin(target, kind, length, stream_id, pos)
-            if target == _HERE:
-                yield 0, self._handle(kind, flags, view[pos : pos + length])
-                pos += length
+            if target == _ENGINE:
+                self._begun.append((pos, kind, flags, stream_id, length))
+            pos = min(body + length, end)
+            self._target, self._length, self._remaining = target, length, body + length - pos
             if target:
                 start = pos
+                yield self._piece_of(target, kind, flags, stream_id, view[body:pos])
         self._partial = data[pos:]
         if start < pos:
             yield from self._engine_pieces(view, start, pos)
 
-    def _engine_pieces(self, view: memoryview, start: int, end: int) -> tuple[tuple[int, memoryview], ...]:
-        if len(self._cuts) <= PIECE_FRAMES:
-            self._cuts.clear()
-            return ((0, view[start:end]),)
-        cuts = [cut for cut in self._cuts[PIECE_FRAMES::PIECE_FRAMES] if start < cut < end]
-        self._cuts.clear()
-        return tuple((0, view[first:last]) for first, last in pairwise((start, *cuts, end)))
+    def _engine_pieces(self, view: memoryview, start: int, end: int) -> Sequence[Piece]:
+        begun, self._begun = self._begun, []
+        if len(begun) <= PIECE_FRAMES:
+            return ((0, view[start:end], begun),)
+        parts = [begun[at : at + PIECE_FRAMES] for at in range(0, len(begun), PIECE_FRAMES)]
+        starts = [start, *(part[0][0] for part in parts[1:]), end]
+        return [(0, view[starts[at] : starts[at + 1]], part) for at, part in enumerate(parts)]
 
     def _target_of(self, kind: int, flags: int, length: int, stream_id: int) -> int:
-        if self._in_block:
-            return _ENGINE  # which rejects everything except CONTINUATION here
+        if kind == HEADERS or self._in_block:
+            return _ENGINE  # which rejects everything except CONTINUATION within a block
         if kind == DATA:
             if length and not flags and stream_id in self.raw:
                 return stream_id
@@ -258,14 +262,16 @@ class FrameScanner:
             return _NOWHERE if length == 5 and stream_id else _ENGINE
         return _NOWHERE if kind > CONTINUATION else _ENGINE
 
-    def _begin(self, target: int, kind: int, length: int, stream_id: int, pos: int) -> None:
-        self._target = target
-        self._length = self._remaining = 0 if target == _HERE else length
-        if target == _ENGINE:
-            self._cuts.append(pos - FRAME_HEADER_BYTES)
-        elif target == _NOWHERE and kind == DATA:
-            self._reset[stream_id] -= length
-            self.dropped += length
+    def _piece_of(self, target: int, kind: int, flags: int, stream_id: int, payload: memoryview) -> Piece:
+        """The piece for the begun payload of a frame that the engine does not get as it is."""
+        if target == _HERE:
+            return 0, self._handle(kind, flags, payload), ()
+        if target == _NOWHERE:
+            if kind == DATA:
+                self._reset[stream_id] -= self._length
+                self.dropped += self._length
+            return 0, _NOTHING, ()
+        return target if payload else 0, payload, ()
 
     def _handle(self, kind: int, flags: int, payload: memoryview) -> memoryview:
         """Handle a PING or SETTINGS frame; returns the part that the engine needs."""
@@ -296,7 +302,8 @@ class FrameScanner:
         if length > self._max_frame:
             raise Refused(Refusal.FRAME_TOO_LARGE, f"a frame of {length} bytes, more than {self._max_frame}")
         if kind == DATA:
-            self._check_data(flags, length)
+            if length < SMALL_BYTES or flags & PADDED:
+                self._check_data(flags, length)
         elif kind in (HEADERS, CONTINUATION):
             self._check_headers(kind, flags, length, stream_id)
         elif kind == WINDOW_UPDATE:
@@ -313,7 +320,7 @@ class FrameScanner:
     def _check_data(self, flags: int, length: int) -> None:
         if flags & PADDED:  # padding hides the length of the data
             self.guard.spend(Refusal.SMALL_FRAME_FLOOD)
-        elif length < SMALL_BYTES and not flags & END_STREAM:
+        elif not flags & END_STREAM:
             if length:
                 self.guard.spend(Refusal.SMALL_FRAME_FLOOD)
             else:

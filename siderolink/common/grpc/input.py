@@ -1,10 +1,11 @@
 """Dispatches a connection's input to the HTTP/2 engine and to raw streams."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from siderolink.common.grpc import turns
 from siderolink.common.grpc.connection import Connection
+from siderolink.common.grpc.frames import FrameHeader, Piece
 from siderolink.common.grpc.processor import Processor
 from siderolink.common.grpc.refusals import Refusal, Refused
 
@@ -42,7 +43,7 @@ class Input:
         self._account = connection.account
         self._raw = connection.scanner.raw
         self._loop = asyncio.get_running_loop()
-        self._pieces: Iterator[tuple[int, memoryview]] | None = None
+        self._pieces: Iterator[Piece] | None = None
         self._backlog: list[bytes] = []
         self._queued = 0
         self.is_paused = False
@@ -149,7 +150,7 @@ class Input:
             self.is_paused = True
             self._transport.pause_reading()
 
-    def _scan(self, pieces: Iterator[tuple[int, memoryview]], until: float) -> bool:
+    def _scan(self, pieces: Iterator[Piece], until: float) -> bool:
         """Dispatch each piece to its stream or the engine. Returns False if the turn ends before the pieces.
 
         Consecutive frames of a byte stream are delivered together.
@@ -158,7 +159,7 @@ class Input:
         now = self._loop.time()
         sink_id = size = 0
         parts: list[memoryview] = []
-        for stream_id, piece in pieces:
+        for stream_id, piece, begun in pieces:
             if parts and (stream_id != sink_id or len(parts) >= _CLOCK_EVERY or size >= _CLOCK_BYTES):
                 raw.feed(sink_id, parts)
                 parts, size = [], 0
@@ -172,7 +173,7 @@ class Input:
                 size += len(piece)
                 continue
             if piece:
-                self._feed(bytes(piece))
+                self._feed(bytes(piece), begun)
                 if self._transport.is_closing():
                     return True
             started, now = now, self._loop.time()
@@ -183,8 +184,8 @@ class Input:
             raw.feed(sink_id, parts)
         return True
 
-    def _feed(self, piece: bytes) -> None:
-        for event in self._connection.feed(piece):
+    def _feed(self, piece: bytes, begun: Sequence[FrameHeader]) -> None:
+        for event in self._connection.receive(piece, begun):
             self._processor.process(event)
             if self.flooded is not None:
                 raise self.flooded

@@ -7,7 +7,7 @@ public API is used. Together the shortcuts are worth 1.2 times the joins per sec
 
 import ssl
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -235,30 +235,32 @@ def expect_frames_past_h2(engine: H2Connection) -> None:
     engine.incoming_buffer._preamble_len = 0
 
 
-def receive(engine: H2Connection, data: bytes) -> list[Event]:
-    """Like h2's `receive_data`, without creating hyperframe's objects for plain frames."""
-    return receive_by_shortcut(engine, data) if has_shortcuts() else engine.receive_data(data)
+def receive(engine: H2Connection, data: bytes, begun: Sequence[frames.FrameHeader]) -> list[Event]:
+    """Like h2's `receive_data`, without creating hyperframe's objects for plain frames.
+
+    `begun` are the headers of the frames that begin in the data.
+    """
+    return receive_by_shortcut(engine, data, begun) if has_shortcuts() else engine.receive_data(data)
 
 
-def receive_by_shortcut(engine: H2Connection, data: bytes) -> list[Event]:
+def receive_by_shortcut(engine: H2Connection, data: bytes, begun: Sequence[frames.FrameHeader]) -> list[Event]:
     """The shortcut of `receive`."""
     events: list[Event] = []
     waiting = engine.incoming_buffer
     if waiting._preamble_len or waiting._data or waiting._headers_buffer:
         return engine.receive_data(data)
-    pos, end = 0, len(data)
-    while end - pos >= frames.FRAME_HEADER_BYTES:
-        length, kind, flags, stream_id = frames.read_header(data, pos)
-        start = pos + frames.FRAME_HEADER_BYTES
-        if start + length > end or length > engine.max_inbound_frame_size:
+    done = 0
+    for _, kind, flags, stream_id, length in begun:
+        start = done + frames.FRAME_HEADER_BYTES
+        if start + length > len(data) or length > engine.max_inbound_frame_size:
             break
         frame = _PlainFrame(stream_id, data[start : start + length], _END_STREAM if flags & frames.END_STREAM else _NO_FLAGS)
         found = _receive_plain(engine, kind, flags, frame)
         if found is None:
             break
         events += found
-        pos = start + length
-    return events + engine.receive_data(data[pos:]) if pos < end else events
+        done = start + length
+    return events + engine.receive_data(data[done:]) if done < len(data) else events
 
 
 def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFrame) -> list[Event] | None:

@@ -58,7 +58,7 @@ async def test_entries_of_settings_are_counted(frames: list[bytes]) -> None:
 
 
 def scanned(scanner: FrameScanner, wire: bytes) -> bytes:
-    return b"".join(bytes(piece) for stream_id, piece in scanner.feed(wire) if not stream_id)
+    return b"".join(bytes(piece) for stream_id, piece, _ in scanner.feed(wire) if not stream_id)
 
 
 def scanner(limits: Limits | None = None) -> FrameScanner:

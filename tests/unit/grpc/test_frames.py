@@ -43,7 +43,7 @@ def scan(found: FrameScanner, pieces: list[bytes]) -> tuple[bytes, bytes]:
     """The bytes passed to h2, and those passed to the raw stream."""
     out = {0: b"", RAW: b""}
     for piece in pieces:
-        for stream_id, taken in found.feed(piece):
+        for stream_id, taken, _ in found.feed(piece):
             out[stream_id] += bytes(taken)
     return out[0], out[RAW]
 

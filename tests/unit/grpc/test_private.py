@@ -82,7 +82,7 @@ def test_another_h2_is_used_by_its_public_api(other: type[H2Connection], monkeyp
     monkeypatch.setattr(h2_trial, "H2Connection", other)
     assert not REAL()
     engine = H2Connection(H2Configuration(client_side=False))
-    assert private.receive(engine, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") == []
+    assert private.receive(engine, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", ()) == []
     assert private.short_answer(engine, 1, b"x") is None
     assert not private.spend_window(engine, 1, 1)
 

@@ -1,5 +1,6 @@
 """The short ways of receiving beside h2's own: the same events, answers and state, in whatever pieces bytes come."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from siderolink.common.grpc import Limits, private
 from siderolink.common.grpc.connection import new_h2_connection
+from siderolink.common.grpc.frames import FRAME_HEADER_BYTES, FrameHeader, read_headers
 
 LIMITS = Limits(max_streams=2)
 STREAMS = st.sampled_from([0, 1, 1, 1, 2, 3, 5])
@@ -78,12 +80,21 @@ def told(event: Event) -> tuple[str, list[tuple[str, str]]]:
     return type(event).__name__, sorted(fields)
 
 
+def headers_of(pieces: list[bytes]) -> Iterator[list[FrameHeader]]:
+    """The frame headers that are whole within each piece."""
+    found, start = read_headers(b"".join(pieces)), 0
+    for piece in pieces:
+        end = start + len(piece)
+        yield [header for header in found if start <= header[0] <= end - FRAME_HEADER_BYTES]
+        start = end
+
+
 def outcome(connection: H2Connection, pieces: list[bytes], *, short: bool = True) -> Outcome:
     events: list[Event] = []
     error = ""
     try:
-        for piece in pieces:
-            events += private.receive(connection, piece) if short else connection.receive_data(piece)
+        for piece, begun in zip(pieces, headers_of(pieces), strict=True):
+            events += private.receive(connection, piece, begun) if short else connection.receive_data(piece)
     except Exception as caught:  # older versions of hyperframe raise others, too
         error = type(caught).__name__
     return Outcome(
