@@ -15,6 +15,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.server.store import Machine
 from siderolink.server.store.ownership import Ownership
 from siderolink.server.store.sql import tables
+from siderolink.server.store.sql.cells import cells_of
 
 
 def machine_cells(number: int) -> dict[str, object]:
@@ -35,7 +36,7 @@ def machine_cells(number: int) -> dict[str, object]:
         seen_at=3.0,
         last_source="192.0.2.7",
     )
-    return tables.cells(row, tables.machines)
+    return cells_of(row, tables.machines)
 
 
 def _owner_cells(number: int, server_id: str) -> dict[str, object]:
@@ -49,7 +50,7 @@ def _owner_cells(number: int, server_id: str) -> dict[str, object]:
         heard_at=3.0,
         handshake_at=3.0,
     )
-    return tables.cells(owner, tables.sessions)
+    return cells_of(owner, tables.sessions)
 
 
 def fill(where: str, count: int, owner: str = "another server") -> float:

@@ -15,7 +15,7 @@ from siderolink.cli.secret import read_secret
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.server import EventStream, Server, Store
-from siderolink.server.store import ChangesLost, ServerKeyChanged
+from siderolink.server.store import ServerKeyChanged
 from siderolink.server.store.sealing import GivenKey, KeyFile, StateKey, parse_key
 from siderolink.server.store.server_record import stored_key
 from siderolink.server.store.sql import SqlStore
@@ -184,11 +184,10 @@ class Serving:
         """Restart after another server of the store has replaced the common key. Raises SideroLinkError."""
         if self._store is None:
             return
-        async with self._store.changes() as changes:
+        async with self._store.changes(lambda change: isinstance(change, ServerKeyChanged)) as changes:
             await self.take_stored_key()
-            async for change in changes:
-                if isinstance(change, ServerKeyChanged | ChangesLost):
-                    await self.take_stored_key()
+            async for _ in changes:  # or changes were lost
+                await self.take_stored_key()
 
     async def take_stored_key(self) -> Server:
         """Restart if the stored key differs from the running server's; returns the server with the stored key.

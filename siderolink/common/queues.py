@@ -49,8 +49,10 @@ class Subscription(AsyncIterator[T]):
         max_bytes: int | None = None,
         lost: "Lost[T] | None" = None,
         overflow: Overflow = Overflow.DROP_OLDEST,
+        wanted: Callable[[T], bool] | None = None,
     ) -> None:
         self._waiting: deque[tuple[T, int]] = deque()
+        self._wanted = wanted
         self._limit, self._max_bytes = limit, max_bytes
         self._lost_item = lost
         self._overflow = overflow
@@ -63,7 +65,9 @@ class Subscription(AsyncIterator[T]):
             self.add(item, size)
 
     def add(self, item: T, size: int = 0) -> None:
-        """Queue an item of `size` bytes. Never blocks."""
+        """Queue an item of `size` bytes, if it is wanted. Never blocks."""
+        if self._wanted is not None and not self._wanted(item):
+            return
         self._waiting.append((item, size))
         self._size += size
         if len(self._waiting) > self._limit or self._max_bytes is not None and self._is_full():
@@ -158,14 +162,18 @@ class Broadcast(Generic[T]):
         self._subscriptions: dict[ref[Subscription[T]], None] = {}
         self._ended = False
 
-    def subscribe(self, limit: int | None = None) -> Subscription[T]:
-        """The kept history, then everything published from now on."""
+    def subscribe(self, limit: int | None = None, wanted: Callable[[T], bool] | None = None) -> Subscription[T]:
+        """The kept history, then everything published from now on; or only what is `wanted`.
+
+        `wanted` is called with each item when it is published; it must be fast and not raise.
+        """
         found = Subscription(
             self._history,
             limit=self._limit if limit is None else limit,
             max_bytes=self._max_bytes,
             lost=self._lost,
             overflow=self._overflow,
+            wanted=wanted,
         )
         if self._ended:
             found.end()

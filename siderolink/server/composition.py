@@ -31,7 +31,7 @@ from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.api.standard import HealthService, ReflectionService
 from siderolink.server.api.tunnel import TunnelService
 from siderolink.server.clock import Clock
-from siderolink.server.events import EventHub
+from siderolink.server.events import EventHub, MachineLeft
 from siderolink.server.fleet.dialling import dial_remembered
 from siderolink.server.fleet.draining import Draining
 from siderolink.server.fleet.echo import Echoes, open_echoes
@@ -275,7 +275,7 @@ class Composition:
         async with receive_reports(
             self._options.reports,
             fleet.directory.machine_at,
-            self._events.subscribe(self._options.limits.event_limit),
+            self._events.subscribe(self._options.limits.event_limit, lambda event: isinstance(event, MachineLeft)),
             address=self._address,
             interface=device.name,
             namespace=self._options.namespace,

@@ -139,7 +139,7 @@ class Administration:
                     await self.api_keys.write_uses()
 
     async def _follow(self, started: anyio.Event) -> None:
-        async with self._store.changes() as changes:
+        async with self._store.changes(_is_followed) as changes:
             await self.api_keys.refresh()
             started.set()
             async for change in changes:
@@ -150,7 +150,7 @@ class Administration:
                         self._token_names.pop(token.id, None)
                     case MachineDeleted(machine=machine):
                         self.forwards.end_of(machine.id)
-                    case MachineChanged(machine=machine) if machine.admission is MachineAdmission.DENIED:
+                    case MachineChanged(machine=machine):
                         self.forwards.end_of(machine.id)
                     case ChangesLost():
                         self._token_names.clear()
@@ -164,3 +164,10 @@ class Administration:
         except SideroLinkError as error:
             log.warning("cannot read the API keys, refusing all of them until they can be read: %s", error)
             raise
+
+
+def _is_followed(change: Change) -> bool:
+    """Whether it may end a forward or change what is kept of keys and tokens. Joins do not."""
+    if isinstance(change, MachineChanged):
+        return change.machine.admission is MachineAdmission.DENIED
+    return isinstance(change, MachineDeleted | PrincipalChanged | TokenChanged)

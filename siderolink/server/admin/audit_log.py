@@ -55,7 +55,7 @@ class AuditLog:
     async def follow(self, query: AuditQuery = EVERYTHING, *, actor: Actor = EMBEDDER) -> AsyncIterator[AuditEntry]:
         """Follow the audit: entries from now on, or after the query's `after_seq`; oldest first."""
         require(actor, Role.ADMIN)
-        async with self._store.changes() as changes:
+        async with self._store.changes(lambda change: isinstance(change, AuditAdded)) as changes:
             last = query.after_seq
             if last is None:
                 newest = await self._store.audit_entries(AuditQuery(limit=1))

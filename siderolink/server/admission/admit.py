@@ -53,40 +53,26 @@ class Admission:
 
     async def admit(self, transaction: Transaction, request: JoinRequest, new_id: str) -> Grant | Rejection:
         """Decide about a call; a new row or claim gets `new_id`."""
-        bans = request.bans()
-        transaction.expect(request.node_uuid, request.public_key, bans, self._tokens.wanted(request.credentials.join))
-        for ban in bans:
-            if await transaction.is_banned(ban):
-                return refusal(JoinRefusal.BANNED)
+        bans, wanted = request.bans(), self._tokens.wanted(request.credentials.join)
+        transaction.expect(request.node_uuid, request.public_key, bans, wanted)
+        if await transaction.is_banned(*bans):
+            return refusal(JoinRefusal.BANNED)
         owner = await transaction.machine_by_uuid(request.node_uuid)
         holder = await transaction.machine_by_key(request.public_key)
-        request = await self._check_token(transaction, request, owner, holder)
+        known = [row for row in (owner, holder) if row is not None]
+        if wanted:
+            join = await self._tokens.check(transaction, request.credentials.join, request.node_uuid, known)
+            request = replace(request, credentials=replace(request.credentials, join=join))
+        request = _with_tunnel(request, owner, holder)
         grant = await self._decide(transaction, request, new_id, owner, holder)
         if isinstance(grant, Rejection):
             return grant
-        known = [row for row in (owner, holder) if row is not None]
         await audit_grant(transaction, self._clock.time(), request, grant, known)
         if request.use_tunnel:
             grant = replace(grant, use_tunnel=True)
         if request.credentials.join.token is None and not grant.machine.has_reserved_use:
             return grant
         return await self._settle_use(transaction, request, grant, owner, holder)
-
-    async def _check_token(
-        self, transaction: Transaction, request: JoinRequest, owner: Machine | None, holder: Machine | None
-    ) -> JoinRequest:
-        """The request with its stored token looked up and the tunnel setting resolved from the row, the token and the call."""
-        rows = [row for row in (owner, holder) if row is not None]
-        join = await self._tokens.check(transaction, request.credentials.join, request.node_uuid, rows)
-        row = holder if holder is not None and holder.admission is MachineAdmission.PENDING else owner
-        setting = TunnelSetting.INHERIT if row is None else row.tunnel_setting
-        if setting is TunnelSetting.INHERIT and join.token is not None:
-            setting = join.token.tunnel
-        asked = request.wants_tunnel if setting is TunnelSetting.INHERIT else setting is TunnelSetting.FORCE
-        use_tunnel = request.force_tunnel or asked
-        if join is request.credentials.join and use_tunnel is request.use_tunnel:
-            return request
-        return replace(request, credentials=replace(request.credentials, join=join), use_tunnel=use_tunnel)
 
     async def _settle_use(
         self,
@@ -442,6 +428,18 @@ class Admission:
         if needs_virtual:
             row = await self._rows.write(transaction, replace(row, tunnel=True, joined_at=now), False, True)
         return Grant(machine=row, basis=Basis.SAME_KEY, is_new_link=needs_virtual)
+
+
+def _with_tunnel(request: JoinRequest, owner: Machine | None, holder: Machine | None) -> JoinRequest:
+    """The request with the tunnel setting resolved from the row, the token and the call."""
+    row = holder if holder is not None and holder.admission is MachineAdmission.PENDING else owner
+    setting = TunnelSetting.INHERIT if row is None else row.tunnel_setting
+    token = request.credentials.join.token
+    if setting is TunnelSetting.INHERIT and token is not None:
+        setting = token.tunnel
+    asked = request.wants_tunnel if setting is TunnelSetting.INHERIT else setting is TunnelSetting.FORCE
+    use_tunnel = request.force_tunnel or asked
+    return request if use_tunnel is request.use_tunnel else replace(request, use_tunnel=use_tunnel)
 
 
 def new_id() -> str:

@@ -10,7 +10,8 @@ from siderolink.server.admission.rules import Basis
 from siderolink.server.admission.token_rules import spend_use
 from siderolink.server.admission.tokens import assigned_digest
 from siderolink.server.clock import Clock
-from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmission, TokenColumn, TokenState, Transaction
+from siderolink.server.store import Claim, Machine, MachineAdmission, TokenColumn, TokenState, Transaction
+from siderolink.server.store.rows import bans_of
 from siderolink.server.store.tokens import GIVEN_TOKEN
 
 _MOVED = (
@@ -74,9 +75,8 @@ class Proofs:
         await transaction.delete_claim(claim)
         if before is None or claim.expires_at <= now:
             return Proof(machine=None, claim=claim)
-        if before.admission is MachineAdmission.DENIED or await _is_banned(
-            transaction, claim.public_key, claim.unique_token_digest
-        ):  # a ban of the UUID has deleted the row
+        bans = bans_of(claim.public_key, claim.unique_token_digest)  # a ban of the UUID has deleted the row
+        if before.admission is MachineAdmission.DENIED or await transaction.is_banned(*bans):
             return Proof(machine=None, before=before, claim=claim)
         link = await self._liveness.of(before, transaction)
         trust = self._policy.trust_fingerprints
@@ -103,7 +103,7 @@ class Proofs:
         if holder is None or not holder.is_accepted or holder.node_uuid == machine.node_uuid:
             return None
         digest = machine.unique_token_digest
-        if await _is_banned(transaction, machine.public_key, digest, machine.node_uuid):
+        if await transaction.is_banned(*bans_of(machine.public_key, digest, machine.node_uuid)):
             return None
         # a pending machine is assigned its own UUID if another one has this
         owner = await transaction.machine_by_uuid(machine.node_uuid) if machine.is_accepted else None
@@ -143,18 +143,6 @@ async def _settle_uses(transaction: Transaction, row: Machine, claim: Claim, now
     if row.has_reserved_use and row.token_id is not None and (row.token_id != claim.token_id or not claim.has_reserved_use):
         transaction.tokens.release(row.token_id, row.id)
     return not claim.has_reserved_use or await spend_use(transaction, claim.token_id or "", row.id, now)
-
-
-async def _is_banned(
-    transaction: Transaction, public_key: PublicKey, digest: bytes | None, node_uuid: str | None = None
-) -> bool:
-    """Whether anything that admitted the call has been banned since."""
-    bans = [Ban(kind=BanKind.KEY, value=public_key.encode())]
-    if node_uuid is not None:
-        bans.append(Ban(value=node_uuid))
-    if digest is not None:
-        bans.append(Ban(kind=BanKind.UNIQUE, value=digest.hex()))
-    return any([await transaction.is_banned(ban) for ban in bans])
 
 
 def as_claimed(row: Machine, claim: Claim) -> Machine:

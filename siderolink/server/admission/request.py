@@ -8,7 +8,8 @@ from siderolink.common.keys import PublicKey
 from siderolink.server.admission.rules import Basis, LinkLiveness
 from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState, UniqueToken
 from siderolink.server.refusals import JoinRefusal
-from siderolink.server.store import Ban, BanKind, Claim, Machine, Transaction
+from siderolink.server.store import Ban, Claim, Machine, Transaction
+from siderolink.server.store.rows import bans_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +61,7 @@ class JoinRequest:
 
     def bans(self) -> list[Ban]:
         """The bans that would refuse the call: of its UUID, key and unique token."""
-        found = [Ban(value=self.node_uuid), Ban(kind=BanKind.KEY, value=self.public_key.encode())]
-        return found if self.digest is None else [*found, Ban(kind=BanKind.UNIQUE, value=self.digest.hex())]
+        return bans_of(self.public_key, self.digest, self.node_uuid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,9 +39,8 @@ class TokenRules:
     async def check(
         self, transaction: Transaction, join: JoinTokenResult, node_uuid: str, rows: Sequence[Machine]
     ) -> JoinTokenResult:
-        """The result after looking up stored tokens. `rows` are the rows concerned: they may already have a use."""
-        if not self.wanted(join):
-            return join
+        """The result after looking up the stored tokens that are `wanted`. `rows` are the rows concerned: they may already have
+        a use."""
         found = await (self._find_plain(transaction, join) if join.signed is None else self._find_signed(transaction, join))
         token = found.token
         if token is None:

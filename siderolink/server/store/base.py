@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
-from siderolink.server.store.feed import Change
+from siderolink.server.store.feed import Change, Wanted
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.ownership import Ownership, OwnershipRepository
 from siderolink.server.store.rows import Ban, BanGrounds, Claim, LastSeen, Machine, ServerRecord
@@ -65,7 +65,8 @@ class Transaction(Protocol):
     async def delete_claim(self, claim: Claim) -> None:
         """Remove a claim. Ignores a missing one."""
 
-    async def is_banned(self, ban: Ban) -> bool: ...
+    async def is_banned(self, *bans: Ban) -> bool:
+        """Whether any of these bans exists."""
 
     async def set_banned(self, ban: Ban, banned: bool, grounds: BanGrounds | None = None) -> None:
         """Make or lift a ban. A ban that already exists keeps its grounds."""
@@ -161,5 +162,8 @@ class Store(Protocol):
     async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
         """Note when, and from where, principals last called; ignores unknown ids. Publishes nothing to the feed."""
 
-    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
-        """All changes that any server commits after entering, in commit order."""
+    def changes(self, wanted: Wanted | None = None) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        """The changes that any server commits after entering, in commit order: all of them, or those that are `wanted`.
+
+        ChangesLost comes in any case.
+        """

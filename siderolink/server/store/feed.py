@@ -1,6 +1,6 @@
 """The feed of a store: the changes it publishes, and their readers."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -82,6 +82,10 @@ Change = (
 )
 
 
+Wanted = Callable[[Change], bool]
+"""Whether a reader wants a change; called with each one, so it must be fast."""
+
+
 class Feeds:
     """The readers of one store's changes. A reader that falls `limit` changes behind receives ChangesLost and starts over."""
 
@@ -93,6 +97,9 @@ class Feeds:
             self._changes.publish(change)
 
     @asynccontextmanager
-    async def follow(self) -> AsyncIterator[AsyncIterator[Change]]:
-        """Follow the changes from now on until the context ends."""
-        yield self._changes.subscribe()
+    async def follow(self, wanted: Wanted | None = None) -> AsyncIterator[AsyncIterator[Change]]:
+        """Follow the changes from now on, or only the wanted ones and ChangesLost, until the context ends."""
+        if wanted is None:
+            yield self._changes.subscribe()
+        else:
+            yield self._changes.subscribe(wanted=lambda change: wanted(change) or isinstance(change, ChangesLost))

@@ -10,7 +10,7 @@ from siderolink.common.errors import StoreError, StoreFullError, StoreReadOnlyEr
 from siderolink.common.histogram import Histogram
 from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Store, Work
-from siderolink.server.store.feed import Change
+from siderolink.server.store.feed import Change, Wanted
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.ownership import Ownership
 from siderolink.server.store.rows import Ban, BanGrounds, Claim, Machine
@@ -128,5 +128,5 @@ class MeasuredStore:
     async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
         await self._store.note_principals(used)
 
-    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
-        return self._store.changes()
+    def changes(self, wanted: Wanted | None = None) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        return self._store.changes(wanted)

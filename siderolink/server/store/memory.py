@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from siderolink.server.store.feed import (
     MachineDeleted,
     PrincipalChanged,
     ServerKeyChanged,
+    Wanted,
 )
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery, MemoryHistory
 from siderolink.server.store.memory_ownership import MemoryOwnership, OwnershipTable
@@ -73,15 +75,15 @@ class _Table:
 
     def put(self, machine: Machine) -> None:
         """Add or replace a row. Raises UniqueViolationError with nothing changed."""
-        values = [(self._indexes[column], column, value) for column, value in unique_values(machine)]
-        for index, column, value in values:
-            if index.get(value, machine.id) != machine.id:
+        values = unique_values(machine)
+        for column, value in values:
+            if self._indexes[column].get(value, machine.id) != machine.id:
                 raise UniqueViolationError(column)
         if machine.id in self.rows:
             self.remove(machine.id)
         self.rows[machine.id] = machine
-        for index, _, value in values:
-            index[value] = machine.id
+        for column, value in values:
+            self._indexes[column][value] = machine.id
 
     def remove(self, machine_id: str) -> Machine | None:
         machine = self.rows.pop(machine_id, None)
@@ -120,8 +122,14 @@ class _RowChanges:
         self._server_before = table.server
         self.changes: list[Change] = []
         self.happened: list[HistoryEntry] = []
-        self.tokens = MemoryTokens(table.tokens, self.changes)
-        self.ownership = MemoryOwnership(table.ownership, self.changes)
+
+    @cached_property
+    def tokens(self) -> MemoryTokens:
+        return MemoryTokens(self._table.tokens, self.changes)
+
+    @cached_property
+    def ownership(self) -> MemoryOwnership:
+        return MemoryOwnership(self._table.ownership, self.changes)
 
     def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = (), tokens: Iterable[TokenKey] = ()) -> None:
         """Everything is already in memory."""
@@ -193,8 +201,8 @@ class _RowChanges:
 class _MemoryTransaction(_RowChanges):
     """See `Transaction`."""
 
-    async def is_banned(self, ban: Ban) -> bool:
-        return bool(self._table.banned) and ban in self._table.banned
+    async def is_banned(self, *bans: Ban) -> bool:
+        return not self._table.banned.keys().isdisjoint(bans)
 
     async def set_banned(self, ban: Ban, banned: bool, grounds: BanGrounds | None = None) -> None:
         was = self._table.banned.get(ban)
@@ -357,5 +365,5 @@ class MemoryStore:
                     noted = replace(known, last_used_at=at, last_source=source)
                     self._table.principals = {**self._table.principals, principal_id: noted}
 
-    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
-        return self._feeds.follow()
+    def changes(self, wanted: Wanted | None = None) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        return self._feeds.follow(wanted)

@@ -1,9 +1,10 @@
 """The rows of a store: machines, claims to them, bans, and the server's own record."""
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from ipaddress import IPv6Address
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -223,15 +224,16 @@ class ServerRecord:
     """The highest TAI64N timestamp that its handshakes may have used; peers refuse lower ones."""
 
 
-UNIQUE_COLUMNS = ("node_uuid", "public_key", "overlay_address", "virtual_address", "name")
+UNIQUE_COLUMNS: Final = ("node_uuid", "public_key", "overlay_address", "virtual_address", "name")
 
 
-def unique_values(machine: Machine) -> Iterator[tuple[str, Hashable]]:
+_unique_fields = attrgetter(*UNIQUE_COLUMNS)
+
+
+def unique_values(machine: Machine) -> list[tuple[str, Hashable]]:
     """The fields of a row that no other row may share, with their values. UUIDs are unique among accepted machines only."""
-    for column in UNIQUE_COLUMNS:
-        value: Hashable = getattr(machine, column)
-        if value is not None and (column != "node_uuid" or machine.is_accepted):
-            yield column, value
+    found = list(zip(UNIQUE_COLUMNS, _unique_fields(machine), strict=True))
+    return [field for field in (found if machine.is_accepted else found[1:]) if field[1] is not None]
 
 
 class BanKind(StrEnum):
@@ -249,6 +251,16 @@ class Ban(NamedTuple):
 
     value: str
     kind: BanKind = BanKind.UUID
+
+
+def bans_of(public_key: PublicKey, unique_digest: bytes | None, node_uuid: str | None = None) -> list[Ban]:
+    """The bans that would refuse a machine with these values."""
+    found = [Ban(public_key.encode(), BanKind.KEY)]
+    if node_uuid is not None:
+        found.append(Ban(node_uuid))
+    if unique_digest is not None:
+        found.append(Ban(unique_digest.hex(), BanKind.UNIQUE))
+    return found
 
 
 class BanGrounds(NamedTuple):

@@ -12,6 +12,7 @@ from sqlalchemy.sql import ColumnElement
 from siderolink.common.errors import StoreError
 from siderolink.common.tasks import in_parts
 from siderolink.server.store.history import NO_MACHINE, HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery
+from siderolink.server.store.sql.cells import cells_of
 from siderolink.server.store.sql.tables import history as table
 
 T = TypeVar("T")
@@ -25,8 +26,7 @@ _MACHINES = 10
 
 
 def values(entries: Sequence[HistoryEntry]) -> list[dict[str, Any]]:
-    names = [column.name for column in table.columns if column.name != "seq"]
-    return [{name: getattr(entry, name) for name in names} | {"kind": entry.kind.value} for entry in entries]
+    return [cells_of(entry, table) for entry in entries]
 
 
 def read_entry(row: Mapping[Any, Any]) -> HistoryEntry:

@@ -40,11 +40,8 @@ class Statement:
 
     def values(self, given: Mapping[str, Any]) -> list[Any]:
         """Parameters by name, in order."""
-        return [given[name] if name in given else self._fixed[name] for name in self._order]
-
-
-def names(table: Table) -> list[str]:
-    return [column.name for column in table.columns]
+        found = {**self._fixed, **given} if self._fixed else given
+        return [*map(found.__getitem__, self._order)]
 
 
 def matches(

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import aiosqlite
-from sqlalchemy import Column, Table, bindparam, delete, insert, select
+from sqlalchemy import Column, Select, Table, bindparam, delete, insert, literal_column, null, select, union_all
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql import ClauseElement, ColumnElement
 
@@ -14,11 +14,15 @@ from siderolink.server.store.history import HistoryEntry
 from siderolink.server.store.rows import Ban, BanGrounds, Claim, LastSeen, Machine, ServerRecord
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.batch_reads import Sought
+from siderolink.server.store.sql.cells import cell, cells_of, names
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
-from siderolink.server.store.sql.queries import READERS, Statement, matches, names
+from siderolink.server.store.sql.queries import READERS, Statement, matches
 from siderolink.server.store.sql.token_rows import SqlTokens
 
 _DIALECT = sqlite.dialect()
+
+Shape = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+"""Tables with the columns to search, each with the number of values."""
 
 
 def _statement(clause: ClauseElement) -> Statement:
@@ -56,24 +60,23 @@ _INSERT_HISTORY = _statement(
 )
 
 
-@lru_cache(maxsize=256)
-def _select(table: Table, shape: tuple[tuple[str, int], ...]) -> Statement:
-    """The rows that have one of the given values; `shape` is the number of values per column."""
-    counts = dict(shape)
+def _matching(table: Table, counts: Mapping[str, int], width: int) -> Select[Any]:
+    """The table's name, then the rows that have one of so many values per column, filled up to `width` columns."""
 
     def is_sought(column: Column[Any]) -> ColumnElement[bool]:
-        return column.in_([bindparam(f"{column.name}_{number}") for number in range(counts[column.name])])
+        return column.in_([bindparam(f"{table.name}_{column.name}_{number}") for number in range(counts[column.name])])
 
-    return _statement(select(table).where(matches(table, counts, is_sought)))
+    filling = [null()] * (width - len(names(table)))
+    found = select(literal_column(f"'{table.name}'"), *table.columns, *filling)
+    return found.where(matches(table, counts, is_sought))
 
 
-async def _find(driver: aiosqlite.Connection, table: Table, sought: Mapping[str, list[Hashable]]) -> list[Any]:
-    padded = {name: _padded(values) for name, values in sought.items()}
-    statement = _select(table, tuple((name, len(values)) for name, values in padded.items()))
-    given = {f"{name}_{at}": tables.cell(value) for name, values in padded.items() for at, value in enumerate(values)}
-    columns, read = names(table), READERS[table.name]
-    rows = await driver.execute_fetchall(statement.text, statement.values(given))
-    return [read(dict(zip(columns, row, strict=True))) for row in rows]
+@lru_cache(maxsize=256)
+def _select(shape: Shape) -> Statement:
+    """The rows of all tables in one statement: a visit to the driver's thread costs more than a query."""
+    searched = [(tables.metadata.tables[name], dict(counts)) for name, counts in shape]
+    width = max(len(names(table)) for table, _ in searched)
+    return _statement(union_all(*(_matching(table, counts, width) for table, counts in searched)))
 
 
 class SqliteFinder:
@@ -83,19 +86,32 @@ class SqliteFinder:
         self._driver = driver
 
     async def rows(self, sought: Sought) -> Mapping[str, Sequence[Any]]:
-        return {name: await _find(self._driver, tables.metadata.tables[name], values) for name, values in sought.items()}
+        shape: list[tuple[str, tuple[tuple[str, int], ...]]] = []
+        given: dict[str, object] = {}
+        for table, columns in sought.items():
+            padded = {column: _padded(values) for column, values in columns.items()}
+            shape.append((table, tuple((column, len(values)) for column, values in padded.items())))
+            for column, values in padded.items():
+                given.update((f"{table}_{column}_{at}", cell(value)) for at, value in enumerate(values))
+        found: dict[str, list[Any]] = {table: [] for table in sought}
+        if sought:
+            statement = _select(tuple(shape))
+            for table, *cells in await self._driver.execute_fetchall(statement.text, statement.values(given)):
+                columns_of = names(tables.metadata.tables[table])
+                found[table].append(READERS[table](dict(zip(columns_of, cells, strict=False))))
+        return found
 
 
 async def replace_machines(driver: aiosqlite.Connection, old: Iterable[str], new: Iterable[Machine]) -> None:
     """Replace machine rows. Removes all first, then inserts: no two rows may have the same value in between."""
     await _run(driver, _DELETE_MACHINE, [{"machine": machine_id} for machine_id in old])
-    await _run(driver, _INSERT_MACHINE, [tables.cells(machine, tables.machines) for machine in new])
+    await _run(driver, _INSERT_MACHINE, [cells_of(machine, tables.machines) for machine in new])
 
 
 async def replace_claims(driver: aiosqlite.Connection, claims: Mapping[str, Claim | None]) -> None:
     """Write claims by id; None deletes the claim."""
     await _run(driver, _DELETE_CLAIM, [{"claim": claim_id} for claim_id in claims])
-    await _run(driver, _INSERT_CLAIM, [tables.cells(claim, tables.claims) for claim in claims.values() if claim is not None])
+    await _run(driver, _INSERT_CLAIM, [cells_of(claim, tables.claims) for claim in claims.values() if claim is not None])
 
 
 async def set_bans(driver: aiosqlite.Connection, bans: Mapping[Ban, BanGrounds | None]) -> None:
@@ -108,7 +124,7 @@ async def set_bans(driver: aiosqlite.Connection, bans: Mapping[Ban, BanGrounds |
 async def set_principals(driver: aiosqlite.Connection, principals: Mapping[str, Principal | None]) -> None:
     """Write principals by id; None deletes the principal."""
     await _run(driver, _DELETE_PRINCIPAL, [{"principal": principal_id} for principal_id in principals])
-    rows = [tables.cells(one, tables.principals) for one in principals.values() if one is not None]
+    rows = [cells_of(one, tables.principals) for one in principals.values() if one is not None]
     await _run(driver, _INSERT_PRINCIPAL, rows)
 
 
@@ -126,16 +142,16 @@ async def add_audit(driver: aiosqlite.Connection, entries: Sequence[AuditEntry])
 async def set_tokens(driver: aiosqlite.Connection, changed: SqlTokens) -> None:
     await _run(driver, _DELETE_TOKEN, [{"token": token_id} for token_id in changed.tokens])
     await _run(driver, _DELETE_USES, [{"token": token_id} for token_id, token in changed.tokens.items() if token is None])
-    new = [tables.cells(token, tables.join_tokens) for token in changed.tokens.values() if token is not None]
+    new = [cells_of(token, tables.join_tokens) for token in changed.tokens.values() if token is not None]
     await _run(driver, _INSERT_TOKEN, new)
     await _run(driver, _RELEASE_USE, tables.released_uses(changed.released))
     await _run(driver, _TAKE_SLOT, tables.taken_slots(changed.put_uses.values()))
-    await _run(driver, _INSERT_USE, [tables.cells(use, tables.token_uses) for use in changed.put_uses.values()])
+    await _run(driver, _INSERT_USE, [cells_of(use, tables.token_uses) for use in changed.put_uses.values()])
 
 
 async def set_ownership(driver: aiosqlite.Connection, changed: SqlOwnership) -> None:
     await _run(driver, _DELETE_SESSION, [{"machine": machine_id} for machine_id in changed.owners])
-    owners = [tables.cells(owner, tables.sessions) for owner in changed.owners.values() if owner is not None]
+    owners = [cells_of(owner, tables.sessions) for owner in changed.owners.values() if owner is not None]
     await _run(driver, _INSERT_SESSION, owners)
     await _run(driver, _DELETE_FLEET_SERVER, [{"server": server_id} for server_id in changed.put_servers])
     servers = [tables.fleet_server_values(one) for one in changed.put_servers.values() if one is not None]

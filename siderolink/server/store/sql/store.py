@@ -15,7 +15,7 @@ from siderolink.common.errors import StoreError
 from siderolink.common.private_files import open_new
 from siderolink.common.tasks import background_tasks
 from siderolink.server.store.base import Work
-from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
+from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds, Wanted
 from siderolink.server.store.sealing import KeyFile, Sealer, StateKey, key_file_beside
 from siderolink.server.store.sql.batches import Batches
 from siderolink.server.store.sql.file import CLOSE_SECONDS, Place, open_file
@@ -94,8 +94,8 @@ class SqlStore(StoreReads):
         await self._batches.alone(run)
         return results[0]
 
-    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
-        return self._feeds.follow()
+    def changes(self, wanted: Wanted | None = None) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        return self._feeds.follow(wanted)
 
     async def backup(self, path: Path) -> None:
         """Write a full copy to a new file, readable only by its owner, while the store is in use. Raises StoreError."""

@@ -34,7 +34,6 @@ from sqlalchemy import (
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PublicKey
 from siderolink.server.clock import CLOCK_ERROR
-from siderolink.server.store.audit import Principal
 from siderolink.server.store.ownership import FleetServer, Ownership
 from siderolink.server.store.rows import (
     NO_LABELS,
@@ -268,29 +267,6 @@ server = Table(
     Column("installation_id", Text, nullable=False),
     Column("timestamp_mark", LargeBinary, nullable=False),
 )
-
-
-_PLAIN = {str, bytes, float, int, bool, type(None)}
-
-
-def cell(value: object) -> object:
-    """A field's value in its column's form."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, PublicKey):
-        return bytes(value)
-    if isinstance(value, IPv6Address):
-        return value.packed
-    if isinstance(value, Mapping):
-        return "{}" if not value else json.dumps(dict(value), sort_keys=True, separators=(",", ":"))
-    if isinstance(value, tuple):
-        return json.dumps([str(one) for one in value])
-    return value
-
-
-def cells(row: Machine | Claim | JoinToken | TokenUse | Principal | Ownership, table: Table) -> dict[str, object]:
-    """A row's fields in the form of its table's columns."""
-    return {column.name: cell(getattr(row, column.name)) for column in table.columns}
 
 
 def note() -> Update:

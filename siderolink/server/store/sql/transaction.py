@@ -117,15 +117,16 @@ class _RowChanges:
         return await self._put(replace(machine, revision=old.revision + 1), old)
 
     async def _put(self, machine: Machine, old: Machine | None) -> Machine:
-        before = set() if old is None else set(unique_values(old))
-        new = [key for key in unique_values(machine) if key not in before]
+        before = () if old is None else unique_values(old)
+        values = unique_values(machine)
+        new = [key for key in values if key not in before]
         if self._is_checked:
             self._reader.want(new)
         for key in new:
             other = await self._find(key) if self._is_checked else self._find_here(key)
             if other is not None and other.id != machine.id:
                 raise UniqueViolationError(key[0])
-        self._write(machine.id, machine, old)
+        self._write(machine.id, machine, (*before, *values))
         self.changes.append(MachineChanged(machine=machine))
         return machine
 
@@ -137,15 +138,14 @@ class _RowChanges:
             if machine.token_id is not None:
                 self.tokens.release(machine.token_id, machine_id)
             self.ownership.forget(machine_id)
-            self._write(machine_id, None, machine)
+            self._write(machine_id, None, unique_values(machine))
             self.changes.append(MachineDeleted(machine=machine))
         return machine
 
-    def _write(self, machine_id: str, machine: Machine | None, old: Machine | None) -> None:
+    def _write(self, machine_id: str, machine: Machine | None, values: Iterable[Key]) -> None:
+        """Write a row, or delete it (None). `values` are its unique ones, before and after."""
         self.writes.add(("id", machine_id))
-        for row in (machine, old):
-            if row is not None:
-                self.writes.update(unique_values(row))
+        self.writes.update(values)
         self.rows[machine_id] = machine
 
     async def claims(self, machine_id: str) -> Sequence[Claim]:
@@ -184,11 +184,14 @@ class _RowChanges:
 class SqlTransaction(_RowChanges):
     """See `Transaction`."""
 
-    async def is_banned(self, ban: Ban) -> bool:
-        if ban in self.bans:
-            return self.bans[ban] is not None
-        self.reads.add((BAN, ban))
-        return await self._reader.read((BAN, ban)) is not None
+    async def is_banned(self, *bans: Ban) -> bool:
+        keys = [(BAN, ban) for ban in bans if ban not in self.bans]
+        self.reads.update(keys)
+        self._reader.want(keys)
+        for key in keys:
+            if await self._reader.read(key) is not None:
+                return True
+        return any(self.bans[ban] is not None for ban in self.bans.keys() & bans)
 
     async def set_banned(self, ban: Ban, banned: bool, grounds: BanGrounds | None = None) -> None:
         if await self.is_banned(ban) != banned:

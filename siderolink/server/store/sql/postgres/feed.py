@@ -29,10 +29,12 @@ from siderolink.server.store.feed import (
     MachineDeleted,
     PrincipalChanged,
     ServerKeyChanged,
+    Wanted,
 )
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken
 from siderolink.server.store.rows import Ban, BanKind, Claim, Machine
 from siderolink.server.store.sql import audit, tables
+from siderolink.server.store.sql.cells import cell
 from siderolink.server.store.sql.postgres.database import ContendedError, Database, answer_awaited
 from siderolink.server.store.tokens import JoinToken, TokenChanged
 
@@ -72,8 +74,8 @@ _PRUNE = text(
 
 
 def _body(row: Machine | Claim | JoinToken | Ownership) -> dict[str, Any]:
-    cells = ((one.name, tables.cell(getattr(row, one.name))) for one in fields(row))
-    return {name: {"x": cell.hex()} if isinstance(cell, bytes) else cell for name, cell in cells}
+    cells = ((one.name, cell(getattr(row, one.name))) for one in fields(row))
+    return {name: {"x": value.hex()} if isinstance(value, bytes) else value for name, value in cells}
 
 
 def _row(body: Mapping[str, Any], known: Any) -> dict[str, Any]:
@@ -181,12 +183,12 @@ class FeedReader:
         self._changed.set()
 
     @asynccontextmanager
-    async def follow(self) -> AsyncIterator[AsyncIterator[Change]]:
-        """Follow the changes that are committed from now on. Raises StoreError."""
+    async def follow(self, wanted: Wanted | None = None) -> AsyncIterator[AsyncIterator[Change]]:
+        """Follow the changes that are committed from now on, or only the wanted ones. Raises StoreError."""
         async with AsyncExitStack() as stack:
             async with self._lock:
                 await self._poll()
-                changes = await stack.enter_async_context(self._feeds.follow())
+                changes = await stack.enter_async_context(self._feeds.follow(wanted))
             yield changes
 
     async def start(self) -> None:

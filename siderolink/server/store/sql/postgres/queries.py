@@ -41,9 +41,10 @@ from sqlalchemy.sql import ClauseElement, ColumnElement
 from siderolink.server.store.rows import MachineAdmission
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.batch_reads import Sought
+from siderolink.server.store.sql.cells import cell, cells_of, names
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
 from siderolink.server.store.sql.postgres.feed import encode_change
-from siderolink.server.store.sql.queries import READERS, Statement, matches, names
+from siderolink.server.store.sql.queries import READERS, Statement, matches
 from siderolink.server.store.sql.token_rows import SqlTokens
 from siderolink.server.store.sql.transaction import SqlTransaction
 
@@ -83,7 +84,7 @@ def _given(sought: Sought) -> dict[str, object]:
     given: dict[str, object] = {}
     for name, columns in sought.items():
         for key, values in columns.items():
-            cells = [tables.cell(value) for value in values]
+            cells = [cell(value) for value in values]
             given[f"{name}_{key}"] = cells if len(cells) > 1 else cells[0]
     return given
 
@@ -247,8 +248,8 @@ def writes(transaction: SqlTransaction) -> Iterator[Step]:
 def _write_machines(transaction: SqlTransaction) -> Iterator[Step]:
     rows, stored = transaction.rows, transaction.stored
     gone = [machine_id for machine_id, row in rows.items() if row is None and machine_id in stored]
-    new = [tables.cells(row, tables.machines) for row in rows.values() if row is not None and row.id not in stored]
-    changed = [tables.cells(row, tables.machines) for row in rows.values() if row is not None and row.id in stored]
+    new = [cells_of(row, tables.machines) for row in rows.values() if row is not None and row.id not in stored]
+    changed = [cells_of(row, tables.machines) for row in rows.values() if row is not None and row.id in stored]
     if gone:
         yield _DELETE_MACHINES, [{"ids": gone}]
     if changed and len(rows) > 1:
@@ -262,7 +263,7 @@ def _replace(rows: Mapping[str, Any], of: Table, remove: Statement, add: Stateme
     """Write rows by id; None deletes the row."""
     if rows:
         yield remove, [{"ids": list(rows)}]
-        yield add, [tables.cells(row, of) for row in rows.values() if row is not None]
+        yield add, [cells_of(row, of) for row in rows.values() if row is not None]
 
 
 def _write_ownership(changed: SqlOwnership) -> Iterator[Step]:
@@ -270,7 +271,7 @@ def _write_ownership(changed: SqlOwnership) -> Iterator[Step]:
     if gone:
         yield _DELETE_SESSIONS, [{"ids": gone}]
     owners = (owner for owner in changed.owners.values() if owner is not None)
-    yield _UPSERT_SESSION, [tables.cells(owner, tables.sessions) for owner in owners]
+    yield _UPSERT_SESSION, [cells_of(owner, tables.sessions) for owner in owners]
     for server_id, server in changed.put_servers.items():
         if server is None:
             yield _DELETE_FLEET_SERVERS, [{"ids": [server_id]}]
@@ -285,4 +286,4 @@ def _write_tokens(changed: SqlTokens) -> Iterator[Step]:
         yield _DELETE_USES, [{"ids": gone}]
     yield _RELEASE_USE, tables.released_uses(changed.released)
     yield _TAKE_SLOT, tables.taken_slots(changed.put_uses.values())
-    yield _INSERT_USE, [tables.cells(use, tables.token_uses) for use in changed.put_uses.values()]
+    yield _INSERT_USE, [cells_of(use, tables.token_uses) for use in changed.put_uses.values()]

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from siderolink.common.errors import ConfigurationError, StoreError, StoreUnavailableError
 from siderolink.common.tasks import background_tasks, to_its_end
 from siderolink.server.store.base import Work
-from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
+from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds, Wanted
 from siderolink.server.store.sealing import GivenKey, Sealer, StateKey
 from siderolink.server.store.sql.postgres.database import CONNECTIONS, ContendedError, Database, database_url
 from siderolink.server.store.sql.postgres.feed import FeedReader
@@ -105,9 +105,9 @@ class PostgresStore(StoreReads):
         except ContendedError as error:
             raise StoreUnavailableError(str(error)) from error
 
-    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+    def changes(self, wanted: Wanted | None = None) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """See `Store`. After a restart of the database, and to a reader that is far behind, it publishes ChangesLost."""
-        return self._feed.follow()
+        return self._feed.follow(wanted)
 
     async def prune_changes(self, kept_seconds: float) -> None:
         """Remove older changes now; this also happens every minute. Raises StoreError."""

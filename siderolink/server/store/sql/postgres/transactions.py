@@ -20,8 +20,8 @@ from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.common.tasks import to_its_end
 from siderolink.server.store.base import Work
 from siderolink.server.store.rows import Machine
-from siderolink.server.store.sql import tables
 from siderolink.server.store.sql.batch_reads import Found, Key, answers, is_optimistic, seek
+from siderolink.server.store.sql.cells import cell
 from siderolink.server.store.sql.postgres import queries
 from siderolink.server.store.sql.postgres.database import ContendedError, Database, answer_awaited
 from siderolink.server.store.sql.postgres.queries import Step, Version
@@ -36,8 +36,8 @@ _AWAY_ATTEMPTS = 3
 def _number(key: Key) -> int:
     """The number of a key's advisory lock."""
     name, value = key
-    cell = tables.cell(value)
-    data = cell if isinstance(cell, bytes) else repr(cell).encode()
+    found = cell(value)
+    data = found if isinstance(found, bytes) else repr(found).encode()
     return int.from_bytes(blake2b(name.encode() + b"\0" + data, digest_size=8).digest(), signed=True)
 
 
