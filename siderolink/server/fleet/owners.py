@@ -314,9 +314,6 @@ class Owners:
         """Configure the peers that changed. Those that fail stay unsettled: a server that lost a link must stop sending."""
         done, failed = 0, dict[str, None]()
         while self._unsettled:
-            done += 1
-            if done % _PEERS_IN_ONE_GO == 0:
-                await checkpoint()
             machine_id = next(iter(self._unsettled))
             del self._unsettled[machine_id]
             link = self._directory.get(machine_id)
@@ -327,6 +324,9 @@ class Owners:
                     if machine_id not in self._failing:
                         log.warning("a machine's peer could not be changed; retrying: %s", error, extra=link.machine.log_fields)
                     failed[machine_id] = None
+            done += 1
+            if done % _PEERS_IN_ONE_GO == 0:
+                await checkpoint()  # meanwhile a heartbeat may settle the rest, after an outage
         self._failing = failed
         self._unsettled.update(failed)
 

@@ -171,6 +171,20 @@ async def test_a_server_that_was_away_trusts_its_links_only_after_reading_what_o
         assert told == ["knows", SURE_SECONDS, SURE_SECONDS]
 
 
+async def test_peers_are_settled_by_a_heartbeat_and_by_changes_at_once() -> None:
+    """After an outage of the database, while the feed reports what others took meanwhile."""
+    async with fleet_of("a", "b") as fleet:
+        machines = [FakeMachine() for _ in range(100)]
+        for machine in machines:
+            await fleet["a"].join(machine)
+        here = owners(fleet["a"])
+        here.settle_all([link.machine.id for link in fleet["a"].links])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(here.refresh)
+            tasks.start_soon(here.settle)
+        await linked(fleet, "a")  # its own task goes on
+
+
 async def test_heartbeats_go_on_while_a_server_reads_what_others_took(monkeypatch: pytest.MonkeyPatch) -> None:
     """With very many machines this takes longer than the others wait. Another outage meanwhile is handled separately."""
     monkeypatch.setattr("siderolink.server.fleet.membership.HEARTBEAT_SECONDS", 0.001)
