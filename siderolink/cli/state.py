@@ -15,11 +15,11 @@ from siderolink.cli.state_copy import check, put, refuse_in_use
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.pb.siderolink.control import BackupRequest, Chunk, RotateKeyRequest, StateStub
-from siderolink.common.private_files import copy_private, draft_of
+from siderolink.common.private_files import copy_private, draft_of, own_like
 from siderolink.common.text import one_line
 from siderolink.server.store import Store, Transaction
 from siderolink.server.store.rekeying import reseal_all
-from siderolink.server.store.sealing import SERVER_KEY, GivenKey, KeyFile, Sealer, key_file_beside
+from siderolink.server.store.sealing import SERVER_KEY, GivenKey, KeyFile, Sealer, StateKey, key_file_beside
 
 _CHUNK_BYTES = 32 * 1024
 
@@ -50,6 +50,7 @@ def run_restore_offline(file: Path, state: Path, key_file: Path | None) -> None:
         copy_private(file, copy)
         machines = anyio.run(check, copy, key)
         refuse_in_use(state)
+        own_like(copy, state)
         put(copy, state)
     except OSError as error:
         raise ConfigurationError(f"{file} cannot replace {state}: {error.strerror}") from None
@@ -97,7 +98,7 @@ def run_rekey(state: Path | StoreAddress, key_file: Path | None, new_key_file: P
     async def work() -> int:
         async with open_state(state, old) as store:
             await store.transact(lambda transaction: _check_key(store, transaction))
-            return await reseal_all(store, Sealer(GivenKey(new.make())))
+            return await reseal_all(store, Sealer(GivenKey(_make(new, old))))
 
     count = anyio.run(work)
     if made:
@@ -105,6 +106,18 @@ def run_rekey(state: Path | StoreAddress, key_file: Path | None, new_key_file: P
         os.replace(path, old.path)
         path = old.path
     show(f"{count} secrets are now sealed with the new key in {path}; older backups need the old key")
+
+
+def _make(new: KeyFile, old: StateKey | None) -> bytes:
+    """The new key; if its file is created, it belongs to the old file's owner. Raises StoreError."""
+    is_there = new.path.exists()
+    key = new.make()
+    if not is_there and isinstance(old, KeyFile) and old.path.exists():
+        try:
+            own_like(new.path, old.path)
+        except OSError as error:
+            raise ConfigurationError(f"{new.path} cannot be given to the owner of {old.path}: {error.strerror}") from None
+    return key
 
 
 async def _check_key(store: Store, transaction: Transaction) -> None:

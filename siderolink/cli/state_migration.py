@@ -9,7 +9,7 @@ import anyio
 from siderolink.cli.output import show
 from siderolink.cli.serving import StoreAddress, key_of_database, open_state, state_key, store_address
 from siderolink.common.errors import ConfigurationError, StoreError
-from siderolink.common.private_files import draft_of, give_name, sync_directory_of
+from siderolink.common.private_files import draft_of, give_name, own_like, sync_directory_of
 from siderolink.server.store import (
     AuditEntry,
     AuditQuery,
@@ -76,6 +76,9 @@ async def _copy_to_file(old: Store, record: ServerRecord, target: Path, key: Sta
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with open_state(draft, key or KeyFile(own)) as new:
             count = await _copy(old, new, record, str(target))
+        own_like(draft, target)
+        if makes_key:
+            own_like(own, target)
         _put(draft, target)
         return count
     except BaseException as error:

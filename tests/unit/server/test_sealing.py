@@ -279,6 +279,25 @@ def test_a_copy_is_restored_only_with_its_key(tmp_path: Path) -> None:
     looked_at(other)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_does_to_a_stopped_servers_state_stays_the_servers(tmp_path: Path) -> None:
+    """As under systemd, where the server is a dynamic user and these commands run as root."""
+    folder, nobody = tmp_path / "var", 65534
+    path = folder / "state"
+    folder.mkdir()
+    made(path)
+    for one in (folder, *folder.iterdir()):
+        os.chown(one, nobody, nobody)
+    shutil.copy(path, tmp_path / "copy")
+    run_restore_offline(tmp_path / "copy", path, None)
+    run_rekey(path, None, None)
+    run_migrate(str(path), str(folder / "moved"), None)
+    run_rekey(path, None, folder / "other.key")
+    owners = {str(one.relative_to(folder)): (one.stat().st_uid, one.stat().st_gid) for one in folder.rglob("*")}
+    assert set(owners) >= {"state", "state.key", "state.before-restore", "moved", "moved.key", "other.key"}
+    assert set(owners.values()) == {(nobody, nobody)}, owners
+
+
 def test_a_state_moves_to_a_database_sealed_with_another_key_or_unsealed(tmp_path: Path) -> None:
     made(tmp_path / "state")
     with pytest.raises(ConfigurationError, match="--state-key-file FILE creates one"):
