@@ -77,6 +77,18 @@ def test_reports(net: Net) -> None:
     interrupt(server, net.server)
 
 
+@pytest.mark.timeout(240)
+def test_history(net: Net, tmp_path: Path) -> None:
+    server = start(net.server, "history/server.py", *ENDPOINT, "--token", "secret", "--folder", str(tmp_path / "reports"))
+    read_until(server, "keeps what machines report")
+    machine = start(net.machine, "reports/machine.py", URL)
+    address = read_until(machine, "reports to")[-1].split()[0]
+    read_until(server, f"{address} joined: ")
+    read_until(server, f"{address} logged: heartbeat 0")
+    interrupt(machine, net.machine)
+    interrupt(server, net.server)
+
+
 def test_tunnel(net: Net) -> None:
     net.machine.drop_udp()
     server = start(net.server, "tunnel/server.py", "--token", "secret")

@@ -56,7 +56,7 @@ def drain(
         str,
         typer.Argument(
             help="The server's id, or an address shown by `siderolink servers`. Others are reached by --peer-listen.",
-            metavar="[SERVER]",
+            metavar="SERVER",
             show_default="the one that answers",
         ),
     ] = "",
