@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-import anyio.to_thread
+
+from siderolink.common.tasks import in_thread
 
 POLL_SECONDS: Final = 10.0
 GROWTH: Final = 3 * 1024 * 1024
@@ -53,5 +54,5 @@ class FreeMemory:
         before, self._last = self._last, self._resident()
         self._floor = min(self._floor, self._last)
         if self._last - self._floor > GROWTH and self._last - before <= CALM:
-            await anyio.to_thread.run_sync(self._give_back)
+            await in_thread(self._give_back)
             self._floor = self._last = self._resident()

@@ -16,6 +16,7 @@ from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.pb.siderolink.control import BackupRequest, Chunk, RotateKeyRequest, StateStub
 from siderolink.common.private_files import copy_private, draft_of, own_like
+from siderolink.common.tasks import in_thread
 from siderolink.common.text import one_line
 from siderolink.server.store import Store, Transaction
 from siderolink.server.store.rekeying import reseal_all
@@ -144,7 +145,7 @@ async def _backup(interface: str, file: Path) -> None:
             async for chunk in chunks:
                 await opened.write(chunk.data)
             await opened.flush()
-            await anyio.to_thread.run_sync(os.fsync, made.fileno())
+            await in_thread(os.fsync, made.fileno())
 
 
 async def _chunks_of_backup(interface: str) -> AsyncGenerator[Chunk]:

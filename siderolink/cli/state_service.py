@@ -20,7 +20,7 @@ from siderolink.common.pb.siderolink.control import (
     StateBase,
 )
 from siderolink.common.private_files import draft_of, open_new
-from siderolink.common.tasks import to_its_end, uninterrupted
+from siderolink.common.tasks import in_thread, to_its_end, uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server import Server
 from siderolink.server.admin.services import actor
@@ -114,4 +114,4 @@ async def _receive(messages: AsyncIterator[Chunk], path: Path) -> None:
                 raise GRPCError(Status.RESOURCE_EXHAUSTED, "the copy is too large")
             await file.write(chunk.data)
         await file.flush()
-        await anyio.to_thread.run_sync(os.fsync, descriptor)
+        await in_thread(os.fsync, descriptor)

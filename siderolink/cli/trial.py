@@ -9,11 +9,10 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import anyio.to_thread
-
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.private_files import read_private, replace_private
+from siderolink.common.tasks import in_thread
 
 log = logging.getLogger("siderolink")
 
@@ -68,7 +67,7 @@ class SettingsTrial:
             return
         await self.end()
         try:
-            await anyio.to_thread.run_sync(_write, self._file(self._folder, new), old.encode())
+            await in_thread(_write, self._file(self._folder, new), old.encode())
         except OSError as error:
             log.warning("cannot store the working settings in %s during a trial: %s", self._folder, error.strerror or error)
             return
@@ -80,7 +79,7 @@ class SettingsTrial:
         if self._folder is None:
             return
         try:
-            await anyio.to_thread.run_sync(_remove, self._folder, self._prefix)
+            await in_thread(_remove, self._folder, self._prefix)
         except OSError as error:
             log.warning("cannot remove the notes of trials in %s: %s", self._folder, error.strerror or error)
 
@@ -89,7 +88,7 @@ class SettingsTrial:
         if self._folder is None:
             return None
         try:
-            data = await anyio.to_thread.run_sync(read_private, self._file(self._folder, new), _LARGEST_FILE)
+            data = await in_thread(read_private, self._file(self._folder, new), _LARGEST_FILE)
         except SideroLinkError as error:
             log.warning("lost the settings from before an interrupted trial: %s", error)
             return None

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 _SHORTAGES = {
     errno.EMFILE: "this process has too many files open; raise its limit: `ulimit -n`, or LimitNOFILE= of its systemd unit",
@@ -155,3 +156,20 @@ def require_descriptors(count: int) -> None:
     finally:
         for descriptor in opened:
             os.close(descriptor)
+
+
+def require_threads(count: int) -> None:
+    """Raise HostError unless this process may start so many more threads; libuv aborts the process without its own."""
+    release = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=release.wait)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise (host_error(error) or error) from None
+    finally:
+        release.set()
+        for thread in started:
+            thread.join()

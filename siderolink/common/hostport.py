@@ -1,19 +1,21 @@
 """A host and a port in text form: ``192.0.2.1:51820``, ``[2001:db8::1]:51820``, ``siderolink.example:51820``."""
 
+import asyncio
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Self
 
-import anyio
-
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.errors import ConfigurationError, host_error, require_threads
 
 _LONGEST = 253 + 6
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 # Resolvers treat a name whose last label is a number as an IPv4 address (RFC 3696, section 2).
 _NAME = re.compile(rf"(?=.{{1,253}}\Z)(?!(?:.*\.)?[0-9]+\.?\Z){_LABEL}(?:\.{_LABEL})*\.?\Z")
+ZONE = re.compile(r"[A-Za-z0-9._~-]{1,15}")
+"""The zone of an IPv6 address (RFC 4007, section 11): an interface's name or number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,36 @@ class HostPort:
             return [(ip_address(self.host), self.port)]
         except ValueError:
             pass
-        found = await anyio.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM, flags=socket.AI_ADDRCONFIG)
-        addresses = dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found)
+        found = await look_up(self.host, self.port, socket.SOCK_DGRAM, socket.AI_ADDRCONFIG)
+        addresses = dict.fromkeys(str(target[0]) for *_, target in found)
         return [(ip_address(address), self.port) for address in addresses]
+
+
+AddressInfo = tuple[
+    socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+]
+"""Family, kind, protocol, canonical name and socket address, as in `socket.getaddrinfo`."""
+_UV_THREADS = 4
+"""Threads that uvloop's libuv starts for its first lookup (libuv, "Thread pool work scheduling")."""
+_is_uv_ready = False
+
+
+def require_lookups() -> None:
+    """Raise HostError unless the running loop can look names up: libuv aborts the process if it gets no threads."""
+    global _is_uv_ready
+    if not _is_uv_ready and type(asyncio.get_running_loop()).__module__.startswith("uvloop"):
+        require_threads(_UV_THREADS)
+        _is_uv_ready = True
+
+
+async def look_up(host: str, port: int, kind: socket.SocketKind, flags: int = 0) -> Sequence[AddressInfo]:
+    """A host's addresses, in the resolver's order. Raises OSError; HostError if no thread can be started."""
+    if plain_address(host) is None:
+        require_lookups()
+    try:
+        return await asyncio.get_running_loop().getaddrinfo(host, port, type=kind, flags=flags)
+    except RuntimeError as error:  # asyncio's own lookups run in threads
+        raise (host_error(error) or error) from error
 
 
 def plain_address(text: str) -> IPv4Address | IPv6Address | None:
@@ -88,4 +117,5 @@ def _is_host(host: str, *, ipv6: bool) -> bool:
         address = ip_address(host)
     except ValueError:
         return not ipv6 and _NAME.match(host) is not None
-    return (address.version == 6) == ipv6
+    _, percent, zone = host.partition("%")
+    return (address.version == 6) == ipv6 and (not percent or ZONE.fullmatch(zone) is not None)

@@ -12,7 +12,7 @@ from typing import NoReturn, Self
 from urllib.parse import quote, unquote
 
 from siderolink.common.errors import JoinURLError
-from siderolink.common.hostport import HostPort
+from siderolink.common.hostport import ZONE, HostPort
 
 MAX_LENGTH = 8192
 """Maximum length in characters; a kernel command line has at most half of that."""
@@ -27,7 +27,6 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _AUTHORITY_END = re.compile(r"[/?#]")
 _LABEL = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
 _HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
-_ZONE = re.compile(r"[A-Za-z0-9._~-]{1,15}")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _TRUE = ("true", "y")
 _REDACTED = "…"
@@ -129,7 +128,7 @@ def _check_host(host: str) -> None:
             _refuse("its host is neither a name, an IPv4 address nor an IPv6 address in brackets")
         return
     address, percent, zone = host.partition("%")
-    if percent and not _ZONE.fullmatch(zone):
+    if percent and not ZONE.fullmatch(zone):
         _refuse("the zone of its IPv6 address is not an interface name")
     try:
         IPv6Address(address)

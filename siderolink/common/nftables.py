@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Literal
 
 import anyio
-from anyio import to_thread
 from pyroute2.netlink import NETLINK_NETFILTER, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
 from pyroute2.netlink.nfnetlink.nftsocket import (
@@ -39,6 +38,7 @@ from siderolink.common.netlink import NetlinkRefusal, RequestSocket, call_in
 from siderolink.common.netlink.messages import ERROR, attribute, attributes, encode, error_of, parse, text, values
 from siderolink.common.netlink.sockets import NETFILTER
 from siderolink.common.nft_matches import Match
+from siderolink.common.tasks import in_thread
 
 OUR_PREFIX = "siderolink"
 """Prefix of the names of this package's tables."""
@@ -124,7 +124,7 @@ class Table:
         # A transaction waits until no packet uses the old rules, so it runs outside the event loop.
         with anyio.CancelScope(shield=True):
             async with self._turns:
-                await to_thread.run_sync(self._replace, chains, parts, named)
+                await in_thread(self._replace, chains, parts, named)
 
     async def change(self, messages: Callable[[], Sequence[bytes]]) -> None:
         """Send the messages that the function, called in a thread, returns, in one transaction.
@@ -133,7 +133,7 @@ class Table:
         """
         with anyio.CancelScope(shield=True):
             async with self._turns:
-                await to_thread.run_sync(self._change, messages)
+                await in_thread(self._change, messages)
 
     async def close(self) -> None:
         """Remove the table."""

@@ -5,9 +5,10 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import anyio
+import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from siderolink.common.backoff import Backoff
@@ -17,6 +18,7 @@ log = logging.getLogger("siderolink")
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 U = TypeVar("U")
 
 
@@ -58,6 +60,28 @@ async def keep_running(what: str, work: Callable[[], Awaitable[object]]) -> None
             else:
                 log.error("%s failed; restarting it in %.0f s: %s", what, delay, failure)
         await anyio.sleep(delay)
+
+
+async def in_thread(
+    function: Callable[[*Ts], T],
+    *args: *Ts,
+    abandon_on_cancel: bool = False,
+    limiter: anyio.CapacityLimiter | None = None,
+) -> T:
+    """Call a function that blocks in a thread; see `anyio.to_thread.run_sync`. Raises HostError if none can be started."""
+    is_begun = False
+
+    def run() -> T:
+        nonlocal is_begun
+        is_begun = True
+        return function(*args)
+
+    try:
+        return await anyio.to_thread.run_sync(run, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
+    except RuntimeError as error:
+        if is_begun:
+            raise
+        raise (host_error(error) or error) from error
 
 
 async def to_its_end(work: Coroutine[Any, Any, T]) -> T:

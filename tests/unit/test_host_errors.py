@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 import anyio
 import pytest
 
+import siderolink
 from siderolink.common.errors import HostError, SideroLinkError, host_error, require_descriptors
 from siderolink.common.netlink import run_netlink
-from siderolink.common.tasks import keep_running
+from siderolink.common.tasks import in_thread, keep_running
 
 LIMITED = """
 import resource, runpy, sys
@@ -126,3 +128,62 @@ def test_a_command_starts_no_threads_of_numpys() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, env=environment)
     assert done.stdout.splitlines()[-1] == "1"
+
+
+WITHOUT_THREADS = """
+import os, resource
+if os.geteuid() == 0:
+    os.setresgid(54321, 54321, 54321)
+    os.setresuid(54321, 54321, 54321)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+import asyncio, socket, sys
+from siderolink.common.hostport import HostPort, look_up
+
+async def main():
+    print(*(str(address) for address, _ in await HostPort("127.0.0.1", 1).resolve()), flush=True)
+    for attempt in (HostPort("name.invalid", 1).resolve, lambda: look_up("name.invalid", 1, socket.SOCK_STREAM)):
+        try:
+            await attempt()
+        except OSError as error:
+            print(error, flush=True)
+
+if sys.argv[1] == "uvloop":
+    import uvloop
+    loop = uvloop.new_event_loop()
+else:
+    loop = asyncio.new_event_loop()
+loop.run_until_complete(main())
+loop.close()
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_lookup_without_threads_is_one_line(loop: str) -> None:
+    """libuv would abort the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THREADS, loop], capture_output=True, text=True, check=False, timeout=60
+    )
+    told = "this process may start no more threads; raise its limit: `ulimit -u`, or TasksMax= of its systemd unit"
+    assert (done.stdout.splitlines(), done.returncode) == (["127.0.0.1", told, told], 0), done.stderr
+
+
+def test_threads_are_started_where_a_lack_of_them_is_reported() -> None:
+    package = Path(siderolink.__file__).parent
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"\bto_thread\b|run_in_executor", path.read_text()) and "demo" not in path.parts
+    }
+    assert found == {"common/tasks.py"}
+
+
+@pytest.mark.anyio
+async def test_a_function_in_a_thread_returns_or_raises_as_it_does() -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    assert await in_thread(divmod, 7, 2) == (3, 1)
+    for error in (RuntimeError("can't start new thread"), OSError(errno.EIO, "?")):
+        with pytest.raises(type(error)) as caught:
+            await in_thread(fail, error)
+        assert caught.value is error

@@ -16,7 +16,6 @@ from itertools import chain
 from typing import Final, Protocol
 
 import anyio
-import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from siderolink.cli.clock import ClockState, read_clock
@@ -27,7 +26,7 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ServerCertificate
 from siderolink.common.histogram import Histogram
 from siderolink.common.hostport import HostPort
-from siderolink.common.tasks import background_tasks, in_parts, keep_running
+from siderolink.common.tasks import background_tasks, in_parts, in_thread, keep_running
 from siderolink.server import HealthCheck
 
 try:
@@ -97,7 +96,7 @@ class Pages:
                 checks = await self._checks()
                 families = await self._source.read()
                 # in /proc, each descriptor is a file
-                process = await anyio.to_thread.run_sync(lambda: list(self._process.collect()))
+                process = await in_thread(lambda: list(self._process.collect()))
                 own = self._own_families(checks, read_clock(), began_at)
                 self._rendered = await render(chain(families(), own, process))
                 self._rendered_at = time.monotonic()

@@ -12,6 +12,7 @@ from ipaddress import IPv6Network
 from siderolink.client.link.provisioning import NodeInfo, Provisioned, provision
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc import GRPCError, open_byte_stream, open_channel, translate_errors
+from siderolink.common.hostport import look_up
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
@@ -120,7 +121,7 @@ class SimulatedMachine:
 
     async def _resolve(self) -> tuple[int, tuple[object, ...]]:
         endpoint = self._answer.endpoints[0]
-        found = await self._loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_DGRAM)
+        found = await look_up(endpoint.host, endpoint.port, socket.SOCK_DGRAM)
         return found[0][0], found[0][4]
 
     async def _carry(self) -> None:

@@ -8,7 +8,6 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-import anyio
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
@@ -16,6 +15,7 @@ from siderolink.common.errors import ConfigurationError, HostError, host_error
 from siderolink.common.netlink import run_netlink
 from siderolink.common.node_uuid import is_placeholder, parse_uuid
 from siderolink.common.private_files import create_private
+from siderolink.common.tasks import in_thread
 from siderolink.common.unique_token import hardware_fingerprint, new_unique_token
 
 log = logging.getLogger("siderolink")
@@ -90,7 +90,7 @@ class UniqueTokens:
         if name not in self._tokens:
             made = new_unique_token(await _fingerprint())
             if self._folder is not None:
-                made = await anyio.to_thread.run_sync(_kept, self._folder / _file_name(name), made)
+                made = await in_thread(_kept, self._folder / _file_name(name), made)
             self._tokens[name] = made
         return self._tokens[name]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
-import anyio.to_thread
 from grpclib import GRPCError, Status
 
 from siderolink.client.config import MachineSettings
@@ -22,6 +21,7 @@ from siderolink.client.maintenance.resources.store import ResourceStore
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.machine import ConfigLoadErrorEvent
 from siderolink.common.private_files import read_private, replace_private
+from siderolink.common.tasks import in_thread
 from siderolink.common.text import one_line
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class ConfigurationKeeper:
         if self._path is None:
             return ["it is kept only in memory: this program has no file for it"]
         try:
-            await anyio.to_thread.run_sync(replace_private, self._path, found.data)
+            await in_thread(replace_private, self._path, found.data)
         except OSError as error:
             log.warning("the configuration cannot be saved to %s: %s", self._path, error.strerror)
             return [f"it is kept only in memory: its file cannot be written: {error.strerror}"]
@@ -226,12 +226,12 @@ class ConfigurationKeeper:
 async def _decode(data: bytes) -> "Configuration":
     with needing_extra():
         from siderolink.client.config.strict import decode
-    return await anyio.to_thread.run_sync(decode, data)
+    return await in_thread(decode, data)
 
 
 async def _difference(before: "Configuration | None", after: "Configuration") -> str:
     old = b"" if before is None else before.data
-    return await anyio.to_thread.run_sync(difference, old.decode(errors="replace"), after.data.decode(errors="replace"))
+    return await in_thread(difference, old.decode(errors="replace"), after.data.decode(errors="replace"))
 
 
 def difference(old: str, new: str) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 from grpclib import GRPCError, Status
 
 from siderolink.client.maintenance.resources import specs
@@ -15,6 +14,7 @@ from siderolink.client.maintenance.resources.definitions import META_KEY
 from siderolink.client.maintenance.resources.store import ResourceStore
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.private_files import read_private, replace_private
+from siderolink.common.tasks import in_thread
 
 UUID_KEY, UNIQUE_TOKEN_KEY = 15, 16
 """The keys by which a server gives a machine its identity."""
@@ -65,7 +65,7 @@ class MetaStore:
             encoded = {str(key): base64.b64encode(value).decode() for key, value in sorted(values.items())}
             data = json.dumps({"version": _FORMAT, "values": encoded}).encode()
             try:
-                await anyio.to_thread.run_sync(replace_private, self._path, data)
+                await in_thread(replace_private, self._path, data)
             except OSError as error:
                 text = f"meta write failed: {self._path.name} cannot be written: {error.strerror}"
                 raise GRPCError(Status.INTERNAL, text) from error

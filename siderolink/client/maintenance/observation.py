@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
-import anyio.to_thread
 from grpclib import GRPCError, Status
 
 from siderolink.client.maintenance.dispatch import Answer, Implementation, closed_after
@@ -24,6 +23,7 @@ from siderolink.common.pb import storage
 from siderolink.common.pb import time as pb_time
 from siderolink.common.pb.common import Data
 from siderolink.common.pb.google.protobuf import Empty
+from siderolink.common.tasks import in_thread
 from siderolink.common.text import host_name, one_line
 
 T = TypeVar("T")
@@ -259,7 +259,7 @@ class _Threads:
 
         await self._places.acquire_on_behalf_of(place)
         try:
-            return await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
+            return await in_thread(read, abandon_on_cancel=True)
         finally:
             if not has_begun:
                 release()

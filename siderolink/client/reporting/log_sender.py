@@ -23,7 +23,7 @@ import anyio
 
 from siderolink.client.reporting.kernel_log import KernelMessage
 from siderolink.common.backoff import Backoff, RetryTrigger
-from siderolink.common.hostport import HostPort
+from siderolink.common.hostport import HostPort, look_up
 from siderolink.common.queues import DeliveryQueue
 from siderolink.common.tasks import background_tasks
 
@@ -136,7 +136,7 @@ class LogSender:
         """Send until an error; to a host name for RESOLVE_SECONDS at most, because changes of its address are not reported."""
         address = self.destination.address
         loop = asyncio.get_running_loop()
-        infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
+        infos = await look_up(address.host, address.port, socket.SOCK_DGRAM)
         family, _, _, _, target = infos[0]
         resolve_at = math.inf if _is_literal(address.host) else loop.time() + RESOLVE_SECONDS
         with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
@@ -256,7 +256,7 @@ async def _connect(address: HostPort) -> socket.socket:
     loop = asyncio.get_running_loop()
     with anyio.fail_after(CONNECT_TIMEOUT):
         failure: OSError | None = None
-        for family, _, _, _, target in await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
+        for family, _, _, _, target in await look_up(address.host, address.port, socket.SOCK_STREAM):
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
                 await loop.sock_connect(sock, target)

@@ -19,7 +19,7 @@ from aiohappyeyeballs import start_connection
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc.outgoing_proxies import Proxy, proxy_for
 from siderolink.common.grpc.tls import proxy_tls
-from siderolink.common.hostport import HostPort
+from siderolink.common.hostport import HostPort, look_up
 from siderolink.common.text import one_line
 
 _LONGEST_ANSWER = 16 * 1024
@@ -86,7 +86,7 @@ async def connect(host: str, port: int, timeout: float) -> socket.socket:
     most = _LOOKUP_SHARE * timeout
     try:
         async with asyncio.timeout(most):
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await look_up(host, port, socket.SOCK_STREAM)
     except TimeoutError:
         text = f"{host} was not resolved within {most:g} s: the name server does not answer"
         raise ServerUnreachableError(text) from None

@@ -28,7 +28,7 @@ from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
 from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, local_peer, plain, read_header, source_of
 from siderolink.common.grpc.tls import may_need_another, wait_for_hello
 from siderolink.common.protobuf_wire import models_within, prepare
-from siderolink.common.tasks import to_its_end
+from siderolink.common.tasks import in_thread, to_its_end
 
 log = logging.getLogger("siderolink")
 
@@ -392,7 +392,7 @@ async def _listen(
         sockets.append(listen_unix(path, group))
     else:
         # in a thread, because names are resolved
-        await to_its_end(asyncio.to_thread(lambda: sockets.extend(listen_tcp([""] if hosts is None else hosts, port))))
+        await to_its_end(in_thread(lambda: sockets.extend(listen_tcp([""] if hosts is None else hosts, port))))
 
 
 async def _prepare_models(methods: Mapping[str, Method]) -> None:

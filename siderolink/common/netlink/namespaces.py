@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pyroute2 import netns
 
-from siderolink.common.errors import ConfigurationError, require_descriptors
+from siderolink.common.errors import ConfigurationError, host_error, require_descriptors
 
 __all__ = ["call_in", "namespace_path", "run_netlink"]
 
@@ -76,7 +76,10 @@ async def run_netlink(
         except BaseException as error:
             done.set_exception(error)
 
-    Thread(target=run, name="siderolink netlink").start()
+    try:
+        Thread(target=run, name="siderolink netlink").start()
+    except RuntimeError as error:
+        raise (host_error(error) or error) from error
     waiting = asyncio.wrap_future(done)
     cancelled: asyncio.CancelledError | None = None
     while not waiting.done():

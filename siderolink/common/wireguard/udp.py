@@ -169,5 +169,5 @@ def _zone_index(zone: str) -> int:
         return int(zone)
     try:
         return socket.if_nametoindex(zone)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name may not contain a NUL
         raise ConfigurationError(f"the address's zone {zone!r} is not an interface") from error

@@ -7,12 +7,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import IPv6Address
 
 import anyio
-import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.grpc import GrpcServer, Limits, serve
 from siderolink.common.overlay_socket import bind_overlay
-from siderolink.common.tasks import background_tasks, in_parts
+from siderolink.common.tasks import background_tasks, in_parts, in_thread
 from siderolink.server.events import EventsLost, EventStream, MachineLeft
 from siderolink.server.reporting.archive import Archive
 from siderolink.server.reporting.event_sink import EventSink
@@ -94,7 +93,7 @@ class Reports:
                 for one in part:
                     recent.forget_first(one, lambda report: report.received_at < until)
                 await checkpoint()
-        return 0 if self._archive is None else await anyio.to_thread.run_sync(self._archive.delete, machine, until)
+        return 0 if self._archive is None else await in_thread(self._archive.delete, machine, until)
 
     @property
     def keep(self) -> KeepOptions | None:
@@ -185,12 +184,12 @@ async def _open_archive(options: KeepOptions | None) -> AsyncIterator[Archive | 
         yield None
         return
     archive = Archive(options)
-    await anyio.to_thread.run_sync(archive.open)
+    await in_thread(archive.open)
     try:
         yield archive
     finally:
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(archive.close)
+            await in_thread(archive.close)
 
 
 async def _forget_departed(ingest: ReportIngest, departures: EventStream) -> None:

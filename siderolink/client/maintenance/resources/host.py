@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 
 from siderolink.client.maintenance.host.disks import read_disks
 from siderolink.client.maintenance.host.proc import PROC, read_text
@@ -31,7 +30,7 @@ from siderolink.client.maintenance.resources.store import ResourceStore
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.netlink import HostNetwork, NetworkUpdate, follow_network
 from siderolink.common.readers import read_on
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, in_thread
 from siderolink.common.text import host_name
 
 log = logging.getLogger("siderolink")
@@ -122,15 +121,15 @@ async def _follow(store: ResourceStore, source: _Source, started: Callable[[], N
 
 async def _read_once(store: ResourceStore, node_uuid: str) -> None:
     """Read what cannot change while the program runs."""
-    found = await anyio.to_thread.run_sync(system_information, node_uuid)
+    found = await in_thread(system_information, node_uuid)
     store.put(types.SYSTEM_INFORMATION, "systeminformation", specs.system_information(found))
-    processors, modules = await anyio.to_thread.run_sync(inventory)
+    processors, modules = await in_thread(inventory)
     store.replace(types.PROCESSOR, {name: specs.processor(spec) for name, spec in processors.items()})
     store.replace(types.MEMORY_MODULE, {name: specs.memory_module(spec) for name, spec in modules.items()})
     cmdline = read_text(PROC / "cmdline", _CMDLINE_BYTES).strip()
     store.put(types.KERNEL_CMDLINE, "cmdline", specs.kernel_cmdline(cmdline))
     # in a thread, because the firmware reads its variables
-    store.put(types.SECURITY_STATE, "securitystate", await anyio.to_thread.run_sync(_security))
+    store.put(types.SECURITY_STATE, "securitystate", await in_thread(_security))
 
 
 def _security() -> ResourceSpec:
@@ -161,7 +160,7 @@ async def _keep_network(store: ResourceStore, started: Callable[[], None]) -> No
             await changed.wait()
             changed.clear()
             began_at = anyio.current_time()
-            found = await anyio.to_thread.run_sync(describe, newest.pop())
+            found = await in_thread(describe, newest.pop())
             await _replace(store, types.LINK_STATUS, found.links)
             await _replace(store, types.ADDRESS_STATUS, found.addresses)
             await _replace(store, types.ROUTE_STATUS, found.routes)
@@ -184,7 +183,7 @@ async def _replace(store: ResourceStore, kind: types.ResourceType, found: Mappin
 
 
 async def _read_disks(store: ResourceStore) -> None:
-    found = await anyio.to_thread.run_sync(read_disks)
+    found = await in_thread(read_disks)
     store.replace(types.DISK, {name: specs.disk(spec) for name, spec in found.items()})
 
 

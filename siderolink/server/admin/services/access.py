@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 import anyio
-import anyio.to_thread
 import betterproto2
 from anyio.lowlevel import checkpoint
 from grpclib.const import Handler
@@ -42,6 +41,7 @@ from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES
 from siderolink.common.newest_dict import NewestDict
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.protobuf_wire import encode_in_parts, holds_nul
+from siderolink.common.tasks import in_thread
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
 from siderolink.server.store import Actor, Role
@@ -113,7 +113,7 @@ class LocalAccess:
             raise UnauthenticatedError("the caller is not a local process")
         if peer.uid in (0, os.geteuid()):
             role = Role.ADMIN
-        elif await anyio.to_thread.run_sync(self._is_member, peer):
+        elif await in_thread(self._is_member, peer):
             role = Role.VIEWER
         else:
             raise ForbiddenError(f"root, the server's own user and the group {self._group} may call, not uid {peer.uid}")
@@ -138,7 +138,7 @@ class LocalAccess:
         if uid not in self._names:
             if len(self._names) >= _MAX_SOURCES:
                 self._names.clear()
-            self._names[uid] = await anyio.to_thread.run_sync(_user_name, uid)
+            self._names[uid] = await in_thread(_user_name, uid)
         return self._names[uid]
 
 
