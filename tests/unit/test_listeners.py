@@ -15,7 +15,7 @@ from siderolink.common.grpc.sources import HEADER_SECONDS, MAX_HEADER_BYTES
 from siderolink.common.wireguard import udp_socket
 from siderolink.common.wireguard.noise import cookies, exchange
 from siderolink.common.wireguard.uapi.protocol import MAX_REQUEST_BYTES
-from siderolink.common.wireguard.uapi.server import IDLE_TIMEOUT
+from siderolink.common.wireguard.uapi.server import IDLE_TIMEOUT, MAX_CLIENTS
 from siderolink.server.admin.services import ADMIN_LIMITS
 from siderolink.server.peers.channels import PEER_LIMITS
 from siderolink.server.reporting.log_listener import BYTES_PER_TURN
@@ -62,7 +62,8 @@ ROWS = {
     "a machine's own API": f"{MACHINE_LIMITS.max_connections}; {MACHINE_LIMITS.max_connections_per_address} "
     f"once half are in use; {RESERVED} more for the server | {kib(CALL_LIMITS.max_message_bytes or 0)}; "
     f"{kib(MACHINE_LIMITS.max_message_bytes)} of configuration | {MACHINE_LIMITS.request_timeout:g} s",
-    "socket for `wg`": f"– | {kib(MAX_REQUEST_BYTES)} | {IDLE_TIMEOUT:g} s",
+    "socket for `wg`": f"{MAX_CLIENTS}; a new one replaces the oldest | {kib(MAX_REQUEST_BYTES)} | "
+    f"{IDLE_TIMEOUT:g} s, {IDLE_TIMEOUT:g} s for the answer",
 }
 """Connections, of all and of one source; bytes of one request; and the seconds that it may take."""
 

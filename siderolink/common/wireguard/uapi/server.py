@@ -3,16 +3,19 @@
 import asyncio
 import ctypes
 import errno
+import logging
 import os
 import socket
 import stat
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
-from siderolink.common.errors import AddressInUseError, InterfaceInUseError, SideroLinkError
+from siderolink.common.errors import AddressInUseError, InterfaceInUseError, SideroLinkError, host_error
+from siderolink.common.tasks import in_thread
 from siderolink.common.wireguard.device import DeviceChange
 from siderolink.common.wireguard.uapi.protocol import (
     MAX_REQUEST_BYTES,
@@ -23,9 +26,13 @@ from siderolink.common.wireguard.uapi.protocol import (
     write_get,
 )
 
+log = logging.getLogger("siderolink")
+
 SOCKET_FOLDER = Path("/var/run/wireguard")
 IDLE_TIMEOUT = 30.0
-"""Seconds in which a client that has begun a request must end it."""
+"""Seconds in which a client that has begun a request must end it, and in which it must read an answer."""
+MAX_CLIENTS = 32
+"""Maximum connections; a new one replaces the oldest."""
 MANY_LINES = 2_000
 """Lines of a request or answer that take about ten milliseconds to process."""
 
@@ -33,6 +40,8 @@ _IN_ATTRIB, _IN_DELETE_SELF = 0x4, 0x400
 """IN_ATTRIB also reports a change of the link count, which is how the removal of a socket in use shows."""
 _INOTIFY_FLAGS: Final = os.O_NONBLOCK | os.O_CLOEXEC
 _INOTIFY_BYTES: Final = 4096
+_READ_BYTES: Final = 64 * 1024
+_END: Final = b"\n\n"
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -47,29 +56,36 @@ async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = 
     Raises InterfaceInUseError when another process answers at the socket; one left by a crash is replaced.
     """
     path = _claim_path(folder, name)
-    clients: set[asyncio.Task[None]] = set()
+    tasks: set[asyncio.Task[None]] = set()
+    clients: deque[asyncio.Task[None]] = deque()
+    """Oldest first."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        clients.add(task)
+        if len(clients) == MAX_CLIENTS:
+            clients.popleft().cancel()
+        tasks.add(task)
+        clients.append(task)
         try:
             await _serve_client(reader, writer, report, apply)
-        except asyncio.CancelledError:
-            pass  # only by this module, below; asyncio's streams log an error for a cancelled callback
+        except (asyncio.CancelledError, TimeoutError):  # asyncio's streams log an error for a cancelled callback
+            writer.transport.abort()  # it may not be reading
         finally:
-            clients.discard(task)
+            tasks.discard(task)
+            with suppress(ValueError):
+                clients.remove(task)
             writer.close()
 
-    server = await asyncio.start_unix_server(answer, sock=_bind(path), limit=MAX_REQUEST_BYTES)
+    server = await asyncio.start_unix_server(answer, sock=_bind(path), limit=_READ_BYTES)
     inode = os.stat(path).st_ino
     try:
         yield path
     finally:
         server.close()
-        for task in clients:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         _remove(path, inode)
 
 
@@ -116,43 +132,75 @@ def _claim_path(folder: Path, name: str) -> Path:
 
 
 async def _serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, report: Report, apply: Apply) -> None:
-    """One client may send several requests, one after the other."""
+    """One client may send several requests, one after the other. Raises TimeoutError for one that is too slow."""
+    requests = _Requests(reader)
     try:
-        while (request := await _read_request(reader)) is not None:
-            try:
-                answer = await _answer(request, report, apply)
-            except (SideroLinkError, UapiError, OSError) as error:
-                answer = f"errno={-_number(error)}"
+        while (request := await requests.next()) is not None:
+            answer = await _answered(request, report, apply)
             if writer.is_closing():
                 return  # uvloop's transport raises RuntimeError for a write then
             writer.write(f"{answer}\n\n".encode())
-            await writer.drain()
+            async with asyncio.timeout(IDLE_TIMEOUT):
+                await writer.drain()
+            await asyncio.sleep(0)  # further requests may have arrived with this one
     except asyncio.LimitOverrunError:
         writer.write(f"errno={-errno.EFBIG}\n\n".encode())
-    except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+    except (asyncio.IncompleteReadError, ConnectionError):
         return
 
 
-def _number(error: Exception) -> int:
-    if isinstance(error, UapiError):
-        return error.errno
-    if isinstance(error, AddressInUseError):
+async def _answered(request: bytes, report: Report, apply: Apply) -> str:
+    try:
+        return await _answer(request, report, apply)
+    except UapiError as error:
+        return f"errno={-error.errno}"
+    except Exception as error:
+        failure = error if isinstance(error, SideroLinkError) else host_error(error)
+        if failure is None:
+            log.exception("a request of wg failed")
+        return f"errno={-_number(failure)}"
+
+
+def _number(failure: Exception | None) -> int:
+    if isinstance(failure, AddressInUseError):
         return errno.EADDRINUSE
-    return (isinstance(error, OSError) and error.errno) or errno.EINVAL
+    return (isinstance(failure, OSError) and failure.errno) or errno.EINVAL
 
 
-async def _read_request(reader: asyncio.StreamReader) -> bytes | None:
-    """One request, without its final empty line; None at the end of the connection.
+class _Requests:
+    """Splits a client's bytes into requests."""
 
-    Raises IncompleteReadError, LimitOverrunError or TimeoutError when it does not end.
-    """
-    first = b"\n"
-    while first == b"\n":
-        first = await reader.read(1)
-    if not first:
-        return None
-    async with asyncio.timeout(IDLE_TIMEOUT):
-        return first + (await reader.readuntil(b"\n\n"))[:-2]
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self._reader = reader
+        self._kept = bytearray()
+
+    async def next(self) -> bytes | None:
+        """One request, without its final empty line; None at the end of the connection.
+
+        Raises IncompleteReadError, LimitOverrunError or TimeoutError when it does not end.
+        """
+        while not self._kept:
+            if not (data := await self._reader.read(_READ_BYTES)):
+                return None
+            self._kept += data.lstrip(b"\n")
+        async with asyncio.timeout(IDLE_TIMEOUT):
+            end = await self._find_end()
+        request = bytes(self._kept[:end])
+        del self._kept[: end + len(_END)]
+        if self._kept.startswith(b"\n"):
+            self._kept = self._kept.lstrip(b"\n")
+        return request
+
+    async def _find_end(self) -> int:
+        seen = 0
+        while (end := self._kept.find(_END, seen)) < 0:
+            if len(self._kept) > MAX_REQUEST_BYTES:
+                raise asyncio.LimitOverrunError("the request is too long", len(self._kept))
+            seen = len(self._kept) - 1
+            if not (data := await self._reader.read(_READ_BYTES)):
+                raise asyncio.IncompleteReadError(b"", None)
+            self._kept += data
+        return end
 
 
 async def _answer(request: bytes, report: Report, apply: Apply) -> str:
@@ -177,7 +225,7 @@ def _parse(request: bytes) -> DeviceChange:
 
 async def _run(lines: int, function: Callable[[A], T], argument: A) -> T:
     """Process text, in a thread if it is long enough to delay packets."""
-    return await asyncio.to_thread(function, argument) if lines > MANY_LINES else function(argument)
+    return await in_thread(function, argument) if lines > MANY_LINES else function(argument)
 
 
 @contextmanager
