@@ -22,7 +22,6 @@ from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.common.wireguard.opening import open_device
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.forwards import open_machine_port
-from siderolink.server.admin.machine_answers import ANSWER_BYTES
 from siderolink.server.admin.services import ADMIN_LIMITS, RemoteAccess, guarded
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.limits import bytes_per_second
@@ -35,7 +34,7 @@ from siderolink.server.events import EventHub, MachineLeft
 from siderolink.server.fleet.dialling import dial_remembered
 from siderolink.server.fleet.draining import Draining
 from siderolink.server.fleet.echo import Echoes, open_echoes
-from siderolink.server.fleet.enrolment import open_machine_api
+from siderolink.server.fleet.enrolment import open_for_own_calls
 from siderolink.server.fleet.fleet import Fleet, make_fleet
 from siderolink.server.fleet.goodbyes import Goodbyes
 from siderolink.server.fleet.last_seen import LastSeenNotes
@@ -390,7 +389,7 @@ class Composition:
             partial(self._options.join_url, port=api_port),
             limits=fleet.limits,
             owner_of=lambda machine_id: None if fleet.owners is None else fleet.owners.owner_of(machine_id),
-            open_api=partial(open_machine_api, namespace=self._options.namespace, answer_bytes=ANSWER_BYTES),
+            open_api=partial(open_for_own_calls, namespace=self._options.namespace),
             membership=fleet.membership,
             draining=self._draining,
         )

@@ -1,4 +1,4 @@
-"""Queries a machine's own API with a fixed list of read calls, bounded in bytes, number and time."""
+"""Queries a machine's own API with a fixed list of read calls, bounded in number, bytes, fields and time."""
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -20,6 +20,7 @@ from siderolink.common.pb.talos.resource.definitions.runtime import MachineStatu
 from siderolink.common.text import one_line
 from siderolink.server.admin.machines import MachineAdministration
 from siderolink.server.fleet.directory import LinkState
+from siderolink.server.fleet.enrolment import OWN_ANSWER_FIELDS
 from siderolink.server.store import Machine
 
 OpenApi = Callable[[Machine], AbstractAsyncContextManager[GrpcChannel]]
@@ -28,8 +29,6 @@ S = TypeVar("S", HostnameStatusSpec, NodeAddressSpec, MachineStatusSpec)
 
 SECONDS: Final = 8.0
 AT_ONCE: Final = 16
-ANSWER_BYTES: Final = 1024 * 1024
-"""Maximum bytes per call."""
 _MOST: Final = 64
 """Maximum addresses, disks and conditions of one machine."""
 _LONGEST: Final = 128
@@ -119,7 +118,7 @@ async def _resource(channel: GrpcChannel, namespace: str, kind: str, name: str, 
     found = await StateStub(channel).get(request)
     if found.resource is None or found.resource.spec is None:
         raise GRPCError(Status.NOT_FOUND)
-    return decode_answer(found.resource.spec.proto_spec, into)
+    return decode_answer(found.resource.spec.proto_spec, into, OWN_ANSWER_FIELDS)
 
 
 async def _query_stage(channel: GrpcChannel, answer: MachineAnswer) -> None:

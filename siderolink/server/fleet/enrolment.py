@@ -8,7 +8,7 @@ import logging
 import ssl
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 
 import anyio
@@ -46,9 +46,9 @@ CALL_SECONDS = 10.0
 FIRST_AT_ONCE = 64
 LATER_AT_ONCE = 32
 """Later attempts wait for each other, but never delay a first one."""
-_ANSWER_BYTES = 1024 * 1024
-"""Message limit of these calls: all messages are far shorter, and a machine may be hostile."""
-_ANSWER_FIELDS = 8192
+_OWN_ANSWER_BYTES = 1024 * 1024
+"""Message limit of this server's own calls: all messages are far shorter, and a machine may be hostile."""
+OWN_ANSWER_FIELDS = 8192
 """The same for protobuf fields, each of which costs time: enough for 700 disks."""
 _MAX_LINKS = 1024
 _ETHER = 1
@@ -79,6 +79,11 @@ async def open_machine_api(
     host = str(machine.overlay_address)
     async with open_channel(host, port, context, direct=True, limits=limits, namespace=namespace) as channel:
         yield channel
+
+
+def open_for_own_calls(machine: Machine, *, namespace: str | None = None) -> AbstractAsyncContextManager[GrpcChannel]:
+    """A channel for this server's own calls of the machine's API, whose answers are limited further."""
+    return open_machine_api(machine, namespace=namespace, answer_bytes=_OWN_ANSWER_BYTES, answer_fields=OWN_ANSWER_FIELDS)
 
 
 class Enrolment:
@@ -156,9 +161,7 @@ class Enrolment:
 
     async def _write(self, machine: Machine) -> None:
         with translate_errors():
-            async with open_machine_api(
-                machine, namespace=self._namespace, answer_bytes=_ANSWER_BYTES, answer_fields=_ANSWER_FIELDS
-            ) as channel:
+            async with open_for_own_calls(machine, namespace=self._namespace) as channel:
                 is_installed = await _is_installed(channel)
                 fingerprint = await _fingerprint(channel) if machine.bound_digest is None else ""
                 machine = await self._choose(machine.id, fingerprint, is_installed)
@@ -218,7 +221,7 @@ async def _fingerprint(channel: GrpcChannel) -> str:
     async for answer in StateStub(channel).list(request):
         if answer.resource is None or answer.resource.spec is None:
             continue
-        spec = decode_answer(answer.resource.spec.proto_spec, LinkStatusSpec, _ANSWER_FIELDS)
+        spec = decode_answer(answer.resource.spec.proto_spec, LinkStatusSpec, OWN_ANSWER_FIELDS)
         if spec.type == _ETHER and not spec.kind:
             addresses.append((spec.permanent_addr or spec.hardware_addr)[:_MAX_ADDRESS_BYTES])
         if len(addresses) > _MAX_LINKS:

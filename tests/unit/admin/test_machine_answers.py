@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from ipaddress import IPv6Address
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,16 @@ from siderolink.common.pb.storage import Disk, Disks, DisksResponse, StorageServ
 from siderolink.common.pb.talos.resource.definitions.network import HostnameStatusSpec, NodeAddressSpec
 from siderolink.common.pb.talos.resource.definitions.runtime import MachineStatusSpec, MachineStatusStatus, UnmetCondition
 from siderolink.server.admin.machine_answers import MachineDisk, query_machine
+from siderolink.server.fleet import enrolment
+from siderolink.server.fleet.enrolment import OWN_ANSWER_FIELDS, open_for_own_calls
+from siderolink.server.store import Machine
 from tests.support.admin_server import open_admin_server
 from tests.support.manager import FakeMachine
 
 pytestmark = pytest.mark.anyio
+MACHINE = Machine(
+    id="m-1", node_uuid="u-1", name="a", public_key=None, overlay_address=IPv6Address("fdae::1"), created_at=0.0, joined_at=0.0
+)
 HOSTILE = "<script>\x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}" + "x" * 10_000
 
 
@@ -91,6 +98,38 @@ async def test_a_malformed_resource_is_an_invalid_answer(spec: bytes) -> None:
     async with machine_api(OddState()) as channel:
         with pytest.raises(InvalidAnswerError):
             await query_machine(channel)
+
+
+async def test_a_resource_of_too_many_fields_is_not_decoded() -> None:
+    many = bytes(NodeAddressSpec(addresses=[NetIpPrefix(ip=bytes(4))] * OWN_ANSWER_FIELDS))
+
+    class WideState(StateBase):
+        async def get(self, message: GetRequest) -> GetResponse:
+            return GetResponse(resource=Resource(spec=Spec(proto_spec=many if message.id == "current" else b"")))
+
+    async with machine_api(WideState()) as channel:
+        with pytest.raises(InvalidAnswerError, match=f"more than {OWN_ANSWER_FIELDS} fields"):
+            await query_machine(channel)
+
+
+async def test_answers_to_the_servers_own_calls_are_bounded_in_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = DisksResponse(messages=[Disks(disks=[Disk(device_name="/dev/sda")] * OWN_ANSWER_FIELDS)])
+
+    class ManyDisks(StorageServiceBase):
+        async def disks(self, message: Empty) -> DisksResponse:
+            return many
+
+    async with serve([MachineFace("v1.13.0"), ManyDisks()], host="127.0.0.1") as server:
+
+        @asynccontextmanager
+        async def channel(host: str, port: int, tls: object, *, limits: Limits, **_: object) -> AsyncIterator[GrpcChannel]:
+            async with open_channel("127.0.0.1", server.port, direct=True, limits=limits) as channel:
+                yield channel
+
+        monkeypatch.setattr(enrolment, "open_channel", channel)
+        async with open_for_own_calls(MACHINE) as own:
+            with pytest.raises(InvalidAnswerError, match=f"more than {OWN_ANSWER_FIELDS} fields"):
+                await query_machine(own)
 
 
 async def test_unanswered_queries_are_listed() -> None:
