@@ -15,22 +15,31 @@ import math
 import os
 import re
 import shutil
-import stat
 import threading
 import time
 from base64 import b64decode, b64encode
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import StrEnum
-from hashlib import blake2b
+from dataclasses import dataclass
 from typing import Final
 
 from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.common.queues import LineQueue
 from siderolink.server.clock import RetentionTime
 from siderolink.server.reporting.model import KeepOptions, KernelLine, LogLine, MachineEvent, ReportedEvent
+from siderolink.server.reporting.segments import (
+    OPEN_FLAGS,
+    Kept,
+    MachineFiles,
+    Segment,
+    cut_old,
+    cut_torn_line,
+    folder_of,
+    load_machine,
+    split_record,
+    write_owner,
+)
 from siderolink.server.store import Machine
 
 log = logging.getLogger(__name__)
@@ -45,50 +54,8 @@ SEGMENT_SECONDS: Final = 86_400.0
 TIDY_SECONDS: Final = 60.0
 CLOSE_SECONDS: Final = 3.0
 _AT_ONCE: Final = 4096
-_OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FOLDER: Final = re.compile(r"[0-9a-f]{32}")
-_SEGMENT: Final = re.compile(r"(lines|events)-([0-9]{13})")
 _ESCAPED: Final = re.compile(rb"\x1a(.)", re.DOTALL)
-
-
-class Kept(StrEnum):
-    """The content of a file."""
-
-    LINES = "lines"
-    EVENTS = "events"
-
-
-@dataclass(slots=True)
-class Segment:
-    """One file."""
-
-    kind: Kept
-    begun_at: float
-    """Unix time; no record is older."""
-    last_at: float
-    """Unix time; no record is newer."""
-    size: int = 0
-    is_sound: bool = True
-    """False for a file of an earlier process, which may have been killed while writing a line."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{int(self.begun_at * 1000):013}"
-
-
-@dataclass(slots=True)
-class _MachineFiles:
-    machine_id: str
-    node_uuid: str
-    segments: deque[Segment] = field(default_factory=deque)
-
-    @property
-    def size(self) -> int:
-        return sum(segment.size for segment in self.segments)
-
-    @property
-    def last_at(self) -> float:
-        return max((segment.last_at for segment in self.segments), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +73,7 @@ def encode_line(line: KernelLine) -> bytes:
 
 def decode_line(record: bytes) -> KernelLine | None:
     """None for an invalid record."""
-    found = _split(record)
+    found = split_record(record)
     if found is None:
         return None
     at, raw = found
@@ -122,7 +89,7 @@ def encode_event(event: ReportedEvent) -> bytes:
 
 def decode_event(record: bytes) -> ReportedEvent | None:
     """None for an invalid record."""
-    found = _split(record)
+    found = split_record(record)
     try:
         at, payload = found or (0.0, b"")
         names = json.loads(payload)
@@ -137,14 +104,6 @@ def encode_report(report: LogLine | MachineEvent) -> bytes:
     return encode_line(report) if isinstance(report, LogLine) else encode_event(report)
 
 
-def _split(record: bytes) -> tuple[float, bytes] | None:
-    at, space, payload = record.partition(b" ")
-    try:
-        return (float(at), payload) if space else None
-    except ValueError:
-        return None
-
-
 class Archive:
     """The files of one folder. `add` is called on the event loop; all other methods access the disk and run in threads."""
 
@@ -152,7 +111,7 @@ class Archive:
         self.options = options
         self._segment_bytes = options.machine_bytes // SEGMENTS
         self._queue: LineQueue[_Item] = LineQueue(max_items=QUEUE_ITEMS, max_bytes=QUEUE_BYTES)
-        self._machines: OrderedDict[str, _MachineFiles] = OrderedDict()
+        self._machines: OrderedDict[str, MachineFiles] = OrderedDict()
         """By folder, in the order of their last reports."""
         self._retention_time = RetentionTime("reports")
         self._lock = threading.Lock()
@@ -204,7 +163,7 @@ class Archive:
 
     def _load(self) -> None:
         folders = [folder for folder in os.listdir(self._folder) if _FOLDER.fullmatch(folder)]
-        found = [(folder, files) for folder in folders if (files := _load_machine(self._folder, folder)) is not None]
+        found = [(folder, files) for folder in folders if (files := load_machine(self._folder, folder)) is not None]
         for folder, files in sorted(found, key=lambda one: one[1].last_at):
             self._machines[folder] = files
             self.size += files.size
@@ -271,7 +230,7 @@ class Archive:
 
     def _append(self, machine: Machine, kind: Kept, records: list[bytes], times: list[float]) -> None:
         """Store as many records as there is room for, each completely or not at all."""
-        folder = _folder_of(machine.id)
+        folder = folder_of(machine.id)
         first = 0
         try:
             files = self._files_of(folder, machine)
@@ -281,7 +240,13 @@ class Archive:
                 while last < len(records) and size + len(records[last]) <= self._segment_bytes:
                     size += len(records[last])
                     last += 1
-                self._append_to(folder, segment, b"".join(records[first:last]))
+                try:
+                    self._append_to(folder, segment, b"".join(records[first:last]))
+                except FileNotFoundError:  # another program removed the folder
+                    self.size -= files.size
+                    del self._machines[folder]
+                    files = self._files_of(folder, machine)
+                    continue
                 segment.last_at = max(segment.last_at, times[last - 1])
                 first = last
                 self._bound(folder, files)
@@ -290,18 +255,18 @@ class Archive:
         else:
             self._recovered()
 
-    def _files_of(self, folder: str, machine: Machine) -> _MachineFiles:
+    def _files_of(self, folder: str, machine: Machine) -> MachineFiles:
         files = self._machines.get(folder)
         if files is None or files.node_uuid != machine.node_uuid:
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o700, dir_fd=self._folder)
-            _write_owner(self._folder, folder, machine)
-            files = self._machines.setdefault(folder, _MachineFiles(machine.id, machine.node_uuid))
+            write_owner(self._folder, folder, machine)
+            files = self._machines.setdefault(folder, MachineFiles(machine.id, machine.node_uuid))
             files.node_uuid = machine.node_uuid
         self._machines.move_to_end(folder)
         return files
 
-    def _segment(self, files: _MachineFiles, kind: Kept, at: float) -> Segment:
+    def _segment(self, files: MachineFiles, kind: Kept, at: float) -> Segment:
         """The file to append to, or a new one."""
         for segment in reversed(files.segments):
             if segment.kind is kind:
@@ -314,11 +279,12 @@ class Archive:
         return segment
 
     def _append_to(self, folder: str, segment: Segment, data: bytes) -> None:
-        flags = os.O_RDWR | os.O_CREAT | _OPEN
+        flags = os.O_RDWR | os.O_CREAT | OPEN_FLAGS
         descriptor = os.open(f"{folder}/{segment.name}", flags, 0o600, dir_fd=self._folder)
         try:
-            if not segment.is_sound:
-                self._resize(segment, _cut_torn_line(descriptor))
+            # the size differs where another program cut the file off or replaced it, or what a failed write left stayed there
+            if not segment.is_sound or os.fstat(descriptor).st_size != segment.size:
+                self._resize(segment, cut_torn_line(descriptor))
                 segment.is_sound = True
             try:
                 written = 0
@@ -337,7 +303,7 @@ class Archive:
 
     # --- removing
 
-    def _bound(self, folder: str, files: _MachineFiles) -> None:
+    def _bound(self, folder: str, files: MachineFiles) -> None:
         while len(files.segments) > 1 and files.size > self.options.machine_bytes:
             self._remove_oldest(folder, files)
         while self.size > self.options.total_bytes:
@@ -356,7 +322,7 @@ class Archive:
             else:
                 self._forget(folder)
 
-    def _remove_oldest(self, folder: str, files: _MachineFiles) -> None:
+    def _remove_oldest(self, folder: str, files: MachineFiles) -> None:
         segment = files.segments.popleft()
         self._resize(segment, 0)
         try:
@@ -388,11 +354,11 @@ class Archive:
                     count += before - files.size
         return count
 
-    def _remove_old(self, folder: str, files: _MachineFiles, until: float) -> None:
+    def _remove_old(self, folder: str, files: MachineFiles, until: float) -> None:
         try:
             for segment in [one for one in files.segments if one.begun_at < until]:
                 if segment.last_at >= until:
-                    self._resize(segment, _cut_old(self._folder, f"{folder}/{segment.name}", segment, until))
+                    self._resize(segment, cut_old(self._folder, f"{folder}/{segment.name}", segment, until))
                 if segment.last_at < until or not segment.size:
                     os.unlink(f"{folder}/{segment.name}", dir_fd=self._folder)
                     self._resize(segment, 0)
@@ -406,8 +372,8 @@ class Archive:
 
     # --- reading
 
-    def _named(self, machine: str) -> list[tuple[str, _MachineFiles]]:
-        folder = _folder_of(machine)
+    def _named(self, machine: str) -> list[tuple[str, MachineFiles]]:
+        folder = folder_of(machine)
         if folder in self._machines:
             return [(folder, self._machines[folder])]
         return [(name, files) for name, files in self._machines.items() if files.node_uuid == machine.lower()]
@@ -422,78 +388,6 @@ class Archive:
     def open_segment(self, path: str) -> int | None:
         """A descriptor to read one of `segments`; None if it has been removed since."""
         try:
-            return os.open(path, os.O_RDONLY | _OPEN, dir_fd=self._folder)
+            return os.open(path, os.O_RDONLY | OPEN_FLAGS, dir_fd=self._folder)
         except OSError:
             return None
-
-
-def _load_machine(parent: int, folder: str) -> _MachineFiles | None:
-    try:
-        inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _OPEN, dir_fd=parent)
-    except OSError:
-        return None
-    try:
-        files = _MachineFiles(*_read_owner(inner))
-        if _folder_of(files.machine_id) != folder:
-            return None
-        for name in sorted(os.listdir(inner), key=lambda name: name.partition("-")[2]):
-            match = _SEGMENT.fullmatch(name)
-            status = os.stat(name, dir_fd=inner, follow_symlinks=False)
-            if match is not None and stat.S_ISREG(status.st_mode):
-                begun_at = int(match[2]) / 1000
-                last_at = max(begun_at, status.st_mtime)
-                files.segments.append(Segment(Kept(match[1]), begun_at, last_at, status.st_size, is_sound=False))
-        return files
-    except (OSError, ValueError, RecursionError):
-        return None  # not an archive's folder; left unchanged
-    finally:
-        os.close(inner)
-
-
-def _read_owner(inner: int) -> tuple[str, str]:
-    with open(os.open("machine", os.O_RDONLY | _OPEN, dir_fd=inner), "rb") as file:
-        found = json.loads(file.read(4096))
-    if not isinstance(found, list) or len(found) != 2 or not all(isinstance(name, str) for name in found):
-        raise ValueError
-    return found[0], found[1]
-
-
-def _write_owner(parent: int, folder: str, machine: Machine) -> None:
-    descriptor = os.open(f"{folder}/.machine", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _OPEN, 0o600, dir_fd=parent)
-    with open(descriptor, "wb") as file:
-        file.write(json.dumps([machine.id, machine.node_uuid]).encode())
-    os.replace(f"{folder}/.machine", f"{folder}/machine", src_dir_fd=parent, dst_dir_fd=parent)
-
-
-def _folder_of(machine_id: str) -> str:
-    return blake2b(machine_id.encode(errors="surrogatepass"), digest_size=16).hexdigest()
-
-
-def _cut_old(parent: int, path: str, segment: Segment, until: float) -> int:
-    """Rewrite a file without its records from before a time; returns its size."""
-    with open(os.open(path, os.O_RDONLY | _OPEN, dir_fd=parent), "rb") as file:
-        records = file.read().split(b"\n")[:-1]
-    data = b"".join(one + b"\n" for one in records if (found := _split(one)) is not None and found[0] >= until)
-    new = f"{path}.new"
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _OPEN, 0o600, dir_fd=parent), "wb") as file:
-        file.write(data)
-    os.utime(new, (segment.last_at, segment.last_at), dir_fd=parent)
-    os.replace(new, path, src_dir_fd=parent, dst_dir_fd=parent)
-    segment.is_sound = True
-    return len(data)
-
-
-def _cut_torn_line(descriptor: int) -> int:
-    """Cut off a partial last line; returns the size."""
-    size = os.fstat(descriptor).st_size
-    end = size
-    while end > 0:
-        start = max(0, end - 65_536)
-        found = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if found >= 0:
-            end = start + found + 1
-            break
-        end = start
-    if end != size:
-        os.ftruncate(descriptor, end)
-    return end

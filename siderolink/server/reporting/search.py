@@ -18,10 +18,11 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.tasks import in_parts, to_its_end
-from siderolink.server.reporting.archive import Archive, Kept, Segment, decode_event, decode_line
+from siderolink.common.tasks import in_parts, in_thread, to_its_end
+from siderolink.server.reporting.archive import Archive, decode_event, decode_line
 from siderolink.server.reporting.ingest import ReportIngest
 from siderolink.server.reporting.model import KernelLine, LogLine, MachineEvent, ReportedEvent, ReportsLost
+from siderolink.server.reporting.segments import Kept, Segment
 from siderolink.server.store import Machine
 
 Report = KernelLine | ReportedEvent
@@ -204,7 +205,7 @@ class ReportSearch:
         try:
             while True:
                 # a generator that a thread still runs cannot be closed
-                found = await to_its_end(anyio.to_thread.run_sync(partial(next, parts, None), limiter=self._limiter))
+                found = await to_its_end(in_thread(partial(next, parts, None), limiter=self._limiter))
                 if found is None:
                     return
                 for report in found:

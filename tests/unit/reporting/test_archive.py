@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -23,7 +24,6 @@ from siderolink.server import KeepOptions, KernelLine, LogLine, Machine, Machine
 from siderolink.server.reporting.archive import (
     QUEUE_ITEMS,
     Archive,
-    Kept,
     decode_event,
     decode_line,
     encode_event,
@@ -31,6 +31,7 @@ from siderolink.server.reporting.archive import (
 )
 from siderolink.server.reporting.ingest import ReportIngest
 from siderolink.server.reporting.search import CHUNK, ReportSearch
+from siderolink.server.reporting.segments import Kept
 
 pytestmark = pytest.mark.anyio
 
@@ -294,6 +295,38 @@ def test_a_full_disk_loses_reports_only_and_is_reported(tmp_path: Path) -> None:
     refused, again = done.stdout.splitlines()
     assert refused.startswith("cannot keep machines' reports, retrying with the next ones: File too large")
     assert re.fullmatch("keeping machines' reports again; [0-9]+ were lost", again)
+
+
+@pytest.mark.parametrize("change", ["cut off", "cut within a line", "longer", "file removed", "folder removed"])
+async def test_files_that_others_change_are_continued(tmp_path: Path, change: str) -> None:
+    """As logrotate does, a clean-up by hand, or a failing disk that leaves a part of a line."""
+    folder = tmp_path / "kept"
+    with kept(folder) as archive:
+        for text in ("one", "two"):
+            archive.add(line(text))
+        assert await found(archive) == ["one", "two"]
+        (path,) = files(folder)
+        whole = path.read_bytes()
+        match change:
+            case "cut off":
+                path.write_bytes(b"")
+            case "cut within a line":
+                path.write_bytes(whole[:-5])
+            case "longer":
+                path.write_bytes(whole + b'1764400001.5 {"msg": "' + b"x" * 1000)
+            case "file removed":
+                path.unlink()
+            case _:
+                shutil.rmtree(path.parent)
+        stay = {"cut within a line": ["one"], "longer": ["one", "two"]}.get(change, [])
+        archive.add(line("three", NOW + 1))
+        assert await found(archive) == [*stay, "three"]
+        (path,) = files(folder)
+        assert b"\0" not in path.read_bytes()
+        assert archive.size == path.stat().st_size
+        assert not archive.lost
+    with kept(folder) as archive:
+        assert await found(archive) == [*stay, "three"]
 
 
 def test_the_loop_never_waits_for_the_disk(tmp_path: Path) -> None:
