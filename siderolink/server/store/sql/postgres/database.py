@@ -23,8 +23,16 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from siderolink.common.errors import ConfigurationError, StoreError, StoreFullError, StoreReadOnlyError, StoreUnavailableError
-from siderolink.common.hostport import is_loopback
+from siderolink.common.errors import (
+    ConfigurationError,
+    HostError,
+    StoreError,
+    StoreFullError,
+    StoreReadOnlyError,
+    StoreUnavailableError,
+    host_error,
+)
+from siderolink.common.hostport import is_loopback, require_lookups
 from siderolink.common.tasks import to_its_end
 from siderolink.common.text import one_line
 from siderolink.server.store.sql.schema import HEAD, USABLE_SINCE, upgrade
@@ -169,6 +177,14 @@ def _translate(error: Exception) -> Exception:
     if is_lost or not (state or is_refused_here) or state.startswith(_AWAY):
         return StoreUnavailableError(f"the database does not answer: {reason}")
     return StoreError(f"the database refuses: {reason}")
+
+
+def is_outcome_unknown(error: StoreUnavailableError) -> bool:
+    """Whether a COMMIT that ended with this error may have succeeded: its answer was lost, or its session was ended."""
+    cause = error.__cause__
+    cause = cause.orig if isinstance(cause, DBAPIError) else cause
+    state = cause.sqlstate if isinstance(cause, DriverError) else None
+    return not state or state.startswith(("08", "57P"))
 
 
 class Database:
@@ -343,14 +359,22 @@ class Database:
 
 
 async def connect(*address: str, **arguments: Any) -> Driver:
-    """Connect. When cancelled, wait up to CONNECT_SECONDS to close the connection, which would otherwise leak for a while."""
+    """Connect. When cancelled, wait up to CONNECT_SECONDS to close the connection, which would otherwise leak for a while.
+
+    Raises DriverError, or StoreUnavailableError if this host has no thread for a lookup.
+    """
     made: list[Driver] = []
 
     async def make() -> None:
         made.append(await Driver.connect(*address, **arguments))
 
     try:
+        require_lookups()
         await to_its_end(make())
+    except (HostError, RuntimeError) as error:  # asyncio's own lookups run in threads
+        if (failure := host_error(error)) is None:
+            raise
+        raise StoreUnavailableError(f"the database cannot be reached: {failure}") from error
     except asyncio.CancelledError:
         for driver in made:
             await to_its_end(driver.close())

@@ -23,7 +23,7 @@ from siderolink.server.store.rows import Machine
 from siderolink.server.store.sql.batch_reads import Found, Key, answers, is_optimistic, seek
 from siderolink.server.store.sql.cells import cell
 from siderolink.server.store.sql.postgres import queries
-from siderolink.server.store.sql.postgres.database import ContendedError, Database, answer_awaited
+from siderolink.server.store.sql.postgres.database import ContendedError, Database, answer_awaited, is_outcome_unknown
 from siderolink.server.store.sql.postgres.queries import Step, Version
 from siderolink.server.store.sql.transaction import SqlTransaction
 
@@ -146,9 +146,19 @@ async def _run(driver: Driver, steps: Iterable[Step]) -> None:
             except DriverError as error:
                 failure = error  # raised below: otherwise the pipeline would log the skipped statements
     except DriverError as error:
-        failure = failure or error
+        failure = failure or _told(error)
     if failure is not None:
         raise failure
+
+
+def _told(error: DriverError) -> DriverError:
+    """The database's own error behind the driver's: one at the COMMIT leaves the driver in the middle of its pipeline."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, DriverError) and found.sqlstate:
+            return found
+        found = found.__context__
+    return error
 
 
 async def run_work(database: Database, work: Work[T], *, urgent: bool = False) -> tuple[T, bool]:
@@ -169,9 +179,10 @@ async def run_work(database: Database, work: Work[T], *, urgent: bool = False) -
                 raise StoreError("the database holds a value that may not be repeated") from error
             is_checked = is_checked or error.is_unique
             locks = attempt.locks
-        except StoreUnavailableError:
+        except StoreUnavailableError as error:
             away += 1
-            # if the commit's answer was lost, it may have succeeded
+            if attempt.is_committing and is_outcome_unknown(error):
+                raise StoreUnavailableError(f"{error}; the change may have been stored") from error
             if attempt.is_committing or away == _AWAY_ATTEMPTS:
                 raise
             await anyio.sleep(0.1 * 2**away)
