@@ -104,6 +104,7 @@ def test_behind_a_mandatory_proxy_everything_goes_through_it(tmp_path: Path, mon
             assert not [finding for finding in found.values() if finding["is_good"] is False]
             assert found["proxy"]["text"].startswith(f"{name} is reached by http://{SERVER_V4}:3128")
             assert found["TLS"]["is_good"]
+            assert found["TLS"]["text"] == "TLSv1.3, and the certificate is trusted"
             assert found["join"]["is_good"]
             assert set(proxy.asked) == {f"{name}:4000"}
             monkeypatch.setenv("HTTPS_PROXY", f"http://me:wrong@{SERVER_V4}:3128")

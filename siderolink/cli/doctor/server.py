@@ -105,7 +105,7 @@ async def _check_tls(url: JoinURL, tls: ssl.SSLContext) -> Finding:
     try:
         async with open_channel(url.host, url.port, tls) as channel:
             await channel.connect()
-        return good("TLS", "the certificate is trusted")
+        return good("TLS", f"{channel.tls_version}, and the certificate is trusted")
     except ssl.SSLCertVerificationError as error:
         remedy = _TLS_REMEDIES.get(
             error.verify_code, "give the certificate authority with --ca-file, and let the server send its whole chain"

@@ -66,6 +66,8 @@ class GrpcChannel(private.ConnectingChannel):
         self._namespace = namespace
         self._fingerprint = fingerprint
         self._connections: set[Http2Protocol] = set()
+        self.tls_version = ""
+        """That of the last connection, such as ``TLSv1.3``; empty without TLS."""
 
     @property
     def target(self) -> str:
@@ -127,6 +129,7 @@ class GrpcChannel(private.ConnectingChannel):
 
     def _checked(self, transport: asyncio.Transport, protocol: Http2Protocol) -> Http2Protocol:
         tls = transport.get_extra_info("ssl_object")
+        self.tls_version = "" if tls is None else tls.version()
         if self.tls is not None and tls is not None and tls.selected_alpn_protocol() != "h2":
             transport.abort()
             raise ServerUnreachableError(f"{self.target} does not offer HTTP/2 over TLS, which gRPC needs")
