@@ -4,12 +4,14 @@ from dataclasses import replace
 import anyio
 import pytest
 from grpclib import GRPCError, Status
+from grpclib.const import Cardinality, Handler
+from grpclib.server import Stream
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.client.link.provisioning import NodeInfo, make_request, provision, read_response
+from siderolink.client.link.provisioning import MAX_FIELDS, NodeInfo, make_request, provision, read_response
 from siderolink.common.errors import InvalidAnswerError, JoinRefusedError, ServerUnreachableError
-from siderolink.common.grpc import decode_answer
+from siderolink.common.grpc import decode_answer, serve
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
@@ -154,3 +156,29 @@ async def test_a_closed_port_is_unreachable() -> None:
         port = taken.getsockname()[1]
     with pytest.raises(ServerUnreachableError):
         await provision(JoinURL("127.0.0.1", port, tls=False), MACHINE, OWN)
+
+
+@pytest.mark.anyio
+async def test_an_answer_of_too_many_fields_is_not_decoded() -> None:
+    class Padded:
+        """A server whose answer has many fields that the machine does not know."""
+
+        def __init__(self, count: int) -> None:
+            self._count = count
+
+        async def provision(self, stream: Stream[ProvisionRequest, bytes]) -> None:
+            await stream.recv_message()
+            await stream.send_message(bytes(response(SERVER, "192.0.2.1:51820")) + b"\x7a\x00" * self._count)
+
+        def __mapping__(self) -> dict[str, Handler]:
+            path = "/sidero.link.ProvisionService/Provision"
+            return {path: Handler(self.provision, Cardinality.UNARY_UNARY, ProvisionRequest, ProvisionResponse)}
+
+    for count in (MAX_FIELDS // 2, MAX_FIELDS):
+        async with serve([Padded(count)], host="127.0.0.1") as server:
+            url = JoinURL("127.0.0.1", server.port, tls=False)
+            if count < MAX_FIELDS - 4:
+                assert (await provision(url, MACHINE, OWN)).server_key == SERVER
+            else:
+                with pytest.raises(InvalidAnswerError, match=f"more than {MAX_FIELDS} fields"):
+                    await provision(url, MACHINE, OWN)
