@@ -20,6 +20,8 @@ SCRIPTS = [
     *(path for path in (ROOT / "scripts").iterdir() if path.is_file() and b"bash" in path.read_bytes()[:40]),
 ]
 
+PAGES = sorted(path for folder in (".", "docs", "native", "benchmarks") for path in (ROOT / folder).glob("*.md"))
+
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_every_script_can_be_parsed(script: Path) -> None:
@@ -78,6 +80,38 @@ def test_every_page_has_its_place_in_the_site() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     pages = re.findall(r": ([\w-]+\.md)$", text, re.MULTILINE)
     assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of a page's headings, as sites that show Markdown make them."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^()\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name) if name else page
+        assert path.exists(), target
+        assert not anchor or path.suffix != ".md" or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github/workflows").iterdir()), ids=lambda path: path.name)
+def test_a_workflow_runs_what_there_is(workflow: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+)(?: [a-z -]+)?:", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    jobs = yaml.safe_load(workflow.read_text())["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert all(set(step) <= {"uses", "with", "run", "env", "name"} and ("uses" in step) != ("run" in step) for step in steps)
+    assert {needed for job in jobs.values() for needed in [job.get("needs", [])] if isinstance(needed, str)} <= jobs.keys()
+    for command in (step["run"] for step in steps if "run" in step):
+        assert set(re.findall(r"(?:^|&& )make ([a-z-]+)", command)) <= targets, command
+        for script in re.findall(r"^(\.ci/\w+|[a-z]+/[\w-]+)", command, re.MULTILINE):
+            assert (ROOT / script).stat().st_mode & 0o100, script
 
 
 def test_each_command_has_a_manual_page(tmp_path: Path) -> None:

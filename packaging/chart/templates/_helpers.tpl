@@ -1,5 +1,6 @@
+{{- /* Names of services have at most 63 characters, and theirs add 13: `-wireguard-10`. */ -}}
 {{- define "siderolink.name" -}}
-{{- printf "%s" (ternary .Release.Name (printf "%s-siderolink" .Release.Name) (contains "siderolink" .Release.Name)) | trunc 52 | trimSuffix "-" -}}
+{{- printf "%s" (ternary .Release.Name (printf "%s-siderolink" .Release.Name) (contains "siderolink" .Release.Name)) | trunc 50 | trimSuffix "-" -}}
 {{- end }}
 
 {{- define "siderolink.selector" -}}
