@@ -183,16 +183,19 @@ docs: setup ## the documentation site in .venvs/site: reference pages generated,
 	@scripts/make-docs $(UV) $(call interpreter,$(FIRST))
 	@$(PYTHON) scripts/check-search .venvs/site
 
-dist: $(UV) ## wheel and sdist in dist/: reproducible, checked by twine, installed into a fresh environment
+dist: $(UV) ## wheel and sdist in dist/: reproducible, checked by twine, installed into fresh environments with the lowest and newest versions
 	@scripts/make-dist $(abspath $(UV)) $(call interpreter,$(FIRST))
+	@scripts/dist-range $(abspath $(UV)) --untested $(PYTHONS)
 
-verify-dist: dist ## the wheel with the lowest and newest versions, the Debian packages in booted Debians, the first hour, the image, the chart, the compose file; 40 minutes, not part of `make test`
-	@scripts/dist-range $(abspath $(UV)) $(PYTHONS)
-	@for suite in bookworm trixie; do $(SUDO) scripts/deb_trial $(abspath $(UV)) $$suite || exit 1; done
-	@$(SUDO) scripts/first_hour_trial bookworm
-	@$(SUDO) scripts/image_trial bookworm
+verify-dist: setup dist ## the chart, the compose file, the image, the first hour, the Debian packages in booted Debians, the wheel's tests with the lowest and newest versions; 40 minutes, not part of `make test`
+	@scripts/install-needs dist
 	@scripts/chart_trial
 	@$(SUDO) env PATH="$$PATH:/usr/sbin:/sbin" $(PYTHON) scripts/compose_trial.py
+	@$(SUDO) scripts/image_trial bookworm $(abspath $(PYTHON))
+	@$(SUDO) scripts/first_hour_trial bookworm
+	@for suite in bookworm trixie; do $(SUDO) scripts/deb_trial $(abspath $(UV)) $$suite || exit 1; done
+	@scripts/dist-range $(abspath $(UV)) $(PYTHONS)
+	@echo "== all is well: everything that is shipped"
 
 clean: ## remove what make made
 	rm -rf .venvs dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
