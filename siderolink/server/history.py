@@ -341,8 +341,8 @@ class History:
             kind,
             one_line(detail, limit=_TEXT_LIMIT),
             transport,
-            one_line(source, limit=_TEXT_LIMIT),
-            one_line(machine.talos_version, limit=_TEXT_LIMIT),
+            one_line(source, limit=_TEXT_LIMIT) if source else "",
+            machine.talos_version,
             self._token_digits(machine),
         )
         self._queue(happening)

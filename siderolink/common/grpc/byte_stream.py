@@ -10,7 +10,8 @@ from grpclib.exceptions import StreamTerminatedError
 from grpclib.metadata import decode_grpc_message, encode_grpc_message
 from h2.errors import ErrorCodes
 
-from siderolink.common.grpc.connection import H2Stream, Headers
+from siderolink.common.grpc.connection import H2Stream
+from siderolink.common.grpc.header_fields import Headers
 from siderolink.common.grpc.refusals import Refusal, Refused
 
 log = logging.getLogger("siderolink")

@@ -21,8 +21,8 @@ from siderolink.common.grpc import private
 from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.budget import ConnectionBudget, Held
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailers
-from siderolink.common.grpc.connection import H2Stream, Headers
-from siderolink.common.grpc.header_fields import ORDINARY_NAMES, read_fields
+from siderolink.common.grpc.connection import H2Stream
+from siderolink.common.grpc.header_fields import ORDINARY_NAMES, Headers, RequestFields
 from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.messages import ServerCodec, framed
 from siderolink.common.grpc.refusals import Refusal
@@ -185,21 +185,22 @@ class CallHandler(AbstractHandler):
         """The running calls."""
         return self._tasks.values()
 
-    def accept(self, stream: GrpclibH2Stream, headers: Headers, release_stream: Callable[[], None]) -> None:
+    def accept(  # type: ignore[override] # what `Processor` made of the headers
+        self, stream: GrpclibH2Stream, headers: RequestFields, release_stream: Callable[[], None]
+    ) -> None:
         """Start the call. Refusals are sent before a task is created."""
         assert isinstance(stream, H2Stream)
-        fields = read_fields(headers)
         connection, caller = stream.connection, self._caller
         held: Held | None = None
         address, account = caller.address, connection.account
         try:
-            path = _check_request(fields)
+            path = _check_request(headers.by_name)
             if path not in self._methods and ANY_METHOD in self._methods:
                 path = ANY_METHOD
             method = self._method(path)
             size = 0 if method.handler.request_type is ByteStream else _CALL_BYTES
             if caller.proxies.forwarded_from:
-                address = caller.of_call(headers)
+                address = caller.of_call(headers.all)
                 held = caller.enter_call(address, partial(self._crowd_out, stream))
                 account = caller.account_of(held, account, self._limits)
             try:
@@ -207,7 +208,7 @@ class CallHandler(AbstractHandler):
                     size = 0
                     raise _Bad(Refusal.CALL_MEMORY, Status.RESOURCE_EXHAUSTED, "calls take too much memory (max_call_bytes)")
                 origin = _Origin(address, partial(caller.valid_token, held), account)
-                run = self._prepare(stream, path, headers, fields, origin)
+                run = self._prepare(stream, path, headers, origin)
             except BaseException:
                 account.give_back(size)
                 caller.leave_call(held)
@@ -267,12 +268,12 @@ class CallHandler(AbstractHandler):
             raise _Bad(Refusal.TOO_MANY_CALLS, Status.RESOURCE_EXHAUSTED, message)
         return method
 
-    def _prepare(self, stream: H2Stream, path: str, headers: Headers, fields: Mapping[str, str], origin: _Origin) -> Any:
+    def _prepare(self, stream: H2Stream, path: str, headers: RequestFields, origin: _Origin) -> Any:
         method = self._methods[path]
-        handler = method.handler
+        handler, fields = method.handler, headers.by_name
         try:
-            deadline = Deadline.from_headers(headers)
-            metadata = decode_metadata(() if ORDINARY_NAMES.issuperset(fields) else headers)
+            deadline = Deadline.from_headers([("grpc-timeout", fields["grpc-timeout"])] if "grpc-timeout" in fields else ())
+            metadata = decode_metadata(() if ORDINARY_NAMES.issuperset(fields) else headers.all)
         except (ValueError, OverflowError):
             raise _Bad(Refusal.BAD_REQUEST, Status.INVALID_ARGUMENT, "the call's metadata is malformed") from None
         expiry = None if deadline is None else _Expiry(deadline, stream.connection.timers)

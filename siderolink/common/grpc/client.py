@@ -10,7 +10,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from hashlib import sha256
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import grpclib
 import grpclib.exceptions
@@ -23,7 +23,7 @@ from siderolink.common.errors import InvalidAnswerError, ServerUnreachableError,
 from siderolink.common.grpc import private
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream
 from siderolink.common.grpc.calls import SHUTTING_DOWN
-from siderolink.common.grpc.connection import H2Stream, Headers
+from siderolink.common.grpc.connection import H2Stream
 from siderolink.common.grpc.dialing import adopt, authority, check_host, connect_in, dial
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.messages import ClientCodec, MessageSplitter
@@ -31,6 +31,9 @@ from siderolink.common.grpc.protocol import Http2Protocol
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.grpc.tls import client_tls
 from siderolink.common.text import one_line
+
+if TYPE_CHECKING:
+    from siderolink.common.grpc.header_fields import Headers
 
 log = logging.getLogger("siderolink")
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from grpclib.config import Configuration
@@ -19,6 +19,7 @@ from h2.settings import SettingCodes, Settings
 
 from siderolink.common.grpc import frames, private
 from siderolink.common.grpc.accounts import Account
+from siderolink.common.grpc.header_fields import HEADER_ENCODING, Headers
 from siderolink.common.grpc.limits import DEFAULT_WINDOW, Limits
 from siderolink.common.grpc.messages import MessageBuffer, OnRefusal
 from siderolink.common.grpc.outbound import CorkedTransport, Gate
@@ -26,10 +27,7 @@ from siderolink.common.grpc.raw_streams import RawStreams, Sink
 from siderolink.common.grpc.refusals import PEER_FAULTS, Refusal, Refused
 from siderolink.common.grpc.timers import Timers
 
-Headers = list[tuple[str, str]]
-
 _STREAM_HEADROOM = 4
-HEADER_ENCODING = "latin-1"
 
 
 class Engine(H2Connection):
@@ -42,7 +40,7 @@ class Engine(H2Connection):
 def h2_config(*, server: bool) -> H2Configuration:
     return H2Configuration(
         client_side=not server,
-        # Header fields are ASCII; other bytes must not raise in the middle of a frame. A server decodes them in `as_text`.
+        # Header fields are ASCII; other bytes must not raise in the middle of a frame. A server decodes them: header_fields.
         header_encoding=None if server else HEADER_ENCODING,
         validate_inbound_headers=not server,  # a server checks a request's fields itself: header_fields
         validate_outbound_headers=False,
@@ -99,11 +97,6 @@ def connection_preface(limits: Limits, *, server: bool) -> bytes:
 @lru_cache(maxsize=8)
 def grpclib_config(connection_window: int, *, server: bool) -> Configuration:
     return private.grpclib_config(connection_window, server=server)
-
-
-def as_text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Header fields from a server's engine as text."""
-    return [(name.decode(HEADER_ENCODING), value.decode(HEADER_ENCODING)) for name, value in headers]
 
 
 class H2Stream(private.NotifyingStream):

@@ -2,7 +2,8 @@
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from hpack import Decoder
@@ -101,21 +102,27 @@ class HeaderDecoder(Decoder):
         return super().decode(data, raw)
 
 
+@lru_cache(maxsize=8)
+def _allowed(limits: Limits) -> Mapping[str, int]:
+    """How many frames of each kind may arrive in one interval."""
+    return {
+        Refusal.RESET_FLOOD: limits.max_resets,
+        Refusal.PING_FLOOD: limits.max_pings,
+        Refusal.SETTINGS_FLOOD: limits.max_settings,
+        _SETTINGS_ENTRIES: limits.max_settings_entries,
+        Refusal.EMPTY_FRAME_FLOOD: limits.max_empty_frames,
+        Refusal.SMALL_FRAME_FLOOD: limits.max_small_frames,
+        Refusal.WINDOW_UPDATE_FLOOD: limits.max_window_updates,
+        Refusal.OTHER_FRAME_FLOOD: limits.max_other_frames,
+    }
+
+
 class FloodGuard:
     """Counts kinds of frames per fixed interval. Frames in response to our data are not counted."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self._interval = limits.flood_interval
-        self._allowed: dict[str, int] = {
-            Refusal.RESET_FLOOD: limits.max_resets,
-            Refusal.PING_FLOOD: limits.max_pings,
-            Refusal.SETTINGS_FLOOD: limits.max_settings,
-            _SETTINGS_ENTRIES: limits.max_settings_entries,
-            Refusal.EMPTY_FRAME_FLOOD: limits.max_empty_frames,
-            Refusal.SMALL_FRAME_FLOOD: limits.max_small_frames,
-            Refusal.WINDOW_UPDATE_FLOOD: limits.max_window_updates,
-            Refusal.OTHER_FRAME_FLOOD: limits.max_other_frames,
-        }
+        self._allowed = _allowed(limits)
         self._clock = clock
         self._counts: dict[str, int] = {}
         self._since = clock()
@@ -203,14 +210,13 @@ class FrameScanner:
         end = len(data)
         start = pos = self._skip_preface(data) if self._preface else 0
         self._begun.clear()
-        while pos < end and (self._remaining or end - pos >= FRAME_HEADER_BYTES):
-            if self._remaining:
-                first, pos = pos, min(pos + self._remaining, end)
-                self._remaining -= pos - first
-                if self._target:
-                    start = pos
-                    yield max(self._target, 0), view[first:pos] if self._target > 0 else _NOTHING, ()
-                continue
+        if self._remaining:
+            pos = min(self._remaining, end)
+            self._remaining -= pos
+            if self._target:
+                start = pos
+                yield max(self._target, 0), view[:pos] if self._target > 0 else _NOTHING, ()
+        while end - pos >= FRAME_HEADER_BYTES:
             high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
             length, stream_id = high << 8 | low, stream_id & 0x7FFF_FFFF
             body = pos + FRAME_HEADER_BYTES

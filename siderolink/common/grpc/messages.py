@@ -46,7 +46,7 @@ class PrefixGuard:
         """Number of complete messages."""
         self.is_single = False
         """Whether there should be only one message; checking ends after a second one."""
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._prefix = b""
         self._remaining = 0
 
@@ -59,17 +59,16 @@ class PrefixGuard:
         """Check the next bytes. Raises Refused at the first invalid prefix, and for too many messages at once."""
         pos, end, most = 0, len(data), self.messages + MAX_MESSAGES_AT_ONCE
         while pos < end and not (self.is_single and self.messages > 1):
-            if self._remaining:
-                taken = min(self._remaining, end - pos)
-                self._remaining -= taken
-            else:
-                taken = min(PREFIX_BYTES - len(self._prefix), end - pos)
-                self._prefix += data[pos : pos + taken]
-                if len(self._prefix) < PREFIX_BYTES:
+            if not self._remaining:
+                prefix = self._prefix + data[pos : pos + PREFIX_BYTES - len(self._prefix)]
+                if len(prefix) < PREFIX_BYTES:
+                    self._prefix = prefix
                     return
-                compressed, self._remaining = self._prefix[0], int.from_bytes(self._prefix[1:])
-                self._prefix = b""
-                check_prefix(compressed, self._remaining, self._max_bytes)
+                pos += PREFIX_BYTES - len(self._prefix)
+                self._prefix, self._remaining = b"", int.from_bytes(prefix[1:])
+                check_prefix(prefix[0], self._remaining, self.max_bytes)
+            taken = min(self._remaining, end - pos)
+            self._remaining -= taken
             pos += taken
             if not self._remaining:
                 self.messages += 1
@@ -153,7 +152,7 @@ class MessageBuffer(Buffer):
 
     def limit(self, max_bytes: int) -> None:
         """Lower the maximum message size; only before data arrives."""
-        self._guard = PrefixGuard(max_bytes)
+        self._guard.max_bytes = max_bytes
 
     def charge(self, account: Account) -> None:
         """Charge this account instead of the connection's; only before data arrives."""

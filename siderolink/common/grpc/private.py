@@ -27,6 +27,7 @@ from h2.stream import H2Stream, StreamClosedBy, StreamInputs, StreamState
 from hpack import HeaderTuple
 
 from siderolink.common.grpc import frames
+from siderolink.common.grpc.header_fields import PLAIN_NAMES
 from siderolink.common.grpc.refusals import Refusal
 
 NO_LISTENERS = _DispatchServerEvents()
@@ -309,8 +310,6 @@ def _receive_window_update(engine: H2Connection, stream_id: int, delta: int) -> 
     return [WindowUpdated(stream_id=stream_id, delta=delta)]
 
 
-_PLAIN_FIELDS = frozenset((b":method", b":scheme", b":path", b":authority", b"content-type", b"user-agent", b"te"))
-"""Fields that are the same for all clients of one kind and contain no secret."""
 _MOST_BEGINNINGS = 16
 _MOST_FIELDS = 12
 _LONGEST_BEGINNING = 512
@@ -385,7 +384,7 @@ class RequestDecoder(frames.HeaderDecoder):
         self._ends = ends
         headers = list(super().decode(data, True))
         self._ends = None
-        plain = next((number for number, (name, _) in enumerate(headers) if name not in _PLAIN_FIELDS), len(headers))
+        plain = next((number for number, (name, _) in enumerate(headers) if name not in PLAIN_NAMES), len(headers))
         if 0 < plain <= len(ends) and data[0] >> 5 != 1 and ends[plain - 1][0] <= _LONGEST_BEGINNING:
             end, entries, entries_size = ends[plain - 1]
             size = sum(32 + len(name) + len(value) for name, value in headers[:plain])

@@ -7,7 +7,8 @@ from grpclib.protocol import AbstractHandler, EventsProcessor
 from grpclib.protocol import Stream as _GrpclibStream
 from h2.errors import ErrorCodes
 
-from siderolink.common.grpc.connection import Connection, H2Stream, as_text
+from siderolink.common.grpc.connection import Connection, H2Stream
+from siderolink.common.grpc.header_fields import as_text, read_request
 from siderolink.common.grpc.refusals import Refusal, Refused
 
 
@@ -48,9 +49,9 @@ class Processor(EventsProcessor):
         return release_stream
 
     def process_request_received(self, event: h2.events.RequestReceived) -> None:
-        event.headers = as_text(event.headers or ())  # type: ignore[assignment] # grpclib expects text
         most = self.connection.account.max_streams
         if len(self.streams) < most:
+            event.headers = read_request(event.headers or [])  # type: ignore[assignment] # for our handler
             super().process_request_received(event)
             return
         message = f"more than {most} concurrent calls (max_streams, max_unproven_streams)"
@@ -71,7 +72,7 @@ class Processor(EventsProcessor):
 
     def process_trailers_received(self, event: h2.events.TrailersReceived) -> None:
         if not self.connection.engine.config.client_side:
-            event.headers = as_text(event.headers or ())  # type: ignore[assignment] # as above
+            event.headers = as_text(event.headers or ())  # type: ignore[assignment] # grpclib expects text
         if any(str(name).startswith(":") for name, _ in event.headers or ()):
             raise Refused(Refusal.PROTOCOL_ERROR, "trailers with a pseudo-header field")
         super().process_trailers_received(event)

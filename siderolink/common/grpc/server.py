@@ -159,7 +159,7 @@ class GrpcServer:
             if refusal is not None:
                 self._turn_away(connection, refusal, str(address))
                 continue
-            accepted = _Accepted(connection, local_peer(connection) or address)
+            accepted = _Accepted(connection, address if isinstance(address, tuple) else local_peer(connection))
             if not self._proxies.protocol_from and not self._enter(accepted):
                 continue
             self._connections += 1
@@ -192,9 +192,10 @@ class GrpcServer:
         """Count a connection; returns False if it is refused. Others may be closed to make room."""
         if isinstance(accepted.address, tuple):
             # one spelling for each address, in all limits and records: a socket for both families shows IPv4 as IPv6
-            accepted.address = plain(str(accepted.address[0])), *accepted.address[1:]
-            accepted.source = source_of(accepted.name, self._limits.ipv6_source_bits)
-            accepted.is_proxy = bool(self._proxies.forwarded_from) and contains(self._proxies.forwarded_from, accepted.name)
+            host = plain(str(accepted.address[0]))
+            accepted.address = host, *accepted.address[1:]
+            accepted.source = source_of(host, self._limits.ipv6_source_bits)
+            accepted.is_proxy = bool(self._proxies.forwarded_from) and contains(self._proxies.forwarded_from, host)
         source, address = accepted.source, accepted.name if accepted.source else ""
         held = self._budget.enter(source, self._loop.time(), accepted.close, address=address, is_trusted=accepted.is_proxy)
         if isinstance(held, Refusal):

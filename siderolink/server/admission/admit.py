@@ -9,7 +9,7 @@ from siderolink.common.node_uuid import is_placeholder
 from siderolink.server.admission import rules
 from siderolink.server.admission.audit import audit_grant
 from siderolink.server.admission.limits import GRACE_SECONDS
-from siderolink.server.admission.policy import JoinPolicy, StoredFacts, TokenVerdict, decide
+from siderolink.server.admission.policy import JoinPolicy, TokenVerdict, decide
 from siderolink.server.admission.prove import as_claimed
 from siderolink.server.admission.request import Grant, JoinRequest, LivenessSource, Rejection
 from siderolink.server.admission.rows import Rows, refusal, with_token
@@ -67,9 +67,9 @@ class Admission:
         grant = await self._decide(transaction, request, new_id, owner, holder)
         if isinstance(grant, Rejection):
             return grant
-        await audit_grant(transaction, self._clock.time(), request, grant, known)
+        await audit_grant(transaction, self._clock, request, grant, known)
         if request.use_tunnel:
-            grant = replace(grant, use_tunnel=True)
+            grant = grant._replace(use_tunnel=True)
         if request.credentials.join.token is None and not grant.machine.has_reserved_use:
             return grant
         return await self._settle_use(transaction, request, grant, owner, holder)
@@ -90,9 +90,9 @@ class Admission:
             row = await transaction.update(replace(row, has_reserved_use=False))
         is_user = row.token_id if claim is None else claim.token_id
         if token is None or token.limit is None or is_user != token.id:
-            return replace(grant, machine=row)
+            return grant._replace(machine=row)
         if token.max_machines is None and _is_known(request, owner, holder):
-            return replace(grant, machine=row)
+            return grant._replace(machine=row)
         until = claim.expires_at if claim is not None else self._clock.time() + CLAIM_SECONDS if grant.moves else None
         is_proved = is_stored and row.linked_at is not None
         is_reserved = await self._tokens.take_use(transaction, token, row.id, until=until, is_proved=is_proved)
@@ -102,7 +102,7 @@ class Admission:
         elif claim is None and row.has_reserved_use != is_reserved:
             row = replace(row, has_reserved_use=is_reserved)
             row = await transaction.update(row) if is_stored else row
-        return replace(grant, machine=row, claim=claim)
+        return grant._replace(machine=row, claim=claim)
 
     async def _decide(
         self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine | None, holder: Machine | None
@@ -129,8 +129,7 @@ class Admission:
         """Check the call's tokens and UUID, before considering the row."""
         if holder is not None and holder.admission is MachineAdmission.DENIED:
             return refusal(JoinRefusal.DENIED, holder)
-        known = StoredFacts(owner=owner, is_equal=_is_known(request, owner, holder))
-        verdict = decide(self.policy, request.credentials, known)
+        verdict = decide(self.policy, request.credentials, owner, has_known_token=_is_known(request, owner, holder))
         if isinstance(verdict, Rejection):
             is_full = request.credentials.join.is_full and verdict.reason is JoinRefusal.INVALID_JOIN_TOKEN
             return refusal(JoinRefusal.TOKEN_FULL, owner) if is_full else replace(verdict, machine=owner)
@@ -275,7 +274,7 @@ class Admission:
         )
         await transaction.put_claim(claim)
         granted = self._claimed(owner, request, claim, basis)
-        return replace(granted, evicted=evicted, ended=tuple(ended), is_new_link=True)
+        return granted._replace(evicted=evicted, ended=tuple(ended), is_new_link=True)
 
     async def _is_claimed(self, transaction: Transaction, public_key: PublicKey) -> bool:
         """Whether an unexpired claim names the key. Removes an expired one."""

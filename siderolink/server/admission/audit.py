@@ -7,6 +7,7 @@ from typing import Final
 from siderolink.server.admission.prove import Proof
 from siderolink.server.admission.request import Grant, JoinRequest
 from siderolink.server.admission.rules import Basis
+from siderolink.server.clock import Clock
 from siderolink.server.store import Actor, AuditEntry, Machine, Transaction
 
 _FIELDS: Final = (
@@ -62,7 +63,7 @@ def _shown(machine: Machine | None) -> Mapping[str, object]:
 
 
 async def audit_grant(
-    transaction: Transaction, at: float, request: JoinRequest, grant: Grant, known: Iterable[Machine]
+    transaction: Transaction, clock: Clock, request: JoinRequest, grant: Grant, known: Iterable[Machine]
 ) -> None:
     """Record how a call changed a machine's identity. `known` are the earlier rows of its UUID and its key."""
     row = grant.machine
@@ -77,7 +78,7 @@ async def audit_grant(
     elif before is not None and before.node_uuid != row.node_uuid:
         action = "machine.change_uuid"
     if action is not None:
-        await transaction.audit(machine_entry(at, by_machine(request.source), action, before, row))
+        await transaction.audit(machine_entry(clock.time(), by_machine(request.source), action, before, row))
 
 
 async def audit_proof(transaction: Transaction, at: float, proof: Proof, source: str | None) -> None:

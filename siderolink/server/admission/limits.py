@@ -68,7 +68,7 @@ def bytes_per_second(bits: int | None, default: int = 0) -> int | None:
     return max(wanted // 8, 1) if wanted else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Waiting:
     """A row or a claim without a handshake so far."""
 

@@ -62,16 +62,6 @@ class TokenVerdict(StrEnum):
     """The UUID belongs to another machine or is a placeholder: the machine gets its own link and is assigned a UUID."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredFacts:
-    """Stored facts about the call's UUID and key."""
-
-    owner: Machine | None = None
-    """The accepted machine with the UUID."""
-    is_equal: bool = False
-    """Whether the call's unique token is the bound one, or the one that this server assigned."""
-
-
 def supports_unique_tokens(version: str | None) -> bool:
     """Whether a release supports unique tokens: 1.6.0 or newer. A missing or unreadable version counts as older."""
     match = _RELEASE.fullmatch(_MISSING_VERSION if version is None else version)
@@ -81,11 +71,17 @@ def supports_unique_tokens(version: str | None) -> bool:
     return release > _FIRST_WITH_TOKENS or (release == _FIRST_WITH_TOKENS and match[4] is None)
 
 
-def decide(policy: JoinPolicy, given: Credentials, known: StoredFacts) -> TokenVerdict | Rejection:
-    """Whether the call's tokens admit it. The order of the checks, and the texts, are those of other servers."""
+def decide(
+    policy: JoinPolicy, given: Credentials, owner: Machine | None = None, *, has_known_token: bool = False
+) -> TokenVerdict | Rejection:
+    """Whether the call's tokens admit it. The order of the checks, and the texts, are those of other servers.
+
+    `owner` is the accepted machine with the UUID; `has_known_token`: the call's unique token is a bound one, or one that this
+    server assigned.
+    """
     mode = policy.mode
     if mode is None:
-        return _decide_either(given, known)
+        return _decide_either(given, has_known_token)
     if given.join.state is JoinTokenState.MALFORMED:
         return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token {given.join.error}")
     if given.unique is not None and given.unique.error:
@@ -94,18 +90,17 @@ def decide(policy: JoinPolicy, given: Credentials, known: StoredFacts) -> TokenV
     if mode is JoinTokensMode.STRICT and not is_new_enough:
         return Rejection(JoinRefusal.UNSUPPORTED_VERSION, _UNSUPPORTED.format(given.version or ""))
     if mode is JoinTokensMode.LEGACY or not is_new_enough:
-        return _decide_legacy(mode, given, known)
-    if not (given.join.is_valid or known.is_equal):
+        return _decide_legacy(mode, given, owner)
+    if not (given.join.is_valid or has_known_token):
         return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, UNAUTHORIZED)
     if given.unique is None:
         return TokenVerdict.PENDING
-    return _decide_bound(policy, given.unique, known)
+    return TokenVerdict.ACCEPT if has_known_token else _decide_bound(policy, given.unique, owner)
 
 
-def _decide_bound(policy: JoinPolicy, unique: UniqueToken, known: StoredFacts) -> TokenVerdict | Rejection:
-    """Handle a call with a unique token: another one may be bound to its UUID."""
-    owner = known.owner
-    if owner is None or owner.bound_digest is None or known.is_equal:
+def _decide_bound(policy: JoinPolicy, unique: UniqueToken, owner: Machine | None) -> TokenVerdict | Rejection:
+    """Handle a call with an unknown unique token: another one may be bound to its UUID."""
+    if owner is None or owner.bound_digest is None:
         return TokenVerdict.ACCEPT
     if unique.fingerprint and unique.fingerprint == owner.unique_fingerprint:
         may_replace = policy.trust_fingerprints and not owner.is_installed
@@ -113,16 +108,16 @@ def _decide_bound(policy: JoinPolicy, unique: UniqueToken, known: StoredFacts) -
     return TokenVerdict.CONFLICT
 
 
-def _decide_either(given: Credentials, known: StoredFacts) -> TokenVerdict | Rejection:
+def _decide_either(given: Credentials, has_known_token: bool) -> TokenVerdict | Rejection:
     """Without a mode, either token admits."""
-    if given.join.is_valid or known.is_equal:
+    if given.join.is_valid or has_known_token:
         return TokenVerdict.ACCEPT
     error = f" {given.join.error}" if given.join.error else ""
     return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token{error}")
 
 
-def _decide_legacy(mode: JoinTokensMode, given: Credentials, known: StoredFacts) -> TokenVerdict | Rejection:
-    is_secured = mode is JoinTokensMode.LEGACY_ALLOWED and known.owner is not None and known.owner.bound_digest is not None
+def _decide_legacy(mode: JoinTokensMode, given: Credentials, owner: Machine | None) -> TokenVerdict | Rejection:
+    is_secured = mode is JoinTokensMode.LEGACY_ALLOWED and owner is not None and owner.bound_digest is not None
     if not given.join.is_valid:
         return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, UNAUTHORIZED)
     if is_secured:

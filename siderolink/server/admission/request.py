@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from siderolink.common.keys import PublicKey
 from siderolink.server.admission.rules import Basis, LinkLiveness
@@ -64,8 +64,7 @@ class JoinRequest:
         return bans_of(self.public_key, self.digest, self.node_uuid)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
+class Grant(NamedTuple):
     """The decision to admit a call."""
 
     machine: Machine

@@ -21,7 +21,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
 from siderolink.common.text import one_line, shared
-from siderolink.server.admission.policy import JoinPolicy, StoredFacts, decide
+from siderolink.server.admission.policy import JoinPolicy, decide
 from siderolink.server.admission.request import Allow, Authorize, Credentials, Deny, JoinRequest, Rejection, allow_all
 from siderolink.server.admission.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, parse_unique_token
 from siderolink.server.api.provision_codec import PlainRequest, encode_response
@@ -217,7 +217,7 @@ class ProvisionService:
             return credentials
         known = self._directory.known
         if not known.may_admit(join) and (unique is None or not known.has_unique_token(unique.digest)):
-            verdict = decide(self._policy, credentials, StoredFacts())
+            verdict = decide(self._policy, credentials)
             if isinstance(verdict, Rejection):
                 raise JoinRejectedError(verdict.reason, verdict.text)
         return credentials

@@ -265,8 +265,7 @@ class Directory:
         if link.claim is None:
             self._by_id[link.machine.id] = link
             self._count(link, 1)
-            source, link.source = link.source, None
-            self.set_source(link, source)
+            self.sources.replace(None, link.source)
         else:
             self.claims[link.claim.id] = link
             self._claims_of.setdefault(link.machine.id, []).append(link)

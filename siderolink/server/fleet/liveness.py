@@ -124,6 +124,8 @@ class Liveness:
 
     async def decide(self, transact: "Callable[[], Awaitable[T]]") -> T:
         """Run a transaction that calls `of`; if it needs another server's answer, query that and run it again."""
+        if self._owners is None:
+            return await transact()
         asked: set[str] = set()
         try:
             for _ in range(_MOST_ASKED):

@@ -18,13 +18,15 @@ class KeyedLocks:
         """`async with` this to hold the keys' locks, taken in the order given."""
         return _Hold(self, keys)
 
-    async def acquire(self, key: Hashable) -> None:
-        while key in self._held:
-            released = self._held[key]
-            if released is None:
-                released = self._held[key] = asyncio.Event()
-            await released.wait()
-        self._held[key] = None
+    def take(self, key: Hashable) -> asyncio.Event | None:
+        """Take a key's lock; or, if it is held, the event to await before the next try."""
+        if key not in self._held:
+            self._held[key] = None
+            return None
+        released = self._held[key]
+        if released is None:
+            released = self._held[key] = asyncio.Event()
+        return released
 
     def release(self, key: Hashable) -> None:
         released = self._held.pop(key)
@@ -43,7 +45,8 @@ class _Hold:
     async def __aenter__(self) -> None:
         try:
             for key in self._keys:
-                await self._locks.acquire(key)
+                while (released := self._locks.take(key)) is not None:
+                    await released.wait()
                 self._taken += 1
         except BaseException:
             self._release()
