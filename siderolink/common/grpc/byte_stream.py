@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpclib import GRPCError, Status
@@ -16,8 +16,11 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 
 log = logging.getLogger("siderolink")
 
-Receiver = Callable[[Sequence[memoryview]], None]
-"""Receives the next bytes, in pieces. The buffers may be reused after it returns. Raising Refused ends the stream."""
+Receiver = Callable[[Sequence[memoryview]], Iterator[None] | None]
+"""Receives the next bytes, in pieces. May return the work on them in steps, between which other work may be done.
+
+The buffers may be reused after it has returned and taken all steps. Raising Refused ends the stream.
+"""
 
 CONTENT_TYPE = "application/grpc"
 _HTTP_STATUS = {
@@ -113,7 +116,8 @@ class ByteStream:
             early, self._early = self._early, bytearray()
             self._release_early()
             flow, self._early_flow = self._early_flow, 0
-            self._deliver([memoryview(bytes(early))], flow)
+            for _ in self._deliver([memoryview(bytes(early))], flow):
+                pass
         if self._outcome.done():  # may be earlier than the first receiver: data received before the end is still delivered
             self._receiver = None
 
@@ -177,17 +181,21 @@ class ByteStream:
         if error is not None:
             raise error
 
-    def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> None:
+    def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> Iterator[None]:
         self._heard_at = asyncio.get_running_loop().time()
         size = sum(map(len, pieces))
         if not self._is_grpc:
             self._check_response()
         if self._receiver is not None or self._outcome.done():
-            self._deliver(pieces, size if flow else 0)
-            return
+            return self._deliver(pieces, size if flow else 0)
+        self._keep(pieces, size, size if flow else 0)
+        return iter(())
+
+    def _keep(self, pieces: Sequence[memoryview], size: int, flow: int) -> None:
+        """Keep bytes for the first receiver."""
         for piece in pieces:
             self._early += piece
-        self._early_flow += size if flow else 0
+        self._early_flow += flow
         if not self._connection.account.receive(size):
             self._finish(None)
             self.refuse(Refusal.CALL_MEMORY, "more data arrived than could be buffered", Status.RESOURCE_EXHAUSTED)
@@ -220,8 +228,10 @@ class ByteStream:
         for waker in wakers:
             waker()
 
-    def _deliver(self, pieces: Sequence[memoryview], flow: int) -> None:
-        if self._receiver is None:
+    def _deliver(self, pieces: Sequence[memoryview], flow: int) -> Iterator[None]:
+        """Pass bytes to the receiver. Its work may be interrupted wherever this yields."""
+        receiver = self._receiver
+        if receiver is None:
             # Dropped data must still be returned to the connection's window.
             self._raw.give_back(self._id, flow)
             return
@@ -234,7 +244,10 @@ class ByteStream:
         else:
             self._unacknowledged += flow
         try:
-            self._receiver(pieces)
+            for _ in receiver(pieces) or ():
+                yield
+                if self._receiver is not receiver:  # the stream has ended meanwhile
+                    return
         except Refused as refused:
             self.refuse(refused.refusal, refused.message)
         except Exception:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from siderolink.common.grpc import turns
 from siderolink.common.grpc.connection import Connection
@@ -11,9 +12,9 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 
 LONGEST_WAIT = 1.0
 """Maximum seconds that input waits before the source's account is asked again."""
-_CLOCK_EVERY = 64
-_CLOCK_BYTES = 32 * 1024
-"""Pieces, and bytes, of raw streams after which the clock is read; that many bytes contain some 800 datagrams at most."""
+_MOST_PIECES = 64
+_MOST_BYTES = 1 << 18
+"""Pieces, and bytes, of a raw stream that are delivered together; a longer piece is not divided."""
 _FREE_BYTES = 4096
 """Size of a read that is not charged while it waits for its turn."""
 
@@ -44,6 +45,10 @@ class Input:
         self._raw = connection.scanner.raw
         self._loop = asyncio.get_running_loop()
         self._pieces: Iterator[Piece] | None = None
+        self._steps: Iterator[None] = iter(())
+        """What is left of a stream's work on what was delivered to it."""
+        self._held: tuple[Piece, ...] = ()
+        """The piece that follows."""
         self._backlog: list[bytes] = []
         self._queued = 0
         self.is_paused = False
@@ -74,6 +79,7 @@ class Input:
     def stop(self) -> None:
         """Stop processing; the connection is lost."""
         self._pieces = None
+        self._steps, self._held = iter(()), ()
         self._backlog.clear()
         self.flooded = None
         self._fail = _ignore
@@ -157,15 +163,18 @@ class Input:
         """
         raw = self._connection.raw_streams
         now = self._loop.time()
+        if not self._work_on(until):
+            return False
+        held, self._held = self._held, ()
         sink_id = size = 0
         parts: list[memoryview] = []
-        for stream_id, piece, begun in pieces:
-            if parts and (stream_id != sink_id or len(parts) >= _CLOCK_EVERY or size >= _CLOCK_BYTES):
-                raw.feed(sink_id, parts)
+        for stream_id, piece, begun in chain(held, pieces):
+            if parts and (stream_id != sink_id or len(parts) >= _MOST_PIECES or size >= _MOST_BYTES):
+                self._steps = raw.feed(sink_id, parts)
                 parts, size = [], 0
-                now = self._loop.time()
-                if stream_id and now > until:
-                    raw.feed(stream_id, [piece])
+                is_done, now = self._work_on(until), self._loop.time()
+                if not is_done or now > until:
+                    self._held = ((stream_id, piece, begun),)
                     return False
             if stream_id:
                 sink_id = stream_id
@@ -181,7 +190,15 @@ class Input:
             if now > until:
                 return False
         if parts:
-            raw.feed(sink_id, parts)
+            self._steps = raw.feed(sink_id, parts)
+        return self._work_on(until)
+
+    def _work_on(self, until: float) -> bool:
+        """Let a stream process what was delivered to it. Returns False if the turn ends before."""
+        for _ in self._steps:
+            if self._loop.time() > until:
+                return False
+        self._steps = iter(())
         return True
 
     def _feed(self, piece: bytes, begun: Sequence[FrameHeader]) -> None:

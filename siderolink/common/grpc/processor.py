@@ -67,7 +67,8 @@ class Processor(EventsProcessor):
                 raise Refused(Refusal.PROTOCOL_ERROR, "DATA before the response headers")
             super().process_data_received(event)
             return
-        sink.feed([memoryview(event.data or b"")], flow=False)
+        for _ in sink.feed([memoryview(event.data or b"")], flow=False):
+            pass
         self.connection.ack(event.stream_id, event.flow_controlled_length or 0)
 
     def process_trailers_received(self, event: h2.events.TrailersReceived) -> None:

@@ -1,6 +1,6 @@
 """Streams whose bytes bypass the HTTP/2 engine: their windows and DATA frames."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from h2.connection import H2Connection
@@ -15,8 +15,11 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 class Sink(Protocol):
     """The consumer of a stream's raw bytes."""
 
-    def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> None:
-        """Receive DATA. With `flow`, the sink returns the window itself."""
+    def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> Iterator[None]:
+        """Receive DATA, which is processed as the result is iterated. With `flow`, the sink returns the window itself.
+
+        Other work may be done in between, but nothing may be fed until the iteration has ended.
+        """
 
     def ended(self) -> None:
         """The peer has half-closed the stream, or sent trailers."""
@@ -60,15 +63,15 @@ class RawStreams:
         for sink in tuple(self.sinks.values()):
             sink.wake()
 
-    def feed(self, stream_id: int, pieces: list[memoryview]) -> None:
-        """Deliver DATA that bypassed the engine. Raises Refused if it exceeds the connection's window."""
+    def feed(self, stream_id: int, pieces: list[memoryview]) -> Iterator[None]:
+        """Deliver DATA that bypassed the engine: see `Sink`. Raises Refused if it exceeds the connection's window."""
         size = sum(map(len, pieces))
         self.received(size)
         sink = self.sinks.get(stream_id)
         if sink is not None:
-            sink.feed(pieces, flow=True)
-        else:  # this side ended the stream in the middle of the frame
-            self.give_back(stream_id, size)
+            return sink.feed(pieces, flow=True)
+        self.give_back(stream_id, size)  # this side ended the stream in the middle of the frame
+        return iter(())
 
     def received(self, size: int) -> None:
         """Count DATA that bypassed the engine. Raises Refused if it exceeds the connection's window."""

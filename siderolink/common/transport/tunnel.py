@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 
 from siderolink.common.grpc import ByteStream, Status
@@ -15,6 +15,8 @@ QUEUE_BYTES = 256 * 1024
 """Default limit of bytes queued for a stream without room."""
 
 _AT_ONCE_BYTES = 16 * 1024
+_BATCHES_AT_ONCE = 32
+"""Received batches, such as datagrams unlike their neighbours, after which other work may be done."""
 
 
 class TunnelDrop(StrEnum):
@@ -219,9 +221,11 @@ async def carry(stream: ByteStream, path: TunnelPath, receive: Receive) -> None:
     """
     reader = TunnelReader()
 
-    def take(pieces: Sequence[memoryview]) -> None:
-        for batch in reader.feed(pieces):
+    def take(pieces: Sequence[memoryview]) -> Iterator[None]:
+        for number, batch in enumerate(reader.feed(pieces), 1):
             receive(batch, path)
+            if not number % _BATCHES_AT_ONCE:
+                yield
 
     stream.accept()
     stream.receive(take)

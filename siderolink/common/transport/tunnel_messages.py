@@ -30,6 +30,8 @@ _SHORTEST_DATAGRAM = 32
 """WireGuard's keepalive."""
 _SHORTEST_ROW = 128
 _LONGEST_ROW = 16_383
+_MOST_ROWS = 64
+"""Rows compared at once: enough for a super-packet, few enough that many short runs cost no more than their messages."""
 
 
 @dataclass(slots=True)
@@ -77,7 +79,10 @@ def encode(datagrams: Datagrams) -> list[MessageRun]:
 
 
 def _fill(data: memoryview, header: bytes, rows: int, stride: int) -> None:
-    """Write the header at the start of every row, one column at a time."""
+    """Write the header at the start of every row."""
+    if not stride % HEADROOM:
+        data[: rows * stride].cast("Q")[:: stride // HEADROOM] = memoryview(header * rows).cast("Q")
+        return
     end = (rows - 1) * stride + 1
     for column in range(HEADROOM):
         data[column : column + end : stride] = header[column : column + 1] * rows
@@ -172,10 +177,9 @@ def _headroom(head: bytes, total: int) -> int:
 
 def _run(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> tuple[Datagrams, int]:
     """The batch that begins at `start`, and its end: rows with the same header, and one shorter row after them."""
-    count, stop, headroom = 1, start + stride, len(head)
-    while end - stop >= stride and chunk[stop : stop + headroom] == head:
-        count += 1
-        stop += stride
+    headroom = len(head)
+    count = _alike(chunk, start, end, head, stride)
+    stop = start + count * stride
     tail = bytes(chunk[stop : stop + HEADROOM])
     if len(tail) == HEADROOM and not tail[0]:
         total = _PREFIX + int.from_bytes(tail[1:_PREFIX])
@@ -183,6 +187,28 @@ def _run(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> t
             count += 1
             stop += total
     return Datagrams(chunk[start:stop], count, stride, headroom), stop
+
+
+def _alike(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> int:
+    """How many messages from `start` on have the same header as the first."""
+    headroom, most, count = len(head), (end - start) // stride, 1
+    at = start + stride
+    while count < most and chunk[at : at + headroom] == head:
+        rows = 1
+        if headroom == HEADROOM and not stride % HEADROOM:
+            rows = _equal_rows(chunk[at : at + min(most - count, _MOST_ROWS) * stride], stride, head)
+        count += rows
+        at += rows * stride
+    return count
+
+
+def _equal_rows(data: memoryview, stride: int, head: bytes) -> int:
+    """How many rows of `data` begin with the eight bytes `head`, until one does not; the stride is a multiple of eight."""
+    column = data.cast("Q")[:: stride // HEADROOM].tobytes()
+    rows = len(column) // HEADROOM
+    if column == head * rows:
+        return rows
+    return next(row for row in range(rows) if not column.startswith(head, row * HEADROOM))
 
 
 def parse_peer_packet(message: memoryview) -> memoryview | None:

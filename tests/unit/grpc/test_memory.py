@@ -412,31 +412,6 @@ async def test_a_long_read_is_processed_in_several_turns(monkeypatch: pytest.Mon
         assert not server.refusals
 
 
-async def test_a_long_read_of_a_raw_stream_is_delivered_in_parts() -> None:
-    """Its datagrams may be short, and the clock is read between the parts."""
-    sizes = list[int]()
-    frames = 16
-
-    async def take(stream: ByteStream) -> None:
-        stream.accept()
-        stream.receive(lambda pieces: sizes.append(sum(map(len, pieces))))
-        await stream.wait_ended()
-
-    async with (
-        serve([ByteStreamService({ECHO: take})], host="127.0.0.1") as server,
-        RawPeer.greeted(server.port) as peer,
-    ):
-        call = peer.request(ECHO)
-        peer.send(call)
-        while not isinstance(await peer.frame(), HeadersFrame):
-            pass
-        peer.send(*[data(call.stream_id, bytes(16_384))] * frames)
-        with anyio.fail_after(20):
-            while sum(sizes) < frames * 16_384:
-                await anyio.sleep(0.01)
-        assert max(sizes) <= 3 * 16_384
-
-
 def test_a_source_that_takes_most_of_a_busy_processor_waits() -> None:
     budget = CallBudget(Limits())
     now, waited = 100.0, dict.fromkeys("ab", 0.0)

@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
@@ -13,7 +13,7 @@ from grpclib.const import Handler as MethodHandler
 from grpclib.server import Stream
 from hyperframe.frame import DataFrame, HeadersFrame, RstStreamFrame
 
-from siderolink.common.grpc import ByteStreamService, Limits, Refusal, Servable, serve
+from siderolink.common.grpc import ByteStream, ByteStreamService, Limits, Refusal, Servable, serve
 from siderolink.common.grpc.accounts import CallBudget
 from siderolink.common.grpc.connection import Connection, H2Stream
 from siderolink.common.grpc.messages import MessageBuffer
@@ -351,3 +351,44 @@ async def test_an_ended_connection_leaves_no_reference_cycle(leave: Callable[[Ra
             gc.garbage.clear()
             gc.enable()
     assert not left
+
+
+async def test_a_raw_stream_that_takes_long_lets_others_work_and_keeps_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a time slice of zero, each step of the receiver has its own turn, and what follows waits for the last one."""
+    monkeypatch.setattr("siderolink.common.grpc.turns.TURN_SECONDS", -1.0)
+    steps, frames, turns = list[tuple[int, int]](), 16, [0]
+    ended = asyncio.Event()
+
+    def receive(pieces: Sequence[memoryview]) -> Iterator[None]:
+        for piece in pieces:
+            for part in range(3):
+                steps.append((piece[0] * 3 + part, turns[0]))
+                yield
+
+    async def take(stream: ByteStream) -> None:
+        stream.accept()
+        stream.receive(receive)
+        await stream.wait_ended()
+        ended.set()
+
+    async def count_turns() -> None:
+        while True:
+            turns[0] += 1
+            await asyncio.sleep(0)
+
+    async with (
+        serve([ByteStreamService({ECHO: take})], host="127.0.0.1") as server,
+        RawPeer.greeted(server.port) as peer,
+    ):
+        call = peer.request(ECHO)
+        peer.send(call)
+        while not isinstance(await peer.frame(), HeadersFrame):
+            pass
+        counting = asyncio.create_task(count_turns())
+        peer.send(*(data(call.stream_id, bytes((number,)) * 1024) for number in range(frames)))
+        peer.send(data(call.stream_id, b"", end=True))
+        with anyio.fail_after(20):
+            await ended.wait()
+        counting.cancel()
+    assert [step for step, _ in steps] == list(range(3 * frames))
+    assert len({turn for _, turn in steps}) == len(steps)

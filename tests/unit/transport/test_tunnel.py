@@ -1,6 +1,7 @@
 """The tunnel as a path: batches through a real stream, queueing, drops, and the end of a stream."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -46,6 +47,9 @@ class Inbox:
 
     def receive(self, datagrams: Datagrams, path: Path) -> None:
         self.batches.append(datagrams.count)
+        self.keep(datagrams)
+
+    def keep(self, datagrams: Datagrams) -> None:
         self.datagrams += [bytes(datagrams.row(index)) for index in range(datagrams.count)]
         self._changed.set()
 
@@ -129,6 +133,36 @@ async def test_small_batches_of_one_turn_share_a_frame() -> None:
             path.send(batch(1312, 1))
         await end.inbox.until(10)
         assert end.inbox.batches == [10]
+
+
+async def test_datagrams_unlike_their_neighbours_do_not_hold_others_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a time slice of zero, no turn of the loop processes more than 32 batches."""
+    monkeypatch.setattr("siderolink.common.grpc.turns.TURN_SECONDS", -1.0)
+    sizes, turn, batches = [32 + index % 64 for index in range(1000)], 0, list[int]()
+
+    def receive(inbox: Inbox, datagrams: Datagrams, _: Path) -> None:
+        batches.append(turn)
+        inbox.keep(datagrams)
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Inbox, "receive", receive)
+    async with tunnel_server() as (server, end), tunnel_client(server) as stream:
+        here = TunnelPath(stream, NAME)
+        here.send(batch(32, 1))
+        await end.inbox.until(1)
+        counting = asyncio.create_task(count_turns())
+        for size in sizes:
+            here.send(batch(size, 1))
+        await end.inbox.until(1 + len(sizes))
+        counting.cancel()
+    assert [len(datagram) for datagram in end.inbox.datagrams[1:]] == sizes
+    assert len(batches) > 900
+    assert max(Counter(batches).values()) <= 32
 
 
 async def test_streams_that_end_in_full_flow_leave_the_connection_its_window() -> None:

@@ -83,6 +83,23 @@ def test_a_run_cut_by_a_frame_goes_on_as_one_batch() -> None:
     assert [batch.count for batch in reader.feed([wire])] == [12], "nothing was left over"
 
 
+@given(
+    runs=st.lists(st.tuples(st.sampled_from([112, 136, 137, 144, 1312]), st.integers(1, 150)), min_size=1, max_size=4),
+    step=st.sampled_from([None, 1320, 50_000]),
+)
+@example(runs=[(136, 64), (144, 65), (136, 66)], step=None)
+@example(runs=[(1312, 150), (137, 1)], step=50_000)
+def test_runs_of_any_number_of_rows_are_told_apart(runs: list[tuple[int, int]], step: int | None) -> None:
+    batches = [batch_of(size, count, size) for size, count in runs]
+    sent = [row for batch in batches for row in rows(batch)]
+    wire = b"".join(bytes(run.data) for batch in batches for run in encode(batch))
+    assert read(wire, step) == sent
+    if step is None:
+        found = list(TunnelReader().feed([memoryview(wire)]))
+        assert len(found) <= len(runs)
+        assert all(len(set(map(len, rows(batch)[:-1]))) <= 1 for batch in found)
+
+
 def test_a_length_of_one_byte_makes_a_batch_and_one_of_three_comes_singly() -> None:
     wire = b"".join(message_header(size) + datagram(size) for size in (100, 100, 90, 200, 20_000))
     batches = list(TunnelReader().feed([memoryview(wire)]))
