@@ -1,5 +1,6 @@
 """A copy of the server's machines in this process: followed at the server, searched and sorted here."""
 
+import heapq
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.newest_dict import NewestDict
+from siderolink.common.parted_dict import PartedDict
 from siderolink.common.pb.siderolink.admin.v1 import (
     FollowMachinesRequest,
     LinkChange,
@@ -18,7 +20,6 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     MachinesPart,
 )
 from siderolink.common.selection import Selector, is_of_version, version_order
-from siderolink.common.tasks import in_parts
 from siderolink.web.api import ApiError, Caller, ServerAwayError, explained
 
 log = logging.getLogger(__name__)
@@ -97,8 +98,8 @@ class MachineRows:
         """`caller` gives credentials to follow by, while somebody is signed in; `may_go_on` tells whether they still count."""
         self._caller = caller
         self._may_go_on = may_go_on
-        self._rows: dict[str, Row] = {}
-        self._coming: dict[str, Row] | None = {}
+        self._rows: PartedDict[str, Row] = PartedDict()
+        self._coming: PartedDict[str, Row] | None = PartedDict()
         """The incomplete first list; None once it is complete."""
         self._stamp = 0
         self._problem = ""
@@ -143,7 +144,7 @@ class MachineRows:
         return False
 
     def _begin_again(self) -> None:
-        self._coming = {}
+        self._coming = PartedDict()
         if self._whole.is_set():
             self._whole = anyio.Event()
 
@@ -197,14 +198,19 @@ class MachineRows:
         return mine.rows
 
     async def _sorted(self, query: Query, selector: Selector | None) -> Sequence[Row]:
-        order = ORDERS[query.sort.removeprefix("-")]
-        taken: list[tuple[float | str, str, Row]] = []
-        for part in in_parts(self._rows.values(), _AT_ONCE):
-            taken += [(order(row.machine), row.machine.id, row) for row in part if _matches(query, selector, row)]
+        """Sorted part by part, then merged, so that other tasks run in between."""
+        order, is_descending = ORDERS[query.sort.removeprefix("-")], query.sort.startswith("-")
+        parts: list[list[tuple[float | str, str, Row]]] = []
+        for part in self._rows.parts(_AT_ONCE):
+            taken = ((order(row.machine), row.machine.id, row) for row in part if _matches(query, selector, row))
+            parts.append(sorted(taken, reverse=is_descending))  # ids differ, so rows are never compared
             await checkpoint()
-        taken.sort(reverse=query.sort.startswith("-"))  # ids differ, so rows are never compared
-        await checkpoint()
-        return [row for _, _, row in taken]
+        found: list[Row] = []
+        for _, _, row in heapq.merge(*parts, reverse=is_descending):
+            found.append(row)
+            if len(found) % _AT_ONCE == 0:
+                await checkpoint()
+        return found
 
 
 def _apply(machine: Machine, change: LinkChange) -> None:
