@@ -67,12 +67,12 @@ class LogHandler(logging.Handler):
         if record.levelno > logging.DEBUG and not self._sampler.admit(kind, burst, getattr(record, "event", record.name)):
             return
         try:
-            record.msg, record.args = one_line(record.getMessage(), limit=MESSAGE_LIMIT), None
+            record.msg, record.args = _clean(record.getMessage(), MESSAGE_LIMIT), None
         except Exception as error:  # a faulty log call must not break its caller
             record.msg, record.args = f"a record could not be formatted: {type(error).__name__}", None
         if record.exc_info:
             # formatted now: the traceback's objects may be large, or may change
-            failure = "".join(traceback.format_exception(*record.exc_info))[-TRACEBACK_LIMIT:]
+            failure = _masked("".join(traceback.format_exception(*record.exc_info)))[-TRACEBACK_LIMIT:]
             record.exc_info = record.exc_text = None
             setattr(record, _TRACEBACK, failure)
         self._writer.put(record, 512 + len(record.msg) + len(getattr(record, _TRACEBACK, "")))
@@ -234,7 +234,15 @@ def _mask(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping
 
 
 def _clean(text: str, limit: int) -> str:
-    return one_line(_JOIN_TOKEN.sub(r"\1…", text), secrets=tuple(_secrets), limit=limit)
+    return one_line(_masked(text), limit=limit)
+
+
+def _masked(text: str) -> str:
+    """Before anything is cut off: the rest of a secret would not be recognised."""
+    text = _JOIN_TOKEN.sub(r"\1…", text)
+    for secret in tuple(_secrets):
+        text = text.replace(secret, "…")
+    return text
 
 
 def _render_text(_: object, __: str, event: MutableMapping[str, Any]) -> str:

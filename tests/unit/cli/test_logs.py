@@ -270,6 +270,21 @@ def test_secrets_are_masked_wherever_they_stand() -> None:
     assert "grpc_tunnel=true" in text
 
 
+def test_a_secret_that_a_limit_cuts_leaves_no_part() -> None:
+    logs.hide(SECRET)
+    with logging_to_pipe(as_json=False) as written:
+        for inside in range(4, len(SECRET)):
+            logs.log_event("one", "x" * (logs.MESSAGE_LIMIT - inside) + SECRET)
+            try:
+                raise ValueError(SECRET + "x" * (logs.TRACEBACK_LIMIT - 1 - inside))
+            except ValueError:
+                logging.getLogger("siderolink").exception("failed")
+        text = written().decode()
+    assert text.count("one: x") == text.count("error: failed") == len(SECRET) - 4
+    assert SECRET[:4] not in text
+    assert SECRET[-4:] not in text
+
+
 HOSTILE = ["\x1b[2J\x1b]0;owned\x07", "a\nb level=error", "\u202eevil", "\ud800", "\u2028", "x" * 100_000, "\x00", "🙂", ""]
 
 
