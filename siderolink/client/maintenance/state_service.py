@@ -1,5 +1,7 @@
 """cosi.resource.State: reading the machine's resources. Only admins read sensitive ones."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio.lowlevel
@@ -25,6 +27,8 @@ from siderolink.common.grpc import CallLimits
 from siderolink.common.pb.cosi import resource as pb
 from siderolink.common.text import one_line
 
+MakeEvent = Callable[[], pb.Event | None]
+"""Makes an event of a watch; None if the watch does not select it."""
 R = TypeVar("R", pb.GetRequest, pb.ListRequest, pb.WatchRequest)
 
 SERVICE = "cosi.resource.State"
@@ -88,8 +92,7 @@ class StateService:
         try:
             beginning = self._beginning(request, options, resource_type, selection)
             await stream.send_message(pb.WatchResponse())
-            for events in [beginning] if options.aggregated else [[event] for event in beginning]:
-                await stream.send_message(pb.WatchResponse(event=events))
+            await _send_beginning(stream, beginning, in_one=options.aggregated)
             await _send_changes(stream, watch, selection, self._store.history(resource_type, request.namespace))
         finally:
             self._store.unwatch(watch)
@@ -97,32 +100,33 @@ class StateService:
 
     def _beginning(
         self, request: pb.WatchRequest, options: pb.WatchOptions, resource_type: ResourceType, selection: Selection
-    ) -> list[pb.Event]:
+    ) -> list[MakeEvent]:
         """The first events of a watch: present contents or past changes, as requested."""
         history = self._store.history(resource_type, request.namespace)
         past = _past(request, options, history)
+        none = _tombstone(resource_type, request)
+        events: list[MakeEvent]
         if past is not None:
-            events = [event for change in past if (event := _changed(change, selection, history)) is not None]
+            events = [partial(_changed, change, selection, history) for change in past]
         elif request.id is not None:
             found = self._store.get(resource_type, request.id, request.namespace)
-            events = [
-                _created(found) if found is not None else _event(pb.EventType.DESTROYED, _tombstone(resource_type, request))
-            ]
+            events = [partial(_event, pb.EventType.DESTROYED, none) if found is None else partial(_created, found)]
         else:
             events = self._contents(request, options, resource_type, selection)
         if options.bootstrap_bookmark and request.id is None:
-            events.append(_event(pb.EventType.NOOP, _tombstone(resource_type, request), history.bookmark()))
+            events.append(partial(_event, pb.EventType.NOOP, none, history.bookmark()))
         return events
 
     def _contents(
         self, request: pb.WatchRequest, options: pb.WatchOptions, resource_type: ResourceType, selection: Selection
-    ) -> list[pb.Event]:
+    ) -> list[MakeEvent]:
         if not options.bootstrap_contents:
             return []
-        events = [_created(found) for found in self._store.list(resource_type, request.namespace) if selection.holds(found)]
+        found = self._store.list(resource_type, request.namespace)
+        events: list[MakeEvent] = [partial(_created, one, selection) for one in found]
         if request.api_version >= 1:
             mark = self._store.history(resource_type, request.namespace).bookmark()
-            events.append(_event(pb.EventType.BOOTSTRAPPED, _tombstone(resource_type, request), mark))
+            events.append(partial(_event, pb.EventType.BOOTSTRAPPED, _tombstone(resource_type, request), mark))
         return events
 
     def _permitted(self, stream: Stream[Any, Any], request: pb.GetRequest | pb.ListRequest | pb.WatchRequest) -> ResourceType:
@@ -164,6 +168,20 @@ def _past(request: pb.WatchRequest, options: pb.WatchOptions, history: RecentCha
     return [change for change in changes if request.id in (None, change.resource.id)]
 
 
+async def _send_beginning(stream: Stream[pb.WatchRequest, Any], beginning: Iterable[MakeEvent], *, in_one: bool) -> None:
+    """Send the first events, one by one or all in one message. Each is made in a turn of its own: there may be thousands."""
+    parts: list[bytes] = []
+    for make in beginning:
+        event = make()
+        if event is not None and in_one:
+            parts.append(bytes(pb.WatchResponse(event=[event])))  # concatenated, these are one message
+        elif event is not None:
+            await stream.send_message(pb.WatchResponse(event=[event]))
+        await anyio.lowlevel.checkpoint()
+    if in_one:
+        await stream.send_message(b"".join(parts))
+
+
 async def _send_changes(
     stream: Stream[pb.WatchRequest, pb.WatchResponse], watch: Watch, selection: Selection, history: RecentChanges
 ) -> None:
@@ -195,7 +213,10 @@ def message_of(found: Resource) -> pb.Resource:
     return pb.Resource(metadata=metadata, spec=pb.Spec(proto_spec=found.spec.proto, yaml_spec=found.spec.yaml()))
 
 
-def _created(found: Resource) -> pb.Event:
+def _created(found: Resource, selection: Selection | None = None) -> pb.Event | None:
+    """A resource as an event for a watcher of a selection, or None if it is not selected."""
+    if selection is not None and not selection.holds(found):
+        return None
     return _event(pb.EventType.CREATED, message_of(found))
 
 

@@ -1,10 +1,13 @@
 """Information about the host: the firmware's table, the kernel's files, and notified changes of both."""
 
+import errno
 import json
 import os
+import select
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -17,6 +20,7 @@ from siderolink.client.maintenance.resources import ResourceStore, host
 from siderolink.client.maintenance.resources.definitions import HOSTNAME_STATUS, LINK_STATUS, SECURITY_STATE
 from siderolink.client.maintenance.resources.network import RouteFacts, route_status
 from siderolink.common.pb import storage
+from siderolink.common.tasks import background_tasks
 
 
 def structure(kind: int, area: bytes, *strings: str) -> bytes:
@@ -193,6 +197,34 @@ async def test_an_unreadable_part_of_the_host_affects_nothing_else(
         assert store.get(HOSTNAME_STATUS, "hostname") is not None
         assert store.list(LINK_STATUS)
         tasks.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+async def test_a_host_without_descriptors_loses_none_by_following_its_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = 0
+
+    def epoll() -> select.epoll:
+        nonlocal tried
+        tried += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def held() -> int:
+        """Files of the host's name that are open."""
+        names = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+        return sum(os.path.realpath(name) == str(host.HOSTNAME) for name in names)
+
+    monkeypatch.setattr(select, "epoll", epoll)
+    monkeypatch.setattr(host, "_RETRY_SECONDS", 0.001)
+    store = ResourceStore()
+    async with background_tasks() as tasks:
+        await tasks.start(partial(host.keep_host_resources, store, node_uuid=""))
+        with anyio.fail_after(60):
+            while tried < 5:
+                await anyio.sleep(0.001)
+        assert held() == 0
+    assert "cannot follow the host's name" in caplog.text
 
 
 @pytest.mark.anyio

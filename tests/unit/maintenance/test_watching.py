@@ -10,6 +10,7 @@ import pytest
 from siderolink.client.maintenance import MaintenanceApi, ResourceSpec, state_service
 from siderolink.common.pb.cosi import resource as cosi
 from tests.support.machine_api import STATE, MachineClient, status_of
+from tests.support.turns import counting_turns
 from tests.unit.maintenance.test_api import WIDGET, ask, kinds, serving, watched
 
 pytestmark = pytest.mark.anyio
@@ -58,6 +59,23 @@ async def test_a_watch_goes_on_where_another_ended() -> None:
         assert last == destroyed
         _, [last] = await ask(api, partial(watched, count=2, options=cosi.WatchOptions(tail_events=1), id="one"))
         assert last == destroyed
+
+
+@pytest.mark.parametrize("is_aggregated", [False, True])
+async def test_the_contents_of_a_watch_are_made_in_many_turns(is_aggregated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host may have thousands of addresses and routes, and its WireGuard runs on the same loop."""
+    count = 300
+    async with serving() as api, counting_turns() as turns:
+        api.resources.define(WIDGET)
+        for number in range(count):
+            api.resources.put(WIDGET, f"{number:03}", ResourceSpec(b"", {"size": number}))
+        monkeypatch.setattr(state_service, "message_of", turns.counted(state_service.message_of))
+        options = cosi.WatchOptions(bootstrap_contents=True, aggregated=is_aggregated)
+        answers = 2 if is_aggregated else 1 + count
+        _, *found = await ask(api, partial(watched, count=answers, options=options))
+        assert [event.resource.metadata.id for events in found for event in events] == [f"{n:03}" for n in range(count)]
+    assert turns.total == count
+    assert turns.most <= 4
 
 
 async def test_watches_are_bounded_in_number_and_end_with_their_callers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,10 @@ Netlink reports links, addresses and routes; the kernel's device events report d
 
 import asyncio
 import logging
-import os
 import select
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -227,22 +226,19 @@ def _drain(messages: socket.socket, changed: asyncio.Event) -> None:
 async def _hostname_changes(changed: asyncio.Event) -> AsyncIterator[None]:
     """The file is always readable, so wait for its exceptional condition with a separate epoll."""
     loop = asyncio.get_running_loop()
-    try:
-        fd = os.open(HOSTNAME, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        yield
-        return
-    poller = select.epoll()
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(HOSTNAME.open("rb", buffering=0))
+        except OSError:
+            yield
+            return
+        poller = stack.enter_context(select.epoll())
 
-    def on_change() -> None:
-        poller.poll(0)  # may be empty: the event loop's own poll has consumed the event
-        changed.set()
+        def on_change() -> None:
+            poller.poll(0)  # may be empty: the event loop's own poll has consumed the event
+            changed.set()
 
-    try:
-        poller.register(fd, select.EPOLLPRI)
+        poller.register(file, select.EPOLLPRI)
         loop.add_reader(poller.fileno(), on_change)
+        stack.callback(loop.remove_reader, poller.fileno())
         yield
-    finally:
-        loop.remove_reader(poller.fileno())
-        poller.close()
-        os.close(fd)
