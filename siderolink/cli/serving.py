@@ -8,12 +8,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import anyio
+import anyio.to_thread
 
 from siderolink.cli.logs import hide, log_event
 from siderolink.cli.options import default_state
 from siderolink.cli.secret import read_secret
 from siderolink.common.errors import ConfigurationError, SideroLinkError
-from siderolink.common.tasks import background_tasks, keep_running
+from siderolink.common.tasks import background_tasks, keep_running, to_its_end
 from siderolink.server import EventStream, Server, Store
 from siderolink.server.store import ServerKeyChanged
 from siderolink.server.store.sealing import GivenKey, KeyFile, StateKey, parse_key
@@ -156,7 +157,8 @@ class Serving:
             if self._between is not None:
                 between, self._between = self._between, None
                 try:
-                    between()
+                    # the control socket, the page and the watchdog go on meanwhile
+                    await to_its_end(anyio.to_thread.run_sync(between))
                 except OSError as error:
                     self._failure = error
 

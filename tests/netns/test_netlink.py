@@ -1,6 +1,7 @@
 """Live events of a network namespace's links, addresses and routes, from a real kernel."""
 
 import socket
+import threading
 from collections.abc import Callable
 from ipaddress import ip_address, ip_network
 
@@ -126,6 +127,33 @@ def test_many_routes_are_read_in_parts_and_no_more_than_the_most(monkeypatch: py
             return len(network.routes), network.is_complete
 
         assert anyio.run(count_all) == (100, False)
+
+
+def test_many_links_and_routes_are_compared_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hash of one takes microseconds, and WireGuard may run on the loop."""
+    hashed = set[threading.Thread]()
+    hash_of = Route.__hash__
+
+    def note(self: Route) -> int:
+        hashed.add(threading.current_thread())
+        return hash_of(self)
+
+    async def work() -> None:
+        heard = Follower()
+        async with background_tasks() as tasks:
+            tasks.start_soon(follow_network, heard)
+            await heard.until(lambda network: names(network) == {"lo"})
+            namespace.run(["ip", "link", "set", "lo", "up"])
+            await heard.until(lambda network: any(link.is_up for link in network.links.values()))
+        found.append(threading.current_thread() in hashed)
+
+    found: list[bool] = []
+    with Namespace("compare") as namespace, namespace.portal() as portal:
+        with monkeypatch.context() as patched:
+            patched.setattr(Route, "__hash__", note)
+            portal.call(work)
+    assert found == [False]
+    assert hashed
 
 
 def test_a_missing_namespace_is_refused() -> None:

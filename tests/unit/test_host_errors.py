@@ -89,7 +89,7 @@ async def test_netlink_without_descriptors_leaves_no_open_loop(capfd: pytest.Cap
                 held.append(os.open(os.devnull, os.O_RDONLY))
         os.close(held.pop())
         with pytest.raises(HostError, match="too many files open"):
-            await run_netlink(work, in_thread=True)
+            await run_netlink(work)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for descriptor in held:

@@ -5,11 +5,13 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import IPv6Address, IPv6Interface
 from pathlib import Path
 from typing import Literal
 
 import anyio
+import anyio.to_thread
 
 from siderolink.client.link.events import ConnectionState, LinkEvent
 from siderolink.client.link.host import Host
@@ -236,14 +238,18 @@ async def connect(
         raise ConfigurationError("give either tls or ca_file, not both")
     url = JoinURL.parse(url) if isinstance(url, str) else url
     folder = None if identity is None else Path(identity)
-    node_uuid = machine_identity(uuid) if uuid is not None else machine_uuid(folder=folder)
+    node_uuid = (
+        machine_identity(uuid) if uuid is not None else await anyio.to_thread.run_sync(partial(machine_uuid, folder=folder))
+    )
+    if url.tls and tls is None:
+        tls = await anyio.to_thread.run_sync(_roots, ca_file)
     options = LinkOptions(
         url=url,
         machine=NodeInfo(uuid=node_uuid, unique_token=unique_token, version=talos_version),
         interface=interface,
         device=device,
         namespace=namespace,
-        tls=_roots(ca_file) if url.tls and tls is None else tls,
+        tls=tls,
         private_key=private_key,
         fallback_tunnel=fallback_tunnel,
         retry_first=not wait,

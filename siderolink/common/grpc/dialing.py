@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import cast
 
+import anyio.to_thread
 from aiohappyeyeballs import start_connection
 
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
@@ -163,7 +164,7 @@ class _ConnectAnswer(asyncio.Protocol):
 async def _connect_by_http(proxy: Proxy, sock: socket.socket, host: str, port: int) -> tuple[asyncio.Transport, bytes]:
     """Request a connection to the server from the proxy at the other end of `sock`. Raises ServerUnreachableError, OSError."""
     try:
-        context = proxy_tls() if proxy.scheme == "https" else None
+        context = await anyio.to_thread.run_sync(proxy_tls) if proxy.scheme == "https" else None
         transport, answer = await asyncio.get_running_loop().create_connection(
             _ConnectAnswer, sock=sock, ssl=context, server_hostname=proxy.host if context else None
         )

@@ -69,7 +69,7 @@ async def configure_interface(
                     raise AddressInUseError("the UDP port is in use: choose another, or 0 for any") from error
                 raise explain(error, name, "configure the interface") from error
 
-    await run_netlink(work, namespace, in_thread=True)
+    await run_netlink(work, namespace)
 
 
 def enable_ipv6(name: str) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Final, Never
 
 import anyio
+import anyio.to_thread
 
 from siderolink.common.netlink.messages import ERROR, Message, error_of
 from siderolink.common.netlink.namespaces import call_in
@@ -238,7 +239,7 @@ async def follow_network(
         is_first = True
         while True:
             now = await read_network(namespace, routes=routes)
-            update = _compare(before, now)
+            update = await anyio.to_thread.run_sync(_compare, before, now)  # each comparison of a route takes microseconds
             if is_first or update.added or update.removed:
                 on_update(update)
             before, is_first = now, False

@@ -51,19 +51,14 @@ def _enter(namespace: str) -> None:
         os.close(inside)
 
 
-async def run_netlink(
-    work: Callable[[], Coroutine[Any, Any, T]], namespace: str | None = None, *, in_thread: bool = False
-) -> T:
+async def run_netlink(work: Callable[[], Coroutine[Any, Any, T]], namespace: str | None = None) -> T:
     """Run pyroute2 work, in a network namespace if one is given; cancellation waits for it to end.
 
-    The kernel blocks the caller while it carries out a request; `in_thread` keeps the event loop responsive during requests
-    that may take long.
-
-    uvloop does not accept pyroute2's netlink sockets, so there the work gets a thread with an asyncio loop of its own. It is a
-    new thread each time, because a new thread starts in the caller's network namespace and a pooled one might be in another.
+    It gets a thread with an asyncio loop of its own: the kernel blocks the caller while it carries out a request and while
+    others change interfaces, and a dump of a host with many interfaces takes long to parse. Also, uvloop does not accept
+    pyroute2's sockets. It is a new thread each time, because a new thread starts in the caller's network namespace and a pooled
+    one might be in another.
     """
-    if namespace is None and not in_thread and isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
-        return await work()
     done: Future[T] = Future()
 
     def run() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, TypeVar
 
+import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.netlink.kinds import KindFacts, parse_kind
@@ -312,8 +313,12 @@ async def read_network(namespace: str | None = None, *, routes: bool = True) -> 
         links = await reader.dump(GETLINK, link_request(0, attribute(29, _long(_NO_STATISTICS))), parse_link)
         addresses = await reader.dump(_GETADDR, bytes(_IFADDR.size), parse_address)
         entries = await reader.dump(GETROUTE, bytes(RTMSG.size), _parse_entry) if routes else []
-    by_index = {link.index: link for link in links}
-    return HostNetwork(by_index, frozenset(addresses), frozenset(entries), reader.is_complete, reader.seconds)
+
+    def network() -> HostNetwork:
+        by_index = {link.index: link for link in links}
+        return HostNetwork(by_index, frozenset(addresses), frozenset(entries), reader.is_complete, reader.seconds)
+
+    return await anyio.to_thread.run_sync(network)  # there may be thousands, and each hash takes microseconds
 
 
 class _Reader:

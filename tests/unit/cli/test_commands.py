@@ -7,10 +7,13 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from ipaddress import IPv6Interface
 from pathlib import Path
+from typing import Self, cast
 
+import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
@@ -27,8 +30,9 @@ from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.common.grpc import GRPCError, Status, open_channel
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.control import ControlStub, Event, EventsRequest, Peer, Reports, StatusResponse
-from siderolink.common.tasks import keep_running
-from siderolink.server import Server
+from siderolink.common.tasks import background_tasks, keep_running
+from siderolink.server import EventStream, Server
+from siderolink.server.events import EventHub
 
 KEY = PrivateKey.generate().public_key()
 STATUS = StatusResponse(
@@ -247,6 +251,40 @@ async def test_a_server_that_is_starting_says_so_and_logs_nothing(
     assert not [record for record in caplog.records if record.levelname != "DEBUG"]
     show_all([answer], nothing_runs=False)
     assert capsys.readouterr().out == "siderolink: server, starting\n"
+
+
+class IdleServer:
+    """A server that only runs."""
+
+    def events(self) -> EventStream:
+        return EventHub().subscribe()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.anyio
+async def test_others_run_while_a_state_is_replaced() -> None:
+    """A large state takes long to copy, and the watchdog of systemd does not wait."""
+    loop, went_on, found = asyncio.get_running_loop(), threading.Event(), list[bool]()
+
+    async def run_beside(*_: object) -> None:
+        await anyio.sleep_forever()
+
+    def replace_files() -> None:
+        loop.call_soon_threadsafe(went_on.set)
+        found.append(went_on.wait(20))
+
+    serving = Serving(lambda _: cast("Server", IdleServer()), None, run_beside)
+    async with background_tasks() as tasks:
+        tasks.start_soon(serving.run)
+        while not serving.is_running:
+            await checkpoint()
+        await serving.replace(replace_files)
+    assert found == [True]
 
 
 class Crowd:

@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import socket
 import ssl
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,32 @@ async def test_of_two_dials_that_finish_in_one_turn_one_socket_is_closed(monkeyp
         with await connect("two.test", 1, 60) as kept:
             assert len(dialled) == 2
             assert [sock.fileno() for sock in dialled if sock is not kept] == [-1]
+
+
+async def test_roots_are_loaded_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSL takes tens of milliseconds for those of a system."""
+    loaded: list[threading.Thread] = []
+    create = ssl.create_default_context
+
+    def create_default_context(*args: Any, **kwargs: Any) -> ssl.SSLContext:
+        loaded.append(threading.current_thread())
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr("siderolink.common.grpc.tls.ssl.create_default_context", create_default_context)
+    async with open_channel("a.test", 1, True):
+        pass
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        monkeypatch.setenv("https_proxy", f"https://127.0.0.1:{listening.getsockname()[1]}")
+        async with open_channel("a.test", 1, limits=Limits(connect_timeout=60.0)) as channel:
+            connecting = asyncio.ensure_future(channel.connect())
+            proxy, _ = await asyncio.get_running_loop().sock_accept(listening)
+            with proxy:
+                assert await asyncio.get_running_loop().sock_recv(proxy, 1), "its first TLS message"
+                connecting.cancel()
+                await asyncio.wait([connecting])
+    assert len(loaded) == 2
+    assert threading.main_thread() not in loaded
 
 
 async def test_a_lookup_may_take_most_of_the_time_limit_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ async def remove_leftovers(name: str, namespace: str | None) -> None:
         return  # another program's
     with hold_name(name, namespace):
         if found is not None:
-            await run_netlink(partial(_delete, found[0]), namespace, in_thread=True)
+            await run_netlink(partial(_delete, found[0]), namespace)
         await remove_leftover_rules(name, namespace)
 
 
@@ -81,8 +81,7 @@ async def remove(interface: KernelInterface) -> None:
     """Remove it, even when cancelled. Ignores a missing interface."""
     with anyio.CancelScope(shield=True):
         try:
-            # with thousands of peers this takes the kernel seconds
-            await run_netlink(partial(_delete, interface.index), interface.namespace, in_thread=True)
+            await run_netlink(partial(_delete, interface.index), interface.namespace)
         except NetlinkError as error:
             if error.code != errno.ENODEV:
                 raise DeviceError(f"the interface {interface.name} cannot be removed: {error.args[-1]}") from error
@@ -127,7 +126,7 @@ async def _make(config: DeviceConfig) -> KernelInterface:
             raise InterfaceInUseError(f"the interface {name} already exists: remove it, or choose another name")
         if config.keep:
             return KernelInterface(name, namespace, index, True)
-        await run_netlink(partial(_delete, index), namespace, in_thread=True)
+        await run_netlink(partial(_delete, index), namespace)
     try:
         await _create(name, namespace, config.mtu)
         index = await run_netlink(partial(_mark, name), namespace)
