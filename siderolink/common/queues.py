@@ -22,9 +22,12 @@ from typing import Generic, Self, TypeVar
 from weakref import ref
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 T = TypeVar("T")
 
+_AT_ONCE = 32
+"""Waiting items that a reader gets before other tasks run: it may await nothing else."""
 Lost = Callable[[int], T]
 """Creates the item that reports the number of lost items to a reader."""
 
@@ -58,6 +61,8 @@ class Subscription(AsyncIterator[T]):
         self._overflow = overflow
         self._size = 0
         self._lost = 0
+        self._taken = 0
+        """Items that the iteration has returned since other tasks last ran."""
         self._reader: asyncio.Future[None] | None = None
         """Awaited by the reader while nothing is queued."""
         self._ended = False
@@ -94,12 +99,17 @@ class Subscription(AsyncIterator[T]):
         return self
 
     async def __anext__(self) -> T:
+        if self._taken == _AT_ONCE:
+            self._taken = 0
+            await checkpoint()
+        self._taken += 1
         while True:
             if self._lost and self._lost_item is not None:
                 lost, self._lost = self._lost, 0
                 return self._lost_item(lost)
             if self._waiting:
                 return self._pop()
+            self._taken = 1
             if not await self.wait():
                 raise StopAsyncIteration
 

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import SideroLinkError, host_error
@@ -148,6 +149,15 @@ def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
     found = items if isinstance(items, list) else list(items)
     for start in range(0, len(found), size):
         yield found[start : start + size]
+
+
+async def map_in_parts(function: Callable[[T], U], items: Iterable[T], size: int = 100) -> list[U]:
+    """The results for all items, in order. Yields to other tasks after `size` items."""
+    found: list[U] = []
+    for part in in_parts(items, size):
+        found += map(function, part)
+        await checkpoint()
+    return found
 
 
 def _lone(error: BaseException) -> BaseException | None:

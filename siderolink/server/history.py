@@ -268,10 +268,13 @@ class History:
             tasks.start_soon(self._prune_often)
             while await self._events.wait():
                 await anyio.sleep(min(_GATHER_SECONDS, self._options.write_after))
-                while part := self._events.take_waiting(_AT_ONCE):
-                    for event in part:
-                        self.note(event)
-                    await checkpoint()
+                await self._note_waiting()
+
+    async def _note_waiting(self) -> None:
+        while part := self._events.take_waiting(_AT_ONCE):
+            for event in part:
+                self.note(event)
+            await checkpoint()
 
     def note(self, event: ServerEvent) -> None:
         """Queue an event's entries; most handshakes have none. Never blocks."""
@@ -400,8 +403,7 @@ class History:
     @uninterrupted
     async def write(self) -> None:
         """Write queued entries. Raises StoreError; unwritten entries stay queued."""
-        for event in self._events.take_waiting():
-            self.note(event)
+        await self._note_waiting()
         self._move_refusals()
         await self._write_waiting()
 
@@ -467,8 +469,8 @@ class History:
 
     async def aclose(self) -> None:
         """Write queued entries, for at most a second, even if this task was cancelled."""
-        for event in self._events.take_waiting():
-            self.note(event)
-        self._move_refusals()
-        with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
-            await self._write_or_warn()
+        with anyio.CancelScope(shield=True):
+            await self._note_waiting()
+            self._move_refusals()
+            with anyio.move_on_after(_CLOSE_SECONDS):
+                await self._write_or_warn()

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Coroutine
 from typing import Any
 
@@ -20,6 +21,7 @@ from siderolink.common.newest_dict import NewestDict
 from siderolink.common.queues import Broadcast
 from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line, shared
+from tests.support.turns import counting_turns
 from tests.support.waiting import until
 
 
@@ -77,6 +79,22 @@ async def test_broadcast_gives_past_items_then_new_ones_then_ends() -> None:
         broadcast.publish(4)
         broadcast.end()
     assert got == [1, 2, 3, 4]
+
+
+@pytest.mark.anyio
+async def test_a_reader_of_many_items_lets_others_run() -> None:
+    broadcast: Broadcast[int] = Broadcast()
+    listening = broadcast.subscribe()
+    for number in range(1000):
+        broadcast.publish(number)
+    broadcast.end()
+    got: list[int] = []
+    async with counting_turns() as turns:
+        async for number in listening:
+            turns.count()
+            got.append(number)
+    assert got == [*range(1000)]
+    assert turns.most <= 32
 
 
 @pytest.mark.anyio
@@ -176,10 +194,13 @@ def test_foreign_text_becomes_one_short_line(text: str, limit: int) -> None:
 
 
 @pytest.mark.parametrize("loop_factory", [asyncio.SelectorEventLoop, uvloop.new_event_loop])
-def test_netlink_work_runs_under_any_loop(loop_factory: type[asyncio.AbstractEventLoop]) -> None:
+def test_netlink_work_runs_beside_any_loop(loop_factory: type[asyncio.AbstractEventLoop]) -> None:
+    """The kernel may take long, and a dump of thousands of interfaces does."""
+
     async def work() -> list[str]:
         from pyroute2 import AsyncIPRoute
 
+        assert threading.current_thread() is not threading.main_thread()
         async with AsyncIPRoute() as netlink:
             return [link.get("ifname") async for link in await netlink.link("dump")]
 

@@ -1,13 +1,17 @@
 """Bans of machines by UUID, key or unique token."""
 
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Final
+
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import ConfigurationError, KeyFormatError, NotFoundError
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
-from siderolink.common.tasks import uninterrupted
+from siderolink.common.tasks import in_parts, uninterrupted
 from siderolink.common.text import one_line
-from siderolink.server.admin.lists import Page, page_of
+from siderolink.server.admin.lists import Page, SortKey, page_of_unsorted
 from siderolink.server.admin.machines import MachineAdministration, MachineStatus
 from siderolink.server.admin.names import check_note, require
 from siderolink.server.admission.audit import machine_entry
@@ -19,6 +23,8 @@ from siderolink.server.store import Actor, AuditEntry, Ban, BanGrounds, BanKind,
 from siderolink.server.store.audit import EMBEDDER
 
 _HEX = frozenset("0123456789abcdef")
+_AT_ONCE: Final = 256
+"""Bans compared before other tasks run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +57,10 @@ class Bans:
 
     async def page(self, page_size: int = 0, page_token: str = "") -> Page[StandingBan]:
         """One page of bans, ordered by kind and value."""
-        found = [StandingBan(ban=ban, grounds=grounds) for ban, grounds in (await self._store.bans()).items()]
-        found.sort(key=_sort_key)
-        return page_of(found, _sort_key, page_size, page_token)
+        keyed = _keyed(await self._store.bans())
+        page = await page_of_unsorted(keyed, page_size, page_token, sort="", descending=False, weight=lambda _: 0)
+        items = [standing for _, standing in page.items]
+        return Page(items=items, next_page_token=page.next_page_token, total=page.total)
 
     @uninterrupted
     async def add(self, name: str, *, kind: BanKind | None = None, reason: str = "", actor: Actor = EMBEDDER) -> BanOutcome:
@@ -121,8 +128,11 @@ class Bans:
         )
 
 
-def _sort_key(standing: StandingBan) -> tuple[str, str]:
-    return str(standing.ban.kind), standing.ban.value
+async def _keyed(bans: Mapping[Ban, BanGrounds]) -> AsyncIterator[list[tuple[SortKey, StandingBan]]]:
+    """The bans with their sort keys, in parts."""
+    for part in in_parts(bans.items(), _AT_ONCE):
+        yield [((str(ban.kind), ban.value), StandingBan(ban=ban, grounds=grounds)) for ban, grounds in part]
+        await checkpoint()
 
 
 def _ban_of(name: str, kind: BanKind | None, known: Machine | None) -> Ban:

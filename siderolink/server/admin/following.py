@@ -76,13 +76,14 @@ class Follower:
                 links = links[_AT_ONCE:]
             machines = []
             await checkpoint()
-        gone: list[str] = []
         for states in self._sent.parts():
-            gone += [state.machine_id for state in states if state.poll != self._poll]
+            gone = [state.machine_id for state in states if state.poll != self._poll]
+            for machine_id in gone:
+                del self._sent[machine_id]
+            if gone:
+                yield FollowedPart(gone=gone)
             await checkpoint()
-        for machine_id in gone:
-            del self._sent[machine_id]
-        yield FollowedPart(links=links, gone=gone, is_last=True)
+        yield FollowedPart(links=links, is_last=True)
 
     async def _parts(self) -> AsyncIterator[list[MachineStatus]]:
         async for found in self._machines.walk():

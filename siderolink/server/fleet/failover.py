@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import SideroLinkError, StoreError
 from siderolink.common.hostport import HostPort
@@ -43,6 +44,8 @@ DIAL_PAUSES = (2.0, 2.0, 10.0, 20.0, 40.0)
 The first pauses are short, because WireGuard itself retries only after 5 s, and not while ownership is unclear. The later ones
 are for machines whose host is busy or whose network is down.
 """
+_AT_ONCE = 32
+"""Machines of a server that are looked at before other tasks run."""
 INVITE_AFTER = 5.0
 """Seconds after which machines still at a draining server are dialled. Those that understand the request have moved by then."""
 INVITE_SECONDS = 1.5
@@ -146,7 +149,11 @@ class Failover:
     ) -> None:
         endpoints: dict[str, Endpoint] = {}
         links: list[MachineLink] = []
+        seen = 0
         async for owned in self._store.owners(server_id):
+            seen += 1
+            if seen % _AT_ONCE == 0:
+                await checkpoint()
             link, endpoint = self._directory.get(owned.machine_id), _parse(owned.endpoint)
             if link is not None and link.streams:
                 self._owners.settle_all([owned.machine_id])  # it is here already, in the dead server's session

@@ -9,7 +9,10 @@ from array import array
 from hashlib import blake2b
 from typing import Final
 
+from anyio.lowlevel import checkpoint
+
 from siderolink.common.newest_dict import NewestDict
+from siderolink.common.tasks import in_parts
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.server.admission.rules import source_key
 from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState, assigned_digest
@@ -22,6 +25,8 @@ _LEAST_SLOTS: Final = 4
 _REFUSED_PER_SECOND, _REFUSED_AT_ONCE = 200.0, 1000.0
 _REFUSED_PER_SOURCE, _REFUSED_PER_SOURCE_AT_ONCE = 5.0, 100.0
 _MOST_SOURCES: Final = 4096
+_AT_ONCE: Final = 128
+"""Tokens that are hashed before other tasks run."""
 _UNIQUE, _JOIN, _SIGNER = b"u", b"j", b"s"
 
 
@@ -173,9 +178,11 @@ class Known:
         before, after = set(self._tokens), ""
         while page := await store.tokens(after):
             after = page[-1].name
-            for token in page:
-                before.discard(token.id)
-                self.set_token(token)
+            for part in in_parts(page, _AT_ONCE):
+                for token in part:
+                    before.discard(token.id)
+                    self.set_token(token)
+                await checkpoint()
         for token_id in before:
             self.forget_token(token_id)
 

@@ -7,6 +7,7 @@ a start, timestamps begin above all that may have been used without being writte
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
@@ -63,7 +64,7 @@ class LastSeenNotes:
         batch: dict[str, LastSeen] = {}
         try:
             while self._waiting:
-                ids = list(self._waiting)[:_AT_ONCE]
+                ids = list(islice(self._waiting, _AT_ONCE))
                 batch = {machine_id: self._waiting.pop(machine_id) for machine_id in ids}
                 # Only a link's owner writes, and a note that is older than the stored one changes nothing (LastSeen.of): late
                 # writers are harmless.

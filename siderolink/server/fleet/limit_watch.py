@@ -5,7 +5,7 @@ never falls while its machine is known, even if the device recreates the peer.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,6 +13,7 @@ from anyio.lowlevel import checkpoint
 
 from siderolink.common.parted_dict import PartedDict
 from siderolink.common.queues import Broadcast, Overflow
+from siderolink.common.tasks import in_parts
 from siderolink.common.wireguard.device import BANDWIDTH_DROPS, Device
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub, LimitOver, LimitReached
@@ -23,6 +24,8 @@ POLL_SECONDS: Final = 5.0
 QUIET_SECONDS: Final = 60.0
 """A limit is over after this time without drops. So a machine has at most two history entries per minute and limit."""
 
+_AT_ONCE: Final = 256
+"""Machines looked at before other tasks run."""
 LimitDrops = Mapping[str, Mapping[str, int]]
 """By machine id and limit name."""
 
@@ -79,8 +82,8 @@ class LimitWatch:
             lost=lambda _: ChangesLost(), overflow=Overflow.DROP_ALL
         )
         """Machines whose active limits changed since the last poll."""
-        self.report_drops: Callable[[], LimitDrops] = dict
-        """Drops of machines' reports by limits, since each machine became known."""
+        self.report_drops: Callable[[], Iterable[LimitDrops]] = tuple
+        """Drops of machines' reports by limits, since each machine became known; in parts."""
 
     async def run(self) -> None:
         """Poll every few seconds, until cancelled."""
@@ -90,15 +93,7 @@ class LimitWatch:
 
     async def poll(self) -> None:
         """Compare the counts with those of the last poll."""
-        found: dict[str, dict[str, int]] = {machine_id: dict(drops) for machine_id, drops in self.report_drops().items()}
-        for key, (inbound, outbound) in (await self._device.limit_drops()).items():
-            link = self._directory.by_key(key)
-            if link is not None and link.claim is None:
-                own = zip(BANDWIDTH_DROPS, (inbound, outbound), strict=True)
-                found.setdefault(link.machine.id, {}).update(own)
-        for machine_id in found:
-            if machine_id not in self._watched:
-                self._watched[machine_id] = _Watched(machine_id)
+        found = await self._count()
         now = self._clock.monotonic()
         for part in self._watched.parts():
             for watched in part:
@@ -108,6 +103,26 @@ class LimitWatch:
                 else:
                     self._compare(link.machine, watched, found.get(watched.machine_id, {}), now)
             await checkpoint()
+
+    async def _count(self) -> dict[str, dict[str, int]]:
+        """The present counts by machine id and limit; the machines are watched from now on."""
+        found: dict[str, dict[str, int]] = {}
+        for drops in self.report_drops():
+            for machine_id, reports in drops.items():
+                self._counts_of(machine_id, found).update(reports)
+            await checkpoint()
+        for part in in_parts((await self._device.limit_drops()).items(), _AT_ONCE):
+            for key, packets in part:
+                link = self._directory.by_key(key)
+                if link is not None and link.claim is None:
+                    self._counts_of(link.machine.id, found).update(zip(BANDWIDTH_DROPS, packets, strict=True))
+            await checkpoint()
+        return found
+
+    def _counts_of(self, machine_id: str, found: dict[str, dict[str, int]]) -> dict[str, int]:
+        if machine_id not in self._watched:
+            self._watched[machine_id] = _Watched(machine_id)
+        return found.setdefault(machine_id, {})
 
     def _compare(self, machine: Machine, watched: _Watched, found: Mapping[str, int], now: float) -> None:
         active_before = set(watched.active_limits)

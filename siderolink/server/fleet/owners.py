@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import anyio
@@ -261,11 +262,14 @@ class Owners:
 
     async def load(self) -> set[str]:
         """Read all owners; returns the machines that this server owns but that the store does not record. Raises StoreError."""
-        stored = set()
+        stored, seen = set(), 0
         async for ownership in self._store.owners():
             self.update(ownership)
             if ownership.is_of(self._known.get(ownership.machine_id)):
                 stored.add(ownership.machine_id)
+            seen += 1
+            if seen % _AT_ONCE == 0:
+                await checkpoint()
         return {one for one, owner in self._known.items() if owner.server_id == self.membership.id} - stored
 
     def retake(self, machine_ids: "Iterable[str]") -> None:
@@ -301,7 +305,7 @@ class Owners:
         await self._set_peers()
         try:
             while self._wanted:
-                await self._take_ownership(list(self._wanted)[:_AT_ONCE])
+                await self._take_ownership(list(islice(self._wanted, _AT_ONCE)))
             if self._is_away:
                 log.warning("owners of links are stored again")
             self._is_away = False

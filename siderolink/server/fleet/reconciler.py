@@ -410,6 +410,8 @@ class Reconciler:
         async for machine in self._store.machines():
             seen.add(machine.id)
             await self.apply_change(machine)
+            if len(seen) % _ROWS_IN_ONE_GO == 0:
+                await checkpoint()
         for links in self._directory.parts():
             for link in links:
                 if link.machine.id not in seen:

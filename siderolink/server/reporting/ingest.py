@@ -2,12 +2,16 @@
 
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv6Address
 from typing import Generic, TypeVar
 
+from anyio.lowlevel import checkpoint
+
+from siderolink.common.parted_dict import PartedDict
 from siderolink.common.queues import Broadcast, Subscription
+from siderolink.common.tasks import in_parts
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.server.reporting.model import LinesDropped, LogLine, MachineEvent, ReportDrop, ReportOptions, ReportsLost
 from siderolink.server.store import Machine
@@ -19,6 +23,8 @@ MachineAt = Callable[[IPv6Address], Machine | None]
 ReportStream = Subscription[T | ReportsLost]
 """The reports published since the subscription. A slow subscriber receives ReportsLost."""
 
+_AT_ONCE = 256
+"""Machines looked at before other tasks run."""
 ITEM_BYTES = 512
 """Memory overhead of a stored report."""
 
@@ -51,7 +57,7 @@ class ReportIngest:
         self._machine_at = machine_at
         self._clock = clock
         self._senders: dict[str, _Sender] = {}
-        self._limited: set[str] = set()
+        self._limited: PartedDict[str, str] = PartedDict()
         """The machines that a limit of their own has affected."""
 
     def find_machine(self, source: str) -> Machine | None:
@@ -88,7 +94,7 @@ class ReportIngest:
         self.drops[reason] += count
         self._sender(machine).drops[reason] += count
         if reason in LIMITS:
-            self._limited.add(machine.id)
+            self._limited[machine.id] = machine.id
 
     def drop_lines(self, machine: Machine, reason: ReportDrop, count: int = 1) -> None:
         """Count dropped lines. Subscribers receive the count before the machine's next line."""
@@ -149,24 +155,28 @@ class ReportIngest:
         sender = self._senders.get(machine_id)
         return {} if sender is None else {str(reason): count for reason, count in sender.drops.items()}
 
-    def limit_drops(self) -> dict[str, dict[str, int]]:
-        """Reports dropped by machines' own limits, by machine id; only machines with drops."""
-        drops = ((machine_id, self._senders[machine_id].drops) for machine_id in self._limited)
-        return {machine_id: {str(reason): found[reason] for reason in LIMITS if found[reason]} for machine_id, found in drops}
+    def limit_drops(self) -> Iterator[dict[str, dict[str, int]]]:
+        """Reports dropped by machines' own limits, by machine id, in parts; only machines with drops."""
+        for part in self._limited.parts():
+            senders = {machine_id: sender for machine_id in part if (sender := self._senders.get(machine_id)) is not None}
+            yield {machine_id: _limits_of(sender.drops) for machine_id, sender in senders.items()}
 
     def forget(self, machine_id: str) -> None:
         """Drop the state of a machine that has left."""
         self._senders.pop(machine_id, None)
-        self._limited.discard(machine_id)
+        self._limited.pop(machine_id, None)
         self.recent_events.forget(machine_id)
         self.recent_lines.forget(machine_id)
 
-    def forget_departed(self) -> None:
-        """Drop the state of every machine that is no longer known."""
-        for machine_id in {*self._senders, *self.recent_events.machines(), *self.recent_lines.machines()}:
-            sender = self._senders.get(machine_id)
-            if sender is None or not self.is_current(sender.machine):
-                self.forget(machine_id)
+    async def forget_departed(self) -> None:
+        """Drop the state of every machine that is no longer known. Yields to other tasks."""
+        known = {*self._senders, *self.recent_events.machines(), *self.recent_lines.machines()}
+        for part in in_parts(known, _AT_ONCE):
+            for machine_id in part:
+                sender = self._senders.get(machine_id)
+                if sender is None or not self.is_current(sender.machine):
+                    self.forget(machine_id)
+            await checkpoint()
 
     def end(self) -> None:
         self.events.end()
@@ -249,6 +259,10 @@ class RingBuffers(Generic[T]):
     def machines(self) -> list[str]:
         """Machines with stored reports."""
         return list(self._rings)
+
+
+def _limits_of(drops: Mapping[ReportDrop, int]) -> dict[str, int]:
+    return {str(reason): count for reason in LIMITS if (count := drops.get(reason, 0))}
 
 
 def _reports_lost(count: int) -> ReportsLost:

@@ -2,7 +2,7 @@
 
 import math
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import IPv6Address
 
@@ -130,8 +130,8 @@ class Reports:
             return self._ingest.drops_of(machine_id)
         return {str(reason): count for reason, count in self._ingest.drops.items()}
 
-    def limit_drops(self) -> dict[str, dict[str, int]]:
-        """Reports dropped by machines' own limits, by machine id and `ReportDrop`; only machines with drops."""
+    def limit_drops(self) -> Iterator[dict[str, dict[str, int]]]:
+        """Reports dropped by machines' own limits, by machine id and `ReportDrop`, in parts; only machines with drops."""
         return self._ingest.limit_drops()
 
     def refusals(self) -> dict[str, int]:
@@ -197,7 +197,7 @@ async def _forget_departed(ingest: ReportIngest, departures: EventStream) -> Non
         if isinstance(event, MachineLeft):
             ingest.forget(event.machine.id)
         elif isinstance(event, EventsLost):
-            ingest.forget_departed()
+            await ingest.forget_departed()
 
 
 async def _bind_both(

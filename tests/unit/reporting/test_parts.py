@@ -137,7 +137,8 @@ async def test_a_slow_reader_loses_the_oldest_by_number_and_by_bytes_and_is_told
     assert [report async for report in feed.subscribe()] == []
 
 
-def test_an_event_that_comes_again_is_kept_once_and_a_departed_machine_is_forgotten() -> None:
+@pytest.mark.anyio
+async def test_an_event_that_comes_again_is_kept_once_and_a_departed_machine_is_forgotten() -> None:
     known = {ADDRESS: machine()}
     ingest = ReportIngest(ReportOptions(), known.get)
     event = MachineEvent(machine=machine(), received_at=0, id="1", actor_id="", type_url="t", data=b"")
@@ -146,7 +147,7 @@ def test_an_event_that_comes_again_is_kept_once_and_a_departed_machine_is_forgot
     assert ingest.recent_events.of("m") == [event]
     ingest.drop(machine(), next(iter(ingest.drops)))
     known.clear()
-    ingest.forget_departed()
+    await ingest.forget_departed()
     assert ingest.recent_events.of("m") == []
     assert ingest.drops_of("m") == {}
     assert ingest.find_machine("fdae::1%eth0") is None

@@ -23,6 +23,8 @@ from siderolink.server.fleet.limit_watch import LimitWatch
 from siderolink.server.fleet.membership import Membership
 from siderolink.server.fleet.owners import Owners
 from siderolink.server.peers.service import PeerService
+from siderolink.server.reporting.ingest import ReportIngest
+from siderolink.server.reporting.model import ReportDrop, ReportOptions
 from siderolink.server.store import Machine, MemoryStore, Ownership
 from tests.support.crowd import Crowd, open_crowd
 from tests.support.fake_device import VirtualClock
@@ -67,7 +69,10 @@ async def tell_other_servers(crowd: Crowd) -> None:
 
 async def watch_limits(crowd: Crowd) -> None:
     limits = LimitWatch(crowd.device, crowd.directory, EventHub(), Clock())
-    limits.report_drops = lambda: {link.machine.id: {"line rate limited": 1} for link in LINKS}
+    ingest = ReportIngest(ReportOptions(), crowd.directory.machine_at)
+    for link in LINKS:
+        ingest.drop(link.machine, ReportDrop.LINE_RATE_LIMITED)
+    limits.report_drops = ingest.limit_drops
     await limits.poll()
     assert (await limits.totals()).limited_machines == len(await limits.limited()) == MACHINES
 

@@ -11,7 +11,7 @@ from anyio.lowlevel import checkpoint
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import GRPCError, Status
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.common.tasks import in_parts, merged
+from siderolink.common.tasks import in_parts, map_in_parts, merged
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.bans import StandingBan
@@ -281,7 +281,7 @@ class BanService(pb.BanServiceBase):
 
     async def list_bans(self, message: pb.ListBansRequest) -> pb.ListBansResponse:
         page = await self._administration().bans.page(message.page_size, message.page_token)
-        bans = [_ban_message(standing) for standing in page.items]
+        bans = await map_in_parts(_ban_message, page.items)
         return pb.ListBansResponse(bans=bans, next_page_token=page.next_page_token, total=page.total)
 
 

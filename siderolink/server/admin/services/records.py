@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 
 from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.common.tasks import map_in_parts
 from siderolink.server.admin.records import Records
 from siderolink.server.admin.services.access import GetAdministration, actor
 from siderolink.server.reporting import KernelLine, ReportedEvent, ReportQuery
@@ -29,7 +30,7 @@ class HistoryService(pb.HistoryServiceBase):
             size=message.page_size,
             page_token=message.page_token,
         )
-        entries = [_entry_message(entry, records.name_of(entry.machine_id)) for entry in page.items]
+        entries = await map_in_parts(lambda entry: _entry_message(entry, records.name_of(entry.machine_id)), page.items)
         return pb.ListHistoryResponse(entries=entries, next_page_token=page.next_page_token)
 
     async def machine_logs(self, message: pb.MachineLogsRequest) -> AsyncIterator[pb.MachineLogLine]:

@@ -4,12 +4,14 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from importlib.metadata import version
 from typing import Protocol
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import Servable
 from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.common.tasks import map_in_parts
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.services.access import GetAdministration, actor
@@ -59,7 +61,7 @@ class ApiKeyService(pb.ApiKeyServiceBase):
     async def list_api_keys(self, message: pb.ListApiKeysRequest) -> pb.ListApiKeysResponse:
         administration = self._administration()
         page = await administration.api_keys.page(message.page_size, message.page_token, actor=actor())
-        found = [_key_message(administration, one) for one in page.items]
+        found = await map_in_parts(partial(_key_message, administration), page.items)
         return pb.ListApiKeysResponse(keys=found, next_page_token=page.next_page_token, total=page.total)
 
     async def delete_api_key(self, message: pb.ApiKeyRequest) -> pb.ApiKey:
@@ -108,7 +110,7 @@ class AuditService(pb.AuditServiceBase):
     async def list_audit(self, message: pb.ListAuditRequest) -> pb.ListAuditResponse:
         query = _audit_query(message.filter, limit=message.page_size)
         page = await self._administration().audit.page(query, message.page_token, actor=actor())
-        entries = [_audit_message(entry) for entry in page.items]
+        entries = await map_in_parts(_audit_message, page.items)
         return pb.ListAuditResponse(entries=entries, next_page_token=page.next_page_token)
 
     async def follow_audit(self, message: pb.FollowAuditRequest) -> AsyncIterator[pb.AuditEntry]:

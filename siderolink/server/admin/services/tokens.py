@@ -1,14 +1,12 @@
 """Join tokens by gRPC."""
 
-from anyio.lowlevel import checkpoint
-
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.selection import Selector
-from siderolink.common.tasks import in_parts
+from siderolink.common.tasks import map_in_parts
 from siderolink.common.text import one_line
 from siderolink.server.admin.lists import page_of
-from siderolink.server.admin.machines import MachineQuery
+from siderolink.server.admin.machines import MachineQuery, MachineStatus
 from siderolink.server.admin.services.access import GetAdministration, actor
 from siderolink.server.admin.services.machines import DIGEST_DIGITS, machine_messages, tunnel_setting
 from siderolink.server.admin.tokens import Tokens, TokenStatus
@@ -58,10 +56,7 @@ class TokenService(pb.TokenServiceBase):
             found += [status for status in part if _matches(status, text, selector)]
             after = part[-1].token.name
         page = page_of(found, lambda status: (status.token.name, status.token.id), message.page_size, message.page_token)
-        tokens: list[pb.Token] = []
-        for items in in_parts(page.items, 100):
-            tokens += map(_message, items)
-            await checkpoint()
+        tokens = await map_in_parts(_message, page.items)
         return pb.ListTokensResponse(tokens=tokens, next_page_token=page.next_page_token, total=page.total)
 
     async def get_token(self, message: pb.TokenRequest) -> pb.Token:
@@ -111,11 +106,13 @@ class TokenService(pb.TokenServiceBase):
         query = MachineQuery(token=token.id, page_size=message.page_size, page_token=message.page_token)
         page = await administration.machines.page(query)
         found = await machine_messages(administration, page.items)
-        users = [
-            pb.TokenUser(machine=machine, warning=_warning(status.machine))
-            for machine, status in zip(found, page.items, strict=True)
-        ]
+        users = await map_in_parts(_user_message, zip(found, page.items, strict=True))
         return pb.ListTokenUsersResponse(users=users, next_page_token=page.next_page_token, total=page.total)
+
+
+def _user_message(user: tuple[pb.Machine, MachineStatus]) -> pb.TokenUser:
+    machine, status = user
+    return pb.TokenUser(machine=machine, warning=_warning(status.machine))
 
 
 def _warning(machine: Machine) -> str:

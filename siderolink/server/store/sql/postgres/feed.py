@@ -15,9 +15,11 @@ from dataclasses import fields
 from typing import Any
 
 import anyio
+from anyio.lowlevel import checkpoint
 from sqlalchemy import text
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
+from siderolink.common.tasks import in_parts
 from siderolink.server.store.feed import (
     AuditAdded,
     BanChanged,
@@ -50,6 +52,8 @@ PRUNE_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 MOST_AT_ONCE = 4096
 """Most changes read in one poll. The rest is polled at once; a single transaction with more of them ends the reader."""
+_PARSED_AT_ONCE = 64
+"""Changes that are parsed before other tasks run."""
 _CHANNEL = "siderolink_changes"
 _PRUNE_LOCK = 0x53444C4C
 
@@ -117,10 +121,18 @@ def _read_change(kind: str, body: str) -> Change | None:
         raise StoreError("the feed holds a change that no server wrote") from None
 
 
-def _read_changes(rows: Sequence[tuple[str, str]]) -> list[Change]:
-    """Parse changes. If one of them is invalid, ChangesLost makes the reader read all rows again, and the feed continues."""
+async def _read_changes(rows: Sequence[Any]) -> list[Change]:
+    """Parse changes. Yields to other tasks: a poll may read thousands, and each takes as long as a row.
+
+    If one of them is invalid, ChangesLost makes the reader read all rows again, and the feed continues.
+    """
+    found: list[Change] = []
     try:
-        return [change for kind, body in rows if (change := _read_change(kind, body)) is not None]
+        for part in in_parts(rows, _PARSED_AT_ONCE):
+            changes = [_read_change(row.kind, row.body) for row in part if row.kind is not None]
+            found += [change for change in changes if change is not None]
+            await checkpoint()
+        return found
     except StoreError as error:
         log.warning("%s; all rows are read again", error)
         return [ChangesLost()]
@@ -240,7 +252,7 @@ class FeedReader:
         if self._postmaster and (is_lost or first.postmaster != self._postmaster):
             self._feeds.publish([ChangesLost()])
         elif self._postmaster:
-            self._feeds.publish(_read_changes([(row.kind, row.body) for row in rows if row.kind is not None]))
+            self._feeds.publish(await _read_changes(rows))
         self._position, self._postmaster = top, first.postmaster
 
     async def listen(self) -> None:
