@@ -8,13 +8,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import anyio
-import anyio.to_thread
 
 from siderolink.cli.logs import hide, log_event
 from siderolink.cli.options import default_state
 from siderolink.cli.secret import read_secret
 from siderolink.common.errors import ConfigurationError, SideroLinkError
-from siderolink.common.tasks import background_tasks, keep_running, to_its_end
+from siderolink.common.tasks import background_tasks, in_thread, keep_running, to_its_end
 from siderolink.server import EventStream, Server, Store
 from siderolink.server.store import ServerKeyChanged
 from siderolink.server.store.sealing import GivenKey, KeyFile, StateKey, parse_key
@@ -158,7 +157,7 @@ class Serving:
                 between, self._between = self._between, None
                 try:
                     # the control socket, the page and the watchdog go on meanwhile
-                    await to_its_end(anyio.to_thread.run_sync(between))
+                    await to_its_end(in_thread(between))
                 except OSError as error:
                     self._failure = error
 

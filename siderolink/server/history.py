@@ -176,6 +176,14 @@ def _change_of(event: UniqueTokenBound | AdmissionChanged | LimitReached | Limit
             return HistoryKind.LIMIT_OVER, f"{limit}: {event.dropped} dropped in {event.seconds:.0f} s", ""
 
 
+async def _pass_waiting(events: EventStream, note: Callable[[ServerEvent], None]) -> None:
+    """Pass on all waiting events. Yields to other tasks."""
+    while part := events.take_waiting(_AT_ONCE):
+        for event in part:
+            note(event)
+        await checkpoint()
+
+
 class History:
     """Records events of machines, and answers queries about them."""
 
@@ -268,13 +276,7 @@ class History:
             tasks.start_soon(self._prune_often)
             while await self._events.wait():
                 await anyio.sleep(min(_GATHER_SECONDS, self._options.write_after))
-                await self._note_waiting()
-
-    async def _note_waiting(self) -> None:
-        while part := self._events.take_waiting(_AT_ONCE):
-            for event in part:
-                self.note(event)
-            await checkpoint()
+                await _pass_waiting(self._events, self.note)
 
     def note(self, event: ServerEvent) -> None:
         """Queue an event's entries; most handshakes have none. Never blocks."""
@@ -403,7 +405,7 @@ class History:
     @uninterrupted
     async def write(self) -> None:
         """Write queued entries. Raises StoreError; unwritten entries stay queued."""
-        await self._note_waiting()
+        await _pass_waiting(self._events, self.note)
         self._move_refusals()
         await self._write_waiting()
 
@@ -470,7 +472,7 @@ class History:
     async def aclose(self) -> None:
         """Write queued entries, for at most a second, even if this task was cancelled."""
         with anyio.CancelScope(shield=True):
-            await self._note_waiting()
+            await _pass_waiting(self._events, self.note)
             self._move_refusals()
             with anyio.move_on_after(_CLOSE_SECONDS):
                 await self._write_or_warn()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import anyio
-import anyio.to_thread
 
 from siderolink.client.link.events import ConnectionState, LinkEvent
 from siderolink.client.link.host import Host
@@ -24,7 +23,7 @@ from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.queues import Broadcast
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, in_thread
 from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
 
 EVENT_HISTORY = 256
@@ -238,11 +237,9 @@ async def connect(
         raise ConfigurationError("give either tls or ca_file, not both")
     url = JoinURL.parse(url) if isinstance(url, str) else url
     folder = None if identity is None else Path(identity)
-    node_uuid = (
-        machine_identity(uuid) if uuid is not None else await anyio.to_thread.run_sync(partial(machine_uuid, folder=folder))
-    )
+    node_uuid = machine_identity(uuid) if uuid is not None else await in_thread(partial(machine_uuid, folder=folder))
     if url.tls and tls is None:
-        tls = await anyio.to_thread.run_sync(_roots, ca_file)
+        tls = await in_thread(_roots, ca_file)
     options = LinkOptions(
         url=url,
         machine=NodeInfo(uuid=node_uuid, unique_token=unique_token, version=talos_version),

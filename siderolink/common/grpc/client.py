@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, cast
 
-import anyio.to_thread
 import grpclib
 import grpclib.exceptions
 from grpclib.client import Handler
@@ -31,6 +30,7 @@ from siderolink.common.grpc.messages import ClientCodec, MessageSplitter
 from siderolink.common.grpc.protocol import Http2Protocol
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.grpc.tls import client_tls
+from siderolink.common.tasks import in_thread
 from siderolink.common.text import one_line
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ async def open_channel(
     `tls` is True for the system's roots, None or False for plaintext. Calls raise what `translate_errors` translates.
     Raises ConfigurationError for a host that is neither a name nor an IP address.
     """
-    context = await anyio.to_thread.run_sync(client_tls) if tls is True else tls or None
+    context = await in_thread(client_tls) if tls is True else tls or None
     if context is not None:
         context.set_alpn_protocols(["h2"])  # without ALPN a server may expect another protocol
     channel = GrpcChannel(host, port, path, context, limits or Limits(), direct=direct, namespace=namespace)

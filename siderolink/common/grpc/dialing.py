@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import cast
 
-import anyio.to_thread
 from aiohappyeyeballs import start_connection
 
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc.outgoing_proxies import Proxy, proxy_for
 from siderolink.common.grpc.tls import proxy_tls
 from siderolink.common.hostport import HostPort, look_up
+from siderolink.common.tasks import in_thread
 from siderolink.common.text import one_line
 
 _LONGEST_ANSWER = 16 * 1024
@@ -164,7 +164,7 @@ class _ConnectAnswer(asyncio.Protocol):
 async def _connect_by_http(proxy: Proxy, sock: socket.socket, host: str, port: int) -> tuple[asyncio.Transport, bytes]:
     """Request a connection to the server from the proxy at the other end of `sock`. Raises ServerUnreachableError, OSError."""
     try:
-        context = await anyio.to_thread.run_sync(proxy_tls) if proxy.scheme == "https" else None
+        context = await in_thread(proxy_tls) if proxy.scheme == "https" else None
         transport, answer = await asyncio.get_running_loop().create_connection(
             _ConnectAnswer, sock=sock, ssl=context, server_hostname=proxy.host if context else None
         )

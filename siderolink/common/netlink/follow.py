@@ -16,7 +16,6 @@ from functools import partial
 from typing import Final, Never
 
 import anyio
-import anyio.to_thread
 
 from siderolink.common.netlink.messages import ERROR, Message, error_of
 from siderolink.common.netlink.namespaces import call_in
@@ -38,6 +37,7 @@ from siderolink.common.netlink.rtnl import (
     read_network,
 )
 from siderolink.common.netlink.sockets import EventSocket, open_events
+from siderolink.common.tasks import in_thread
 
 __all__ = [
     *("LINKS", "ADDRESSES", "ROUTES", "InterfaceMonitor", "NetworkChange", "NetworkUpdate", "NetworkWatch"),
@@ -239,7 +239,7 @@ async def follow_network(
         is_first = True
         while True:
             now = await read_network(namespace, routes=routes)
-            update = await anyio.to_thread.run_sync(_compare, before, now)  # each comparison of a route takes microseconds
+            update = await in_thread(_compare, before, now)  # each comparison of a route takes microseconds
             if is_first or update.added or update.removed:
                 on_update(update)
             before, is_first = now, False

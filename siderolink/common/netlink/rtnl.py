@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, TypeVar
 
-import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.netlink.kinds import KindFacts, parse_kind
 from siderolink.common.netlink.messages import Message, attribute, attributes, number, text, values
 from siderolink.common.netlink.namespaces import call_in
 from siderolink.common.netlink.sockets import NetlinkRefusal, RequestSocket
+from siderolink.common.tasks import in_thread
 
 __all__ = [
     *(
@@ -318,7 +318,7 @@ async def read_network(namespace: str | None = None, *, routes: bool = True) -> 
         by_index = {link.index: link for link in links}
         return HostNetwork(by_index, frozenset(addresses), frozenset(entries), reader.is_complete, reader.seconds)
 
-    return await anyio.to_thread.run_sync(network)  # there may be thousands, and each hash takes microseconds
+    return await in_thread(network)  # there may be thousands, and each hash takes microseconds
 
 
 class _Reader:
