@@ -7,13 +7,19 @@ from pathlib import Path
 from watchfiles import awatch
 
 from siderolink.cli.logs import log_event
+from siderolink.common.errors import require_threads
+
+_THREADS = 2
+"""One of watchfiles' own, which panics without it, and one that waits for it."""
 
 
 async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> None:
     """Call `changed` whenever one of the files changes. Returns only if they cannot be watched.
 
     Watches the folders, because files are replaced by renaming, and mounted secrets are symbolic links that change.
+    Raises HostError if no thread can be started.
     """
+    require_threads(_THREADS)
     before = _fingerprints(files)
     folders = {file.absolute().parent for file in files}
     try:

@@ -30,6 +30,8 @@ MAX_REQUESTS_PER_VISITOR: Final = 128
 """Concurrent requests per address, including live pages. Behind a proxy, counting connections is meaningless."""
 LIVE: Final = "/live/"
 """Path prefix of streams."""
+_ONCE: Final = ("origin", "content-type", "sec-fetch-site")
+"""Headers that are judged here, so that a second one could be understood differently elsewhere."""
 _FORM: Final = "application/x-www-form-urlencoded"
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -172,6 +174,8 @@ class Guard:
             return 421, "The web UI is not served under this name; `siderolink web --origin` adds one."
         if method not in ("GET", "HEAD", "POST"):
             return 405, "This method is not supported."
+        if any(len(headers.getlist(name)) > 1 for name in _ONCE):
+            return 400, "A header is repeated."
         origin = headers.get("origin")
         if origin is not None and not self._is_own(origin, hosts[0]):
             return 403, "This request comes from another site."

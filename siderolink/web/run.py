@@ -34,6 +34,7 @@ MAX_CONNECTIONS: Final = 512
 MAX_CONNECTIONS_PER_ADDRESS: Final = 128
 REQUEST_SECONDS: Final = 10.0
 _ACCEPT_PAUSE: Final = 0.5
+_OF_STRANGERS: Final = ("Invalid HTTP request", "Unsupported upgrade request", "No supported WebSocket library")
 _EXPIRE_EVERY: Final = 60.0
 
 
@@ -247,7 +248,13 @@ def _config(site: Site, options: WebOptions) -> uvicorn.Config:
         certificate.context.set_alpn_protocols(["http/1.1"])
         config.ssl = certificate.context
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").addFilter(_is_ours)
     return config
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a record is about this process; what strangers send wrongly is answered, and not worth a line each."""
+    return record.levelno >= logging.ERROR or not record.getMessage().startswith(_OF_STRANGERS)
 
 
 async def _expire_often(site: Site) -> None:

@@ -137,14 +137,22 @@ if os.geteuid() == 0:
     os.setresuid(54321, 54321, 54321)
 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 import asyncio, socket, sys
+from siderolink.client.link.provisioning import NodeInfo, provision
+from siderolink.common.errors import ServerUnreachableError
 from siderolink.common.hostport import HostPort, look_up
+from siderolink.common.join_url import JoinURL
+from siderolink.common.keys import PublicKey
 
 async def main():
     print(*(str(address) for address, _ in await HostPort("127.0.0.1", 1).resolve()), flush=True)
-    for attempt in (HostPort("name.invalid", 1).resolve, lambda: look_up("name.invalid", 1, socket.SOCK_STREAM)):
+    for attempt in (
+        HostPort("name.invalid", 1).resolve,
+        lambda: look_up("name.invalid", 1, socket.SOCK_STREAM),
+        lambda: provision(JoinURL("name.invalid", 1, tls=False), NodeInfo(uuid="u"), PublicKey(bytes(32))),
+    ):
         try:
             await attempt()
-        except OSError as error:
+        except (OSError, ServerUnreachableError) as error:
             print(error, flush=True)
 
 if sys.argv[1] == "uvloop":
@@ -164,7 +172,10 @@ def test_a_lookup_without_threads_is_one_line(loop: str) -> None:
         [sys.executable, "-c", WITHOUT_THREADS, loop], capture_output=True, text=True, check=False, timeout=60
     )
     told = "this process may start no more threads; raise its limit: `ulimit -u`, or TasksMax= of its systemd unit"
-    assert (done.stdout.splitlines(), done.returncode) == (["127.0.0.1", told, told], 0), done.stderr
+    assert (done.stdout.splitlines(), done.returncode) == (
+        ["127.0.0.1", told, told, f"the server's API cannot be reached: {told}"],
+        0,
+    ), done.stderr
 
 
 def test_threads_are_started_where_a_lack_of_them_is_reported() -> None:
@@ -187,3 +198,36 @@ async def test_a_function_in_a_thread_returns_or_raises_as_it_does() -> None:
         with pytest.raises(type(error)) as caught:
             await in_thread(fail, error)
         assert caught.value is error
+
+
+WATCHING = """
+import os, resource
+from pathlib import Path
+from siderolink.cli.watching import watch_files
+from siderolink.client.config.sources import Sources
+if os.geteuid() == 0:
+    os.setresgid(54321, 54321, 54321)
+    os.setresuid(54321, 54321, 54321)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+import asyncio
+
+async def main():
+    for watch in (
+        lambda: watch_files([Path("/proc/cmdline")], print),
+        lambda: Sources(documents=(Path("/proc/cmdline"),)).watch(print),
+    ):
+        try:
+            await watch()
+        except Exception as error:
+            print(error)
+
+asyncio.new_event_loop().run_until_complete(main())
+"""
+
+
+def test_files_are_not_watched_without_threads() -> None:
+    """watchfiles would panic, which no `except Exception` catches."""
+    done = subprocess.run([sys.executable, "-c", WATCHING], capture_output=True, text=True, check=False, timeout=60)
+    told = "this process may start no more threads; raise its limit: `ulimit -u`, or TasksMax= of its systemd unit"
+    assert done.stdout.splitlines() == [told, f"/proc cannot be watched for changes: {told}"], done.stderr
+    assert done.stderr == ""

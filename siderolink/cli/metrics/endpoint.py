@@ -22,7 +22,7 @@ from siderolink.cli.clock import ClockState, read_clock
 from siderolink.cli.logs import log_event, lost_records
 from siderolink.cli.metrics.http import PageAnswer, serve_pages
 from siderolink.cli.options import MetricsOptions
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.errors import ConfigurationError, HostError
 from siderolink.common.grpc import ServerCertificate
 from siderolink.common.histogram import Histogram
 from siderolink.common.hostport import HostPort
@@ -95,12 +95,18 @@ class Pages:
                 began_at = time.perf_counter()
                 checks = await self._checks()
                 families = await self._source.read()
-                # in /proc, each descriptor is a file
-                process = await in_thread(lambda: list(self._process.collect()))
+                process = await self._process_families()
                 own = self._own_families(checks, read_clock(), began_at)
                 self._rendered = await render(chain(families(), own, process))
                 self._rendered_at = time.monotonic()
             return PageAnswer(self._rendered, CONTENT_TYPE_LATEST)
+
+    async def _process_families(self) -> list[Metric]:
+        """In a thread, because each descriptor is a file in /proc; without one the metrics are needed even more."""
+        try:
+            return await in_thread(list, self._process.collect())
+        except HostError:
+            return list(self._process.collect())
 
     async def live(self) -> PageAnswer:
         """Liveness: only a restart helps if this fails."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
+from siderolink.common.errors import host_error
 from siderolink.common.grpc.listeners import listen_tcp
 from siderolink.common.hostport import HostPort
 
@@ -104,9 +105,12 @@ class PageServer:
             return method, _error(HTTPStatus.METHOD_NOT_ALLOWED)
         try:
             return method, await page()
-        except Exception:
-            _logger.exception("the page %s failed", target.partition("?")[0])
-            return method, _error(HTTPStatus.INTERNAL_SERVER_ERROR)
+        except Exception as error:
+            if (failure := host_error(error)) is None:
+                _logger.exception("the page %s failed", target.partition("?")[0])
+                return method, _error(HTTPStatus.INTERNAL_SERVER_ERROR)
+            _logger.error("the page %s failed: %s", target.partition("?")[0], failure)
+            return method, _error(HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ import anyio.lowlevel
 from siderolink.client.config.files import Reading
 from siderolink.client.config.kernel_args import INLINE_ARGUMENT, inline_configuration, parse_kernel_arguments, read_kernel_line
 from siderolink.client.config.settings import MachineSettings, merge
-from siderolink.common.errors import ConfigurationError, host_error
+from siderolink.common.errors import ConfigurationError, host_error, require_threads
 from siderolink.common.tasks import background_tasks
 
 HOST_DOCUMENTS = (Path("/etc/siderolink.yaml"), Path("/etc/siderolink"))
@@ -102,6 +102,7 @@ class Sources:
             tasks.cancel_scope.cancel()
 
         try:
+            require_threads(2)  # watchfiles panics without one of its own; the other one waits for it
             async with background_tasks() as tasks:
                 tasks.start_soon(follow)
                 tasks.start_soon(_set_when_cancelled, stop)

@@ -19,7 +19,7 @@ from grpclib.metadata import USER_AGENT, encode_metadata
 from grpclib.protocol import H2Protocol
 from h2.exceptions import H2Error
 
-from siderolink.common.errors import InvalidAnswerError, ServerUnreachableError, SideroLinkError
+from siderolink.common.errors import HostError, InvalidAnswerError, ServerUnreachableError, SideroLinkError
 from siderolink.common.grpc import private
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream
 from siderolink.common.grpc.calls import SHUTTING_DOWN
@@ -315,6 +315,8 @@ def translate_errors(target: str = "the server's API") -> Iterator[None]:
     """
     try:
         yield
+    except HostError as error:
+        raise _translated(error, target) from error
     except (SideroLinkError, grpclib.exceptions.GRPCError):
         raise
     except Exception as error:

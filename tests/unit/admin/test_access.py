@@ -1,5 +1,6 @@
 """Authentication: keys, TLS, delayed refusals; and that no secret is revealed."""
 
+import errno
 import io
 import json
 import logging
@@ -12,11 +13,11 @@ import anyio
 import pytest
 
 from siderolink.common.admin_channel import SOURCE_METADATA
-from siderolink.common.errors import ConfigurationError, UnauthenticatedError
+from siderolink.common.errors import ConfigurationError, HostError, UnauthenticatedError
 from siderolink.common.grpc import GRPCError, Status
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server import AdminOptions
-from siderolink.server.admin.services.access import Penalties
+from siderolink.server.admin.services.access import Penalties, translated_errors
 from siderolink.server.store import AuditQuery, Principal, Role
 from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.stores import KINDS, opened
@@ -223,3 +224,19 @@ async def test_secrets_are_returned_only_when_requested(admin_server: AdminServe
     told.append(log.getvalue())
     for secret in (key, key[4:], random, given):
         assert all(secret not in text for text in told)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("can't start new thread"), OSError(errno.EMFILE, "?"), MemoryError(), HostError("the disk is full")],
+    ids=["thread", "file", "memory", "disk"],
+)
+async def test_what_the_host_lacks_is_told_to_the_caller(error: Exception) -> None:
+    with pytest.raises(GRPCError) as caught, translated_errors():
+        raise error
+    assert caught.value.status is Status.UNAVAILABLE
+    assert caught.value.message
+    for other in (TimeoutError(), ConnectionResetError(), RuntimeError("other")):
+        with pytest.raises(type(other)) as passed, translated_errors():
+            raise other
+        assert passed.value is other

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import socket
 import struct
+import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -69,6 +71,34 @@ async def test_metrics_pages_answer_and_refuse_other_requests() -> None:
         failed = await ask(port, b"GET /broken HTTP/1.1\r\n\r\n")
         assert b" 500 " in failed
         assert b"secret" not in failed
+
+
+async def test_a_page_that_the_host_prevents_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken() -> PageAnswer:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with serve_pages(LOOPBACK, {"/broken": broken}) as port:
+        assert b" 503 " in await ask(port, b"GET /broken HTTP/1.1\r\n\r\n")
+    (record,) = caplog.records
+    assert record.exc_info is None
+    assert "the page /broken failed: this process has too many files open" in record.getMessage()
+
+
+async def test_metrics_are_read_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing:
+        certificate, is_leaving = None, False
+
+        async def read(self) -> Families:
+            return list
+
+        async def health(self) -> list[HealthCheck]:
+            return []
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert b"process_open_fds" in (await Pages(Nothing()).metrics()).body
 
 
 async def test_idle_clients_hold_few_connections_and_exclude_nobody() -> None:

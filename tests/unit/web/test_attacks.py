@@ -1,5 +1,6 @@
 """Attacks on the page: each is refused, bounded or shown as text, and the page serves others meanwhile."""
 
+import logging
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
@@ -112,6 +113,32 @@ async def test_too_long_or_incomplete_requests_are_refused(tmp_path: Path) -> No
             said = await raw(stage, head)
             assert not said or said.split()[1].startswith(wanted), (head[:80], said)
         assert (await stage.admin_server.administration.bans.page()).total == 0
+
+
+async def test_headers_that_are_judged_come_once(tmp_path: Path) -> None:
+    async with page(tmp_path) as stage:
+        own = f"Origin: http://127.0.0.1:{stage.port}"
+        form = "Content-Type: application/x-www-form-urlencoded"
+        browser = await stage.visitor(Role.VIEWER)
+        cookie = f"Cookie: {COOKIE}={browser.cookie}"
+        for head in (
+            f"POST /sign-out HTTP/1.1\r\n{cookie}\r\n{own}\r\nOrigin: https://evil.example\r\n{form}\r\nContent-Length: 0",
+            f"POST /sign-out HTTP/1.1\r\n{cookie}\r\n{own}\r\n{form}\r\nContent-Type: text/plain\r\nContent-Length: 0",
+            f"GET /live/machines HTTP/1.1\r\n{cookie}\r\nSec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site",
+        ):
+            assert (await raw(stage, head)).startswith("HTTP/1.1 400 "), head
+        assert (await browser.get("/machines")).status == 200, "still signed in"
+
+
+async def test_malformed_requests_of_strangers_are_no_log_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "uvicorn.error")
+    upgrade = (
+        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13"
+    )
+    async with page(tmp_path) as stage:
+        assert (await raw(stage, "GET /sign-in HTTP/1.1\r\nno colon")).startswith("HTTP/1.1 400 ")
+        assert (await raw(stage, f"GET /sign-in HTTP/1.1\r\n{upgrade}")).startswith("HTTP/1.1 200 ")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("uvicorn")] == []
 
 
 async def test_text_of_machines_and_users_is_escaped_in_one_line(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from siderolink.common.errors import (
     AlreadyExistsError,
     ConfigurationError,
     ForbiddenError,
+    HostError,
     NotFoundError,
     ServerUnreachableError,
     SideroLinkError,
     StoreError,
     UnauthenticatedError,
+    host_error,
 )
 from siderolink.common.grpc import (
     ByteStream,
@@ -296,15 +298,22 @@ _STATUSES: Final = (
     (ConfigurationError, Status.INVALID_ARGUMENT),
     (StoreError, Status.UNAVAILABLE),
     (ServerUnreachableError, Status.UNAVAILABLE),
+    (HostError, Status.UNAVAILABLE),
     (SideroLinkError, Status.FAILED_PRECONDITION),
 )
 
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Map errors to a gRPC status with a one-line message."""
+    """Map errors, and what this host lacks or refuses, to a gRPC status with a one-line message."""
     try:
         yield
     except SideroLinkError as error:
         status = next(status for kind, status in _STATUSES if isinstance(error, kind))
         raise GRPCError(status, one_line(str(error))) from None
+    except (TimeoutError, ConnectionError):
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (failure := host_error(error)) is None:
+            raise
+        raise GRPCError(Status.UNAVAILABLE, one_line(str(failure))) from None
