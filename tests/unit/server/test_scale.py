@@ -72,6 +72,12 @@ async def test_the_cost_of_events_does_not_grow_with_the_machines() -> None:
     assert {kind: after[kind] for kind in after if after[kind] > 1.3 * before[kind] + 4 * EVENTS} == {}
 
 
+async def test_a_join_takes_few_calls() -> None:
+    async with open_crowd(FEW) as crowd:
+        new = [crowd.new_member() for _ in range(EVENTS)]
+        assert await calls_of(crowd.join, new) / EVENTS < 328
+
+
 async def follow_costs(count: int) -> dict[str, int]:
     """Calls of one server for changes of each kind that another server of the store made, with so many rows."""
     store, clock = MemoryStore(), VirtualClock()

@@ -86,7 +86,8 @@ class Reader:
 
     async def read(self, key: Key) -> Found:
         """Raises StoreError."""
-        self.want((key,))
+        if key not in self._answers:
+            self.want((key,))
         return await self._answers[key]
 
     async def run(self) -> None:

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import aiosqlite
-from sqlalchemy import Column, Select, Table, bindparam, delete, insert, literal_column, null, select, union_all
+from sqlalchemy import Column, bindparam, delete, insert, literal_column, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql import ClauseElement, ColumnElement
 
@@ -21,8 +21,7 @@ from siderolink.server.store.sql.token_rows import SqlTokens
 
 _DIALECT = sqlite.dialect()
 
-Shape = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
-"""Tables with the columns to search, each with the number of values."""
+_WIDTH = max(len(names(tables.metadata.tables[name])) for name in READERS)
 
 
 def _statement(clause: ClauseElement) -> Statement:
@@ -60,45 +59,39 @@ _INSERT_HISTORY = _statement(
 )
 
 
-def _matching(table: Table, counts: Mapping[str, int], width: int) -> Select[Any]:
-    """The table's name, then the rows that have one of so many values per column, filled up to `width` columns."""
+@lru_cache(maxsize=256)
+def _select(name: str, counts: tuple[tuple[str, int], ...]) -> Statement:
+    """The name of a table, then its rows that have one of so many values per column, filled up to `_WIDTH` columns."""
+    table, searched = tables.metadata.tables[name], dict(counts)
 
     def is_sought(column: Column[Any]) -> ColumnElement[bool]:
-        return column.in_([bindparam(f"{table.name}_{column.name}_{number}") for number in range(counts[column.name])])
+        return column.in_([bindparam(f"{column.name}_{number}") for number in range(searched[column.name])])
 
-    filling = [null()] * (width - len(names(table)))
-    found = select(literal_column(f"'{table.name}'"), *table.columns, *filling)
-    return found.where(matches(table, counts, is_sought))
-
-
-@lru_cache(maxsize=256)
-def _select(shape: Shape) -> Statement:
-    """The rows of all tables in one statement: a visit to the driver's thread costs more than a query."""
-    searched = [(tables.metadata.tables[name], dict(counts)) for name, counts in shape]
-    width = max(len(names(table)) for table, _ in searched)
-    return _statement(union_all(*(_matching(table, counts, width) for table, counts in searched)))
+    filling: list[ColumnElement[Any]] = [literal_column("NULL")] * (_WIDTH - len(names(table)))
+    found = select(literal_column(f"'{name}'"), *table.columns, *filling)
+    return _statement(found.where(matches(table, searched, is_sought)))
 
 
 class SqliteFinder:
-    """See `Finder`."""
+    """See `Finder`. All tables are read in one statement: a visit to the driver's thread costs more than a query."""
 
     def __init__(self, driver: aiosqlite.Connection) -> None:
         self._driver = driver
 
     async def rows(self, sought: Sought) -> Mapping[str, Sequence[Any]]:
-        shape: list[tuple[str, tuple[tuple[str, int], ...]]] = []
-        given: dict[str, object] = {}
+        texts: list[str] = []
+        given: list[object] = []
         for table, columns in sought.items():
             padded = {column: _padded(values) for column, values in columns.items()}
-            shape.append((table, tuple((column, len(values)) for column, values in padded.items())))
-            for column, values in padded.items():
-                given.update((f"{table}_{column}_{at}", cell(value)) for at, value in enumerate(values))
+            part = _select(table, tuple((column, len(values)) for column, values in padded.items()))
+            texts.append(part.text)
+            cells = {f"{name}_{at}": cell(value) for name, values in padded.items() for at, value in enumerate(values)}
+            given += part.values(cells)
         found: dict[str, list[Any]] = {table: [] for table in sought}
-        if sought:
-            statement = _select(tuple(shape))
-            for table, *cells in await self._driver.execute_fetchall(statement.text, statement.values(given)):
+        if texts:
+            for table, *row in await self._driver.execute_fetchall(" UNION ALL ".join(texts), given):
                 columns_of = names(tables.metadata.tables[table])
-                found[table].append(READERS[table](dict(zip(columns_of, cells, strict=False))))
+                found[table].append(READERS[table](dict(zip(columns_of, row, strict=False))))
         return found
 
 
