@@ -34,6 +34,9 @@ _DEAD_AFTER = 5.0
 _ANSWER_BYTES = 64 * 1024 * 1024
 """Message limit: a status has some 200 bytes for each peer."""
 
+CONTROL_LIMITS = Limits(max_connections=64)
+"""For the socket of a single user."""
+
 _STATUS = "/siderolink.control.Control/Status"
 _PEERS_AT_ONCE = 50
 
@@ -98,7 +101,7 @@ def directory() -> Path:
 
 @asynccontextmanager
 async def control_socket(
-    interface: str, services: Sequence[Servable], *, group: int | None = None, limits: Limits | None = None
+    interface: str, services: Sequence[Servable], *, group: int | None = None, limits: Limits = CONTROL_LIMITS
 ) -> AsyncIterator[Path]:
     """Serve on a socket named after the interface, accessible to this user and optionally to a group.
 

@@ -14,7 +14,7 @@ from anyio.abc import TaskGroup
 from siderolink.common.addressing import overlay_prefix, server_address
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.goodbye import GOODBYE_PORT
-from siderolink.common.grpc import GrpcServer, Servable, serve
+from siderolink.common.grpc import GrpcServer, Servable, Turns, serve
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
 from siderolink.common.tasks import background_tasks, keep_running
@@ -97,6 +97,8 @@ class Composition:
         self._peers: Peers | None = None
         self._draining: Draining
         self._health = HealthService(is_leaving=self._is_leaving)
+        self._turns = Turns()
+        """Shared by all listeners that strangers reach."""
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Parts]:
@@ -337,6 +339,7 @@ class Composition:
                 proxies=options.proxies,
                 has_tokens=True,
                 is_known=fleet.directory.sources.__contains__,
+                turns=self._turns,
             ) as api,
             self._administer(device, fleet, reports, history, api.port) as (administration, admin_api),
         ):
@@ -406,6 +409,7 @@ class Composition:
                     tls=options.tls,
                     limits=ADMIN_LIMITS,
                     has_tokens=True,
+                    turns=self._turns,
                 )
                 api = await stack.enter_async_context(server)
             yield administration, api
@@ -420,7 +424,7 @@ class Composition:
         assert membership is not None
         clock = Clock(time=self._store.time)
         service = PeerService(fleet.directory, device, clock, fleet.liveness.heard_at, fleet.limits)
-        async with peers.listen(options.listen, service, self._admin_services, administration.api_keys) as port:
+        async with peers.listen(options.listen, service, self._admin_services, administration.api_keys, self._turns) as port:
             administration.machines.other_servers = peers.queries
             membership.describe(peer_address=options.dialled(port), peer_fingerprint=peers.identity.fingerprint)
             yield

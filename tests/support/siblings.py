@@ -8,6 +8,7 @@ from pathlib import Path
 import anyio
 import anyio.lowlevel
 
+from siderolink.common.grpc import Turns
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server.admin.forwards import OpenPort
@@ -124,7 +125,7 @@ async def open_sibling(
             return 0.0 if silence is None else registry.store.time() - silence
 
         face = PeerService(manager.links, manager.device, registry.time.clock, heard_at, admin_server.administration.limits)
-        listening = peers.listen("127.0.0.1:0", face, admin_server.services, admin_server.administration.api_keys)
+        listening = peers.listen("127.0.0.1:0", face, admin_server.services, admin_server.administration.api_keys, Turns())
         port = await stack.enter_async_context(listening)
         admin_server.administration.machines.other_servers = peers.queries
         registry.rows[name] = FleetServer(

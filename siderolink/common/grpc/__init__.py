@@ -11,6 +11,7 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.server import GrpcServer, serve
 from siderolink.common.grpc.sources import LocalPeer, TrustedProxies, parse_networks, source_of
 from siderolink.common.grpc.tls import ServerCertificate, client_tls, mutual_tls, server_tls
+from siderolink.common.grpc.turns import Turns
 
 GRPCError = grpclib.GRPCError
 """Raised by a handler to return a status, and by a call that received one; see `status` and `message`."""
@@ -36,6 +37,7 @@ __all__ = [
     "ServerCertificate",
     "Status",
     "TrustedProxies",
+    "Turns",
     "certificate_of",
     "client_tls",
     "decode_answer",

@@ -5,7 +5,8 @@ import asyncio
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.turns import CALL_SECONDS, Turns, Work
 
-_HALF, _QUARTER = 2, 4
+HALF, QUARTER = 2, 4
+"""Unknown sources together may use half of one processor before each of them is limited to a quarter."""
 BURST_SECONDS = 0.05
 """Processor time below these shares may be used in bursts of up to this many seconds at the shares' rates."""
 _MAX_SOURCES = 4096
@@ -20,8 +21,9 @@ class CallBudget:
     With `has_tokens`, unknown sources share a part of the total, and each may have a quarter of that part.
     """
 
-    def __init__(self, limits: Limits, *, has_tokens: bool = False) -> None:
-        self.turns = Turns()
+    def __init__(self, limits: Limits, *, has_tokens: bool = False, turns: Turns | None = None) -> None:
+        """`turns` are shared with other listeners; by default, these are turns of their own."""
+        self.turns = turns or Turns()
         self.used = 0
         """Bytes reserved by all sources."""
         self.used_unproven = 0
@@ -57,8 +59,8 @@ class CallBudget:
         """
         if source in self.known:
             return 0.0
-        self._all_until = max(self._all_until, now) + _HALF * seconds
-        until = max(self._until.get(source, now), now) + _QUARTER * seconds
+        self._all_until = max(self._all_until, now) + HALF * seconds
+        until = max(self._until.get(source, now), now) + QUARTER * seconds
         if len(self._until) >= _MAX_SOURCES:
             self._until = {name: at for name, at in self._until.items() if at > now}
         self._until[source] = until
@@ -71,7 +73,7 @@ class CallBudget:
             return False
         if self.has_tokens and not self.is_known(source):
             unproven, of_source = self.used_unproven + size, self._taken_unproven.get(source, 0) + size
-            if unproven > self._unproven or of_source > self._unproven // _QUARTER:
+            if unproven > self._unproven or of_source > self._unproven // QUARTER:
                 return False
             self.used_unproven, self._taken_unproven[source] = unproven, of_source
         self.used = used
@@ -101,7 +103,7 @@ class Account:
         self.taken = 0
         """Bytes reserved now."""
         self.takes_turns = budget is not None and bool(source)
-        """Whether processor time is shared: on a server, except for local processes."""
+        """Whether processor time is shared: on a server."""
         self._budget = budget
         self._source = source
         self._received = 0
@@ -124,7 +126,7 @@ class Account:
         return min(limits.max_streams, limits.max_unproven_streams) if self.is_stranger else limits.max_streams
 
     def charge(self, seconds: float, now: float) -> float:
-        """Charge processor time; returns how long this connection's input has to wait. Local processes never wait."""
+        """Charge processor time; returns how long this connection's input has to wait."""
         return 0.0 if self._budget is None or self.is_known else self._budget.charge(self._source, seconds, now)
 
     def ran(self, seconds: float) -> None:

@@ -21,12 +21,22 @@ from siderolink.common.grpc import frames
 from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.budget import ConnectionBudget, Held
 from siderolink.common.grpc.calls import Caller, CallHandler, Method, Servable, methods_of
+from siderolink.common.grpc.handshakes import HandshakeTurns
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.listeners import listen_tcp, listen_unix
 from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
-from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, local_peer, plain, read_header, source_of
-from siderolink.common.grpc.tls import may_need_another, wait_for_hello
+from siderolink.common.grpc.sources import (
+    BadHeaderError,
+    LocalPeer,
+    TrustedProxies,
+    contains,
+    local_peer,
+    plain,
+    read_header,
+    source_of,
+)
+from siderolink.common.grpc.turns import Turns
 from siderolink.common.protobuf_wire import models_within, prepare
 from siderolink.common.tasks import in_thread, to_its_end
 
@@ -34,10 +44,9 @@ log = logging.getLogger("siderolink")
 
 _SPARE_DESCRIPTORS = 64
 _ACCEPT_PAUSE = 0.1
-_ACCEPTS_PER_TURN = 8
-SECOND_HELLOS = 4
-_TLS_SECONDS = 0.001
-"""Approximate processor time of the first step of a TLS handshake, in which the server signs."""
+ACCEPTS_PER_TURN = 8
+CONNECTION_SECONDS = 0.0002
+"""Approximate processor time of accepting and closing a connection."""
 
 
 class GrpcServer:
@@ -55,6 +64,7 @@ class GrpcServer:
         has_tokens: bool,
         reserved_for: Collection[str],
         is_known: Callable[[str], bool],
+        turns: Turns | None,
     ) -> None:
         self.refusals: Counter[Refusal] = Counter()
         """Number of refusals by reason."""
@@ -62,7 +72,7 @@ class GrpcServer:
         self._sockets = sockets
         self._tls = tls
         self._limits = limits
-        self._calls = CallBudget(limits, has_tokens=has_tokens)
+        self._calls = CallBudget(limits, has_tokens=has_tokens, turns=turns)
         self._is_known = is_known
         self._callback = on_refusal
         self._proxies = proxies
@@ -77,7 +87,7 @@ class GrpcServer:
         self._all_closed = asyncio.Event()
         self._all_closed.set()
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._second_hellos = asyncio.Semaphore(SECOND_HELLOS)
+        self._tls_turns = HandshakeTurns()
         self._loop = asyncio.get_running_loop()
         self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
 
@@ -143,7 +153,7 @@ class GrpcServer:
 
     def _accept(self, sock: socket.socket) -> None:
         """Accept pending connections, up to a limit, so that a flood does not block other tasks."""
-        for _ in range(_ACCEPTS_PER_TURN):
+        for _ in range(ACCEPTS_PER_TURN):
             try:
                 connection, address = sock.accept()
             except (BlockingIOError, InterruptedError):
@@ -213,6 +223,7 @@ class GrpcServer:
                 accepted.address = await read_header(accepted.connection) or accepted.address
                 if not self._enter(accepted):
                     return
+            await self._wait_for_share(accepted)
             began = True
             await self._begin(accepted)
         except (BadHeaderError, TimeoutError, OSError) as error:
@@ -224,6 +235,16 @@ class GrpcServer:
                 accepted.connection.close()
                 self._leave(accepted)
 
+    async def _wait_for_share(self, accepted: "_Accepted") -> None:
+        """Charge the source for the connection; one that used its processor time is not read before it may use more."""
+        source = accepted.source
+        if not self._calls.is_known(source) and (accepted.is_proxy or self._is_known(accepted.name)):
+            self._calls.know(source)  # a proxy's calls are charged to those that it forwards for
+        if not self._calls.is_known(source):
+            wait = self._calls.charge(source, CONNECTION_SECONDS, self._loop.time())
+            if wait:
+                await asyncio.sleep(min(wait, self._limits.preface_timeout))
+
     async def _begin(self, accepted: "_Accepted") -> None:
         source = accepted.source
 
@@ -232,8 +253,6 @@ class GrpcServer:
                 self._budget.know(source)
                 self._calls.know(source)
 
-        if source and not self._calls.is_known(source) and (accepted.is_proxy or self._is_known(accepted.name)):
-            self._calls.know(source)  # a proxy's calls are charged to those that it forwards for
         caller = Caller(
             address=accepted.address,
             proxies=self._proxies,
@@ -248,11 +267,17 @@ class GrpcServer:
             self._open.pop(protocol, None)
             self._leave(accepted)
 
-        account = Account(self._limits, self._calls, source)
+        if accepted.user:
+            self._calls.know(accepted.user)
+        account = Account(self._limits, self._calls, source or accepted.user)
         protocol = Http2Protocol(handler, self._limits, server=True, on_refusal=self._refuse, on_lost=lost, account=account)
         self._open[protocol] = handler
         accepted.protocol = protocol
-        handshake = contextlib.nullcontext() if self._tls is None else self._shaking_hands(accepted.connection, account)
+        handshake = (
+            contextlib.nullcontext()
+            if self._tls is None
+            else self._tls_turns.of(accepted.connection, account, self._limits.preface_timeout)
+        )
         try:
             async with handshake:
                 await self._loop.connect_accepted_socket(
@@ -268,21 +293,6 @@ class GrpcServer:
             if not isinstance(error, Exception):
                 raise
             self._refuse(Refusal.TLS_HANDSHAKE_FAILED, f"from {accepted.name}: {type(error).__name__}")
-
-    @asynccontextmanager
-    async def _shaking_hands(self, connection: socket.socket, account: Account) -> AsyncIterator[None]:
-        """Wait for a ClientHello and for the source's turn, so that a burst of handshakes does not block the loop.
-
-        A second ClientHello is processed without a turn; of strangers' handshakes that may need one, only a few run at a time.
-        """
-        async with contextlib.AsyncExitStack() as stack:
-            async with asyncio.timeout(self._limits.preface_timeout):
-                hello = await wait_for_hello(connection)
-                if not account.is_known and may_need_another(hello):
-                    await stack.enter_async_context(self._second_hellos)
-            account.charge(_TLS_SECONDS, self._loop.time())
-            await account.wait_turn(_TLS_SECONDS)
-            yield
 
     def _leave(self, accepted: "_Accepted") -> None:
         if accepted.held is not None:
@@ -308,6 +318,11 @@ class _Accepted:
     """The key that identifies one source; empty for a local socket."""
     is_proxy: bool = False
     """Whether it is a proxy that is trusted to name its clients."""
+
+    @property
+    def user(self) -> str:
+        """The user of a local process, which takes turns like any other known source; empty for other sources."""
+        return f"uid {self.address.uid}" if isinstance(self.address, LocalPeer) else ""
 
     @property
     def name(self) -> str:
@@ -339,19 +354,18 @@ async def serve(
     has_tokens: bool = False,
     is_known: Callable[[str], bool] = lambda address: False,
     reserved_for: Collection[str] = (),
+    turns: Turns | None = None,
 ) -> AsyncIterator[GrpcServer]:
     """Serve gRPC on a TCP port of one or several hosts (None: all), or on a local socket at `path`, until the context ends.
 
     Or on sockets that are already `listening`; they are closed with the server. A local socket is for this user and a `group`.
-
     `on_refusal` is called on the loop for every refusal, with a one-line description; it must be fast and not raise.
     `proxies` are trusted about the origin of connections and calls. With `has_tokens`, handlers report calls with a valid
     token by `valid_token`, and connections from other sources have a separate budget; `is_known` returns whether an address
-    counts as known without a token. Some connections are reserved for the addresses in `reserved_for`.
+    counts as known without a token. Some connections are reserved for the addresses in `reserved_for`. Servers share `turns`.
     Raises AddressInUseError, or ConfigurationError if the address cannot be used.
     """
-    methods = methods_of(handlers)
-    sockets = list(listening or ())
+    methods, sockets = methods_of(handlers), list(listening or ())
     try:
         await _prepare_models(methods)
         if listening is None:
@@ -366,6 +380,7 @@ async def serve(
             has_tokens=has_tokens,
             reserved_for=reserved_for,
             is_known=is_known,
+            turns=turns,
         )
         server.start()
     except BaseException:

@@ -1,9 +1,9 @@
 """Turns of the event loop: input and calls that need processor time share it by source, known sources first.
 
-In one turn of the loop, unknown sources together get `TURN_SECONDS`, and known sources twice as much. Other work waits for the
-next turn; everything else, such as the streams of proven machines, is served in between. Each source has one slice in its turn,
-regardless of its number of connections. While no known source is waiting and their share is not used up, their input is
-processed at once.
+In one turn of the loop, unknown sources together get `TURN_SECONDS`, and known sources twice as much; all listeners that share
+turns are counted together. Other work waits for the next turn; everything else, such as the streams of proven machines, is
+served in between. Each source has one slice in its turn, regardless of its number of connections. While no known source is
+waiting and their share is not used up, their input is processed at once.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ Work = Callable[[float], float]
 class _Class:
     """The waiting work of one class of sources, by source."""
 
-    def __init__(self, share: int) -> None:
+    def __init__(self, share: float) -> None:
         self.spent = 0.0
         """Seconds used outside of turns since the last one: by work run at once, and by calls beyond their estimate."""
         self._share = share
@@ -65,13 +65,13 @@ class _Class:
 
 
 class Turns:
-    """The turns of one server."""
+    """The turns of one server, or of several on one event loop."""
 
-    def __init__(self, clock: Callable[[], float] | None = None) -> None:
-        """`clock` defaults to the loop's."""
+    def __init__(self, clock: Callable[[], float] | None = None, *, share: float = 1.0) -> None:
+        """`clock` defaults to the loop's; `share` multiplies the time of both classes."""
         self._clock = clock
-        self._known = _Class(2)
-        self._strangers = _Class(1)
+        self._known = _Class(2 * share)
+        self._strangers = _Class(share)
         self._is_scheduled = False
 
     def queue(self, source: str, work: Work, *, is_known: bool) -> None:

@@ -5,7 +5,7 @@ from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from siderolink.common.grpc import Servable, serve
+from siderolink.common.grpc import Servable, Turns, serve
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
 from siderolink.common.tasks import background_tasks, keep_running
@@ -116,9 +116,12 @@ class Peers:
 
     @asynccontextmanager
     async def listen(
-        self, address: str, service: PeerService, admin_services: Sequence[Servable], api_keys: ApiKeys
+        self, address: str, service: PeerService, admin_services: Sequence[Servable], api_keys: ApiKeys, turns: Turns
     ) -> AsyncIterator[int]:
-        """Serve the other servers until the context ends; yields the port. Raises AddressInUseError, ConfigurationError."""
+        """Serve the other servers until the context ends; yields the port. `turns` are those of the API.
+
+        Raises AddressInUseError or ConfigurationError.
+        """
         access = PeerAccess(self.others, api_keys)
         listen = HostPort.parse(address, port_zero=True)
 
@@ -131,7 +134,9 @@ class Peers:
         services = guarded([service, *admin_services], access)
         tls = self.identity.server_tls
         async with (
-            serve(services, host=listen.host, port=listen.port, tls=tls, limits=PEER_LIMITS, has_tokens=True) as server,
+            serve(
+                services, host=listen.host, port=listen.port, tls=tls, limits=PEER_LIMITS, has_tokens=True, turns=turns
+            ) as server,
             aclosing(self.channels),
             background_tasks() as tasks,
         ):

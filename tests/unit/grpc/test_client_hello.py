@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.grpc import Limits, Refusal, client_tls, open_channel, serve, server_tls
-from siderolink.common.grpc import server as server_module
+from siderolink.common.grpc.handshakes import SECOND_HELLOS
 from siderolink.common.grpc.tls import hello_bytes, may_need_another, wait_for_hello
 from siderolink.common.grpc.turns import Turns
 from tests.support.api import Raw, Service, method
@@ -170,7 +170,7 @@ async def test_few_handshakes_with_a_second_hello_run_at_a_time(tmp_path: Path) 
     root = make_certificate("the root")
     (tmp_path / "server.pem").write_text(root.sign("localhost").pem)
     context = server_tls(tmp_path / "server.pem")
-    most = server_module.SECOND_HELLOS
+    most = SECOND_HELLOS
     async with serve([Service()], host="127.0.0.1", tls=context) as server:
         crowd = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(3 * most)]
         for _, writer in crowd:
