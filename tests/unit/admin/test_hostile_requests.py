@@ -11,6 +11,7 @@ from grpclib.const import Handler
 
 from siderolink.common.grpc import ByteStream, GrpcChannel, GRPCError, Status
 from siderolink.common.protobuf_wire import BYTES, VARINT, encode_varint
+from siderolink.server.admin.services.access import CALL_LIMITS
 from tests.support.admin_server import AdminServer, open_admin_server
 from tests.support.api import Raw
 from tests.support.stores import opened
@@ -90,3 +91,17 @@ async def test_every_method_refuses_invalid_requests(
                     count += 1
     assert count > 50
     assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_request_of_many_fields_is_not_decoded(admin_server: AdminServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = CALL_LIMITS.max_fields
+    assert most is not None
+    decoded: list[object] = []
+    monkeypatch.setattr("siderolink.common.grpc.messages.refuse_strings_as_numbers", lambda *args: decoded.append(args))
+    async with admin_server.local() as channel:
+        for service in admin_server.services:
+            for path, handler in service.__mapping__().items():
+                if handler.request_type is not ByteStream:
+                    found = await status_of(channel, path, handler, b"\x98\x06\x01" * (most + 1))
+                    assert found is Status.INVALID_ARGUMENT, path
+    assert decoded == []

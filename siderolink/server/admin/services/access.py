@@ -59,6 +59,8 @@ ADMIN_LIMITS: Final = Limits(
     stream_window_bytes=PIPE_WINDOW_BYTES,
 )
 """Fewer callers than machines, with longer answers."""
+CALL_LIMITS: Final = CallLimits(max_fields=1024)
+"""Limits on a request of any method, so that decoding it blocks the loop for at most some 5 ms."""
 _AT_ONCE: Final = 20
 """Messages to encode before other tasks run."""
 _LISTS: Final[Mapping[type[betterproto2.Message], str]] = {
@@ -265,7 +267,9 @@ class _Guarded:
         self._service = service
         self._access = access
         self._least = least
-        self.call_limits: Mapping[str, CallLimits] = getattr(service, "call_limits", {})
+        own: Mapping[str, CallLimits] = getattr(service, "call_limits", {})
+        names = (path.rpartition("/")[2] for path in service.__mapping__())
+        self.call_limits = {**dict.fromkeys(names, CALL_LIMITS), **own}
 
     def __mapping__(self) -> dict[str, Handler]:
         return {
