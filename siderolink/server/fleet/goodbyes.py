@@ -1,14 +1,16 @@
 """Goodbyes of machines, received on one UDP socket at the server's overlay address (siderolink.common.goodbye)."""
 
-import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from ipaddress import IPv6Address
+from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
+from siderolink.common.datagrams import DatagramReader
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.goodbye import GOODBYE_BYTES, GOODBYE_PORT, Goodbye, MoveAway
 from siderolink.common.keys import PublicKey
@@ -19,7 +21,6 @@ from siderolink.server.fleet.monitor import Monitor
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 64
 _ANSWER_SECONDS = 0.05
 
 Remove = Callable[[str, LeaveReason], Awaitable[bool]]
@@ -43,35 +44,27 @@ class Goodbyes:
         except SideroLinkError as error:
             log.warning("cannot receive goodbyes from machines: %s", error)
             return
-        loop = asyncio.get_running_loop()
         self._socket = sock
         with sock:
             async with anyio.create_task_group() as tasks:
-                loop.add_reader(sock, self._receive, sock, tasks)
+                reader = DatagramReader(sock, partial(self._receive, sock, tasks), GOODBYE_BYTES + 1)
                 try:
                     await anyio.sleep_forever()
                 finally:
                     self._socket = None
-                    loop.remove_reader(sock)
+                    reader.close()
 
     def request_move(self, address: IPv6Address, server_key: PublicKey) -> None:
         """Ask the machine at this overlay address to move to another server, by one unreliable datagram."""
         if self._socket is not None:
             _answer(self._socket, MoveAway(public_key=server_key).encode(), (str(address), GOODBYE_PORT))
 
-    def _receive(self, sock: socket.socket, tasks: TaskGroup) -> None:
-        for _ in range(_AT_ONCE):
-            try:
-                data, source = sock.recvfrom(GOODBYE_BYTES + 1)
-            except BlockingIOError:
-                return
-            except OSError:  # a delayed error of an answer
-                continue
-            goodbye = self.receive(data, IPv6Address(source[0].partition("%")[0]))
-            if goodbye is not None:
-                _answer(sock, data, source)
-                if goodbye.forget:
-                    tasks.start_soon(self.forget, goodbye)
+    def _receive(self, sock: socket.socket, tasks: TaskGroup, data: bytes, source: tuple[Any, ...]) -> None:
+        goodbye = self.receive(data, IPv6Address(source[0].partition("%")[0]))
+        if goodbye is not None:
+            _answer(sock, data, source)
+            if goodbye.forget:
+                tasks.start_soon(self.forget, goodbye)
 
     def receive(self, data: bytes, source: IPv6Address) -> Goodbye | None:
         """Process one datagram from an overlay address; None unless it is a goodbye of that machine."""

@@ -9,7 +9,7 @@ from ipaddress import IPv6Address
 import anyio
 from anyio.lowlevel import checkpoint
 
-from siderolink.common.grpc import GrpcServer, Limits, serve
+from siderolink.common.grpc import GrpcServer, Limits, Turns, serve
 from siderolink.common.overlay_socket import bind_overlay
 from siderolink.common.tasks import background_tasks, in_parts, in_thread
 from siderolink.server.events import EventsLost, EventStream, MachineLeft
@@ -30,6 +30,8 @@ from siderolink.server.reporting.search import EVERYTHING, ReportQuery, ReportSe
 
 _SINK_WINDOW_BYTES = 1024 * 1024
 _AT_ONCE = 100
+TURN_SHARE = 0.5
+"""The machines' share of a turn of the event loop, for events and lines together: half of the share of strangers."""
 
 
 class Reports:
@@ -142,15 +144,16 @@ class Reports:
     async def serve(self, address: IPv6Address, interface: str, namespace: str | None = None) -> AsyncIterator[None]:
         """Listen at the overlay address, only on `interface`."""
         options = self._ingest.options
+        turns = Turns(share=TURN_SHARE)
         async with AsyncExitStack() as stack:
             if options.event_sink_port is not None:
                 sock = await bind_overlay(address, options.event_sink_port, interface, namespace=namespace)
-                limits = _limits(options)
-                self._sink = await stack.enter_async_context(serve([EventSink(self._ingest)], listening=[sock], limits=limits))
+                sink = serve([EventSink(self._ingest)], listening=[sock], limits=_limits(options), turns=turns)
+                self._sink = await stack.enter_async_context(sink)
             if options.log_port is not None:
                 tcp, udp = await _bind_both(address, options.log_port, interface, namespace)
                 self._log_port = tcp.getsockname()[1]
-                await stack.enter_async_context(listen_for_lines(self._ingest, tcp, udp))
+                await stack.enter_async_context(listen_for_lines(self._ingest, tcp, udp, turns))
             yield
 
 

@@ -29,7 +29,7 @@ from siderolink.server.reporting import log_listener
 from siderolink.server.reporting.event_sink import MAX_FIELDS as MAX_REQUEST_FIELDS
 from siderolink.server.reporting.event_sink import MAX_NAME_BYTES, EventSink, read_event
 from siderolink.server.reporting.ingest import ITEM_BYTES, ReportIngest, RingBuffers
-from siderolink.server.reporting.log_listener import BYTES_PER_TURN, LineSplitter, listen_for_lines
+from siderolink.server.reporting.log_listener import BYTES_AT_ONCE, LineSplitter, listen_for_lines
 from siderolink.server.reporting.model import LogLine, MachineEvent, ReportDrop, ReportOptions
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ async def test_a_flood_of_short_lines_is_counted_and_split_in_small_turns(monkey
                     await anyio.sleep(0.01)
     assert 5000 <= found.taken_lines < 5100
     assert found.taken_lines + found.drops[ReportDrop.LINE_RATE_LIMITED] == sent
-    assert max(pieces) <= BYTES_PER_TURN
+    assert max(pieces) <= BYTES_AT_ONCE
     assert len(found.recent_lines.of("m")) <= ReportOptions().recent_lines
 
 
@@ -390,7 +390,7 @@ async def test_what_is_read_beyond_the_rate_is_not_split_when_the_rate_allows_mo
             while len(pieces) < 5:
                 await stream.send(b"x\n" * 5000)
                 await anyio.sleep(0.01)
-    assert max(pieces) <= BYTES_PER_TURN
+    assert max(pieces) <= BYTES_AT_ONCE
 
 
 @pytest.mark.anyio
