@@ -1,8 +1,8 @@
 """The pages of `--metrics-listen`: counters, process information and health.
 
 Counters are read on the event loop, some hundred machines at a time; metric families are created and rendered some fifty
-samples at a time. A thread would hold the interpreter lock for 5 ms at a time. Scrapes run one at a time, and those within a
-second of the last one share its answer.
+samples at a time. A thread would hold the interpreter lock for 5 ms at a time. Scrapes run one at a time, and those soon after
+the last one share its answer, so that all scrapes together use at most a quarter of one processor.
 """
 
 import json
@@ -24,6 +24,7 @@ from siderolink.cli.metrics.http import PageAnswer, serve_pages
 from siderolink.cli.options import MetricsOptions
 from siderolink.common.errors import ConfigurationError, HostError
 from siderolink.common.grpc import ServerCertificate
+from siderolink.common.grpc.turns import Metered
 from siderolink.common.histogram import Histogram
 from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks, in_parts, in_thread, keep_running
@@ -40,6 +41,8 @@ from siderolink.cli.metrics.families import counter, gauge, gauges, histogram
 
 FRESH_SECONDS: Final = 1.0
 """A scrape within this time after another one gets the same answer."""
+REST: Final = 3
+"""The same within this multiple of the processor time of the last one."""
 SAMPLES_AT_ONCE: Final = 50
 """Samples rendered before other tasks run."""
 LAG_INTERVAL: Final = 0.25
@@ -70,13 +73,17 @@ class MetricsSource(Protocol):
 class Pages:
     """The pages of one process."""
 
-    def __init__(self, source: MetricsSource) -> None:
+    def __init__(self, source: MetricsSource, clock: Callable[[], float] = time.monotonic) -> None:
         self._source = source
+        self._clock = clock
         self._lag = Histogram(LAG_BOUNDS)
         """The delay with which the event loop runs due callbacks, in seconds."""
         self._lock = anyio.Lock()
         self._rendered = b""
         self._rendered_at = float("-inf")
+        self._fresh_for = FRESH_SECONDS
+        self._spent = 0.0
+        """Processor time of the last scrape, in seconds."""
         self._versions = version("siderolink"), platform.python_version()  # read from files
         self._process = CollectorRegistry()
         ProcessCollector(registry=self._process)
@@ -91,15 +98,23 @@ class Pages:
 
     async def metrics(self) -> PageAnswer:
         async with self._lock:
-            if time.monotonic() - self._rendered_at > FRESH_SECONDS:
-                began_at = time.perf_counter()
-                checks = await self._checks()
-                families = await self._source.read()
-                process = await self._process_families()
-                own = self._own_families(checks, read_clock(), began_at)
-                self._rendered = await render(chain(families(), own, process))
-                self._rendered_at = time.monotonic()
+            if self._clock() - self._rendered_at > self._fresh_for:
+                self._spent = 0.0
+                await Metered(self._render(), self._spend)
+                self._fresh_for = max(FRESH_SECONDS, REST * self._spent)
+                self._rendered_at = self._clock()
             return PageAnswer(self._rendered, CONTENT_TYPE_LATEST)
+
+    def _spend(self, seconds: float) -> None:
+        self._spent += seconds
+
+    async def _render(self) -> None:
+        began_at = time.perf_counter()
+        checks = await self._checks()
+        families = await self._source.read()
+        process = await self._process_families()
+        own = self._own_families(checks, read_clock(), began_at)
+        self._rendered = await render(chain(families(), own, process))
 
     async def _process_families(self) -> list[Metric]:
         """In a thread, because each descriptor is a file in /proc; without one the metrics are needed even more."""
