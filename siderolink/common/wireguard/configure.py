@@ -1,15 +1,21 @@
 """Applies configuration changes to the engine and its sockets, for `set_peer` and for `wg`, and reports the result."""
 
 import time
-from typing import Protocol
+from collections.abc import Iterator
+from itertools import chain
+from typing import Final, Protocol
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
+from siderolink.common.parted_dict import PartedDict
 from siderolink.common.wireguard.device import DeviceChange, PeerChange, PeerConfig, PeerStatus
 from siderolink.common.wireguard.noise import Engine, Peer
 from siderolink.common.wireguard.noise.handshake import NO_PRESHARED_KEY
 from siderolink.common.wireguard.path import Endpoint, Path
 from siderolink.common.wireguard.uapi.protocol import DeviceReport, PeerReport, UapiError, parse_endpoint
+
+STEP: Final = 50
+"""Peers and allowed IPs changed at once."""
 
 
 class Sockets(Protocol):
@@ -37,8 +43,25 @@ class Configurator:
         self._sockets = sockets
         self._fwmark = 0
 
-    def apply(self, change: DeviceChange, now: float) -> None:
-        """Apply a change. Raises AddressInUseError or ConfigurationError; the parts applied before the error stay."""
+    def apply(self, change: DeviceChange, now: float) -> Iterator[None]:
+        """Apply a change in steps of bounded time; each `next` is one, and other tasks may run in between.
+
+        Raises AddressInUseError or ConfigurationError; the parts applied before the error stay.
+        """
+        self._apply_to_device(change)
+        small_steps: Iterator[None] = (step for peer in change.peers for step in self._apply_peer(peer, now))
+        if change.replace_peers:
+            small_steps = chain(self._remove_peers(), small_steps)
+        for done, _ in enumerate(small_steps):
+            if done % STEP == STEP - 1:
+                yield
+
+    def _remove_peers(self) -> Iterator[None]:
+        for key in list(self._engine.peers):
+            self._engine.remove_peer(key)
+            yield
+
+    def _apply_to_device(self, change: DeviceChange) -> None:
         if change.clear_private_key or change.private_key is not None:
             self._set_private_key(change.private_key)
         if self._sockets is not None:
@@ -47,11 +70,6 @@ class Configurator:
                 self._fwmark = change.fwmark
             if change.listen_port is not None and change.listen_port != self._sockets.port:
                 self._sockets.rebind(change.listen_port)
-        if change.replace_peers:
-            for key in list(self._engine.peers):
-                self._engine.remove_peer(key)
-        for peer in change.peers:
-            self.apply_peer(peer, now)
 
     def set_peer(self, config: PeerConfig, now: float) -> None:
         """Add a peer or replace its configuration. Raises ConfigurationError for a key that cannot be a peer's."""
@@ -71,8 +89,12 @@ class Configurator:
         if is_new:
             engine.greet(entry, now)
 
-    def apply_peer(self, change: PeerChange, now: float) -> None:
-        """Apply the change of one peer. Like the kernel: our own key is ignored, and a key of low order is never dialled."""
+    def _apply_peer(self, change: PeerChange, now: float) -> Iterator[None]:
+        """Apply the change of one peer, in many small steps.
+
+        Like the kernel: our own key is ignored, and a key of low order is never dialled.
+        """
+        yield
         key = bytes(change.public_key)
         if change.remove:
             self._engine.remove_peer(key)
@@ -87,8 +109,11 @@ class Configurator:
         if change.replace_allowed_ips:
             self._engine.allowed_ips.set(entry, ())
         for is_added, network in change.allowed_ips:
+            if self._engine.peers.get(key) is not entry:
+                return  # removed between two steps
             edit = self._engine.allowed_ips.add if is_added else self._engine.allowed_ips.remove
             edit(entry, network)
+            yield
         if change.persistent_keepalive is not None:
             self._engine.set_persistent_keepalive(entry, change.persistent_keepalive, now)
 
@@ -98,8 +123,14 @@ class Configurator:
             private_key=self._private_key,
             listen_port=self._sockets.port if self._sockets is not None else None,
             fwmark=self._fwmark,
-            peers=map(_report, self._engine.peers.values()),
+            peers=self._reports(),
         )
+
+    def _reports(self) -> Iterator[PeerReport]:
+        """Each peer, also while others are added and removed in between."""
+        peers = self._engine.peers
+        for part in peers.parts() if isinstance(peers, PartedDict) else [list(peers.values())]:
+            yield from map(_report, part)
 
     def _set_private_key(self, key: PrivateKey | None) -> None:
         if key is None or key != self._private_key:

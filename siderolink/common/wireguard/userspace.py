@@ -7,6 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Literal
 
+import anyio
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.clock_watch import BootTimer, boot_time
@@ -91,6 +92,8 @@ class UserspaceDevice:
             self._udp = open_udp(config.listen_port, plane.deliver, mixed=plane.mixed, receive_many=plane.deliver_many)
             plane.send_many = self._udp.send_many
         self._configurator = Configurator(self.engine, config.private_key, self._udp)
+        self._applying = anyio.Lock()
+        """A change that `wg` requests is applied in steps, one change after the other."""
         self.report: Callable[[], DeviceReport] = self._configurator.report
         """The device as `wg` shows it, including its keys."""
 
@@ -131,9 +134,13 @@ class UserspaceDevice:
 
     async def apply(self, change: DeviceChange) -> None:
         """Apply a change that `wg` requests. Raises AddressInUseError or ConfigurationError."""
-        now = boot_time()
-        self._configurator.apply(change, now)
-        self.plane.drain(now)
+        async with self._applying:
+            now = boot_time()
+            for _ in self._configurator.apply(change, now):
+                self.plane.drain(now)
+                await checkpoint()
+                now = boot_time()
+            self.plane.drain(now)
 
     async def remove_peer(self, public_key: PublicKey) -> None:
         self.engine.remove_peer(bytes(public_key))

@@ -14,12 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
+from anyio.lowlevel import checkpoint
+
 from siderolink.common.errors import AddressInUseError, InterfaceInUseError, SideroLinkError, host_error
 from siderolink.common.tasks import in_thread
 from siderolink.common.wireguard.device import DeviceChange
 from siderolink.common.wireguard.uapi.protocol import (
     MAX_REQUEST_BYTES,
     DeviceReport,
+    PeerReport,
     UapiError,
     parse_set,
     split_request,
@@ -33,8 +36,9 @@ IDLE_TIMEOUT = 30.0
 """Seconds in which a client that has begun a request must end it, and in which it must read an answer."""
 MAX_CLIENTS = 32
 """Maximum connections; a new one replaces the oldest."""
-MANY_LINES = 2_000
-"""Lines of a request or answer that take about ten milliseconds to process."""
+MANY_LINES = 500
+"""Lines of a request or answer that take about two milliseconds to process."""
+PEERS_AT_ONCE = 100
 
 _IN_ATTRIB, _IN_DELETE_SELF = 0x4, 0x400
 """IN_ATTRIB also reports a change of the link count, which is how the removal of a socket in use shows."""
@@ -206,7 +210,11 @@ class _Requests:
 async def _answer(request: bytes, report: Report, apply: Apply) -> str:
     if request == b"get=1":
         found = report()
-        peers = list(found.peers)  # a snapshot, because a thread must not read peers that change
+        peers: list[PeerReport] = []  # a snapshot, because a thread must not read peers that change
+        for peer in found.peers:
+            peers.append(peer)
+            if len(peers) % PEERS_AT_ONCE == 0:
+                await checkpoint()
         size = sum(1 + len(peer.allowed_ips) for peer in peers)
         return await _run(size, _format, replace(found, peers=peers))
     if request.startswith(b"set=1\n") or request == b"set=1":

@@ -1,0 +1,94 @@
+"""Long requests at the socket for `wg`: they are carried out and answered in parts, so that packets pass in between."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio.abc import SocketStream
+
+from siderolink.common.wireguard import configure
+from siderolink.common.wireguard.configure import STEP
+from siderolink.common.wireguard.device import DeviceConfig
+from siderolink.common.wireguard.noise import Engine, Peer
+from siderolink.common.wireguard.packet_device import open_packet_device
+from siderolink.common.wireguard.uapi.protocol import PeerReport
+from siderolink.common.wireguard.uapi.server import PEERS_AT_ONCE, serve_uapi
+from tests.support.iterations import Iterations
+from tests.unit.uapi.test_server import PRIVATE, Client
+
+pytestmark = pytest.mark.anyio
+
+PEERS = 10 * STEP
+
+
+def peers() -> Iterator[str]:
+    for number in range(1, PEERS + 1):
+        yield f"public_key={number:064x}\nreplace_allowed_ips=true\n"
+        yield f"allowed_ip=fd00::{number:x}/128\nallowed_ip=fd01::{number:x}/128\n"
+
+
+@pytest.fixture
+def iterations(monkeypatch: pytest.MonkeyPatch) -> Iterations:
+    """Counts changes of peers and of allowed IPs, and peers that are described."""
+    found = Iterations()
+    add, remove = Engine.add_peer, Engine.remove_peer
+
+    def counting_add(self: Engine, public_key: bytes, *, even_useless: bool = False) -> Peer:
+        found.note()
+        return add(self, public_key, even_useless=even_useless)
+
+    def counting_remove(self: Engine, public_key: bytes) -> None:
+        found.note()
+        remove(self, public_key)
+
+    def counting_report(**fields: Any) -> PeerReport:
+        found.note()
+        return PeerReport(**fields)
+
+    monkeypatch.setattr(Engine, "add_peer", counting_add)
+    monkeypatch.setattr(Engine, "remove_peer", counting_remove)
+    monkeypatch.setattr(configure, "PeerReport", counting_report)
+    return found
+
+
+async def test_a_long_configuration_is_applied_and_shown_in_parts(tmp_path: Path, iterations: Iterations) -> None:
+    config = DeviceConfig(name="wg0", private_key=PRIVATE)
+    async with (
+        open_packet_device(config, lambda packet: None) as device,
+        serve_uapi("wg0", device.report, device.apply, folder=tmp_path) as path,
+        await anyio.connect_unix(path) as stream,
+    ):
+        client = Client(stream)
+        with iterations:
+            assert await client.ask(f"set=1\n{''.join(peers())}\n") == "errno=0\n\n"
+            assert iterations.total == PEERS
+            assert iterations.most <= STEP
+            answer = await client.ask("get=1\n\n")
+            assert answer.count("public_key=") == PEERS
+            assert answer.count("allowed_ip=") == 2 * PEERS
+            assert iterations.most <= PEERS_AT_ONCE
+            iterations.counts.clear()
+            assert await client.ask("set=1\nreplace_peers=true\n\n") == "errno=0\n\n"
+            assert iterations.total == PEERS
+            assert iterations.most <= STEP
+        assert await device.peers() == []
+
+
+async def test_two_long_changes_are_applied_one_after_the_other(tmp_path: Path) -> None:
+    config = DeviceConfig(name="wg0", private_key=PRIVATE)
+    async with (
+        open_packet_device(config, lambda packet: None) as device,
+        serve_uapi("wg0", device.report, device.apply, folder=tmp_path) as path,
+        await anyio.connect_unix(path) as one,
+        await anyio.connect_unix(path) as other,
+    ):
+
+        async def ask(stream: SocketStream, text: str) -> None:
+            assert await Client(stream).ask(text) == "errno=0\n\n"
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask, one, f"set=1\nreplace_peers=true\n{''.join(peers())}\n")
+            tasks.start_soon(ask, other, f"set=1\nreplace_peers=true\n{''.join(peers())}\n")
+        assert len(await device.peers()) == PEERS
