@@ -1,9 +1,11 @@
 """Checks of every request: host, origin, size and duration; and the headers of every response."""
 
+import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -15,7 +17,10 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.grpc import TrustedProxies, source_of
+from siderolink.common.grpc import Limits, TrustedProxies, source_of
+from siderolink.common.grpc.accounts import Account, CallBudget
+from siderolink.common.grpc.sources import contains
+from siderolink.common.grpc.turns import Metered
 from siderolink.common.hostport import HostPort, is_loopback
 from siderolink.common.text import one_line
 
@@ -28,6 +33,8 @@ BODY_SECONDS: Final = 15.0
 SEND_SECONDS: Final = 30.0
 MAX_REQUESTS_PER_VISITOR: Final = 128
 """Concurrent requests per address, including live pages. Behind a proxy, counting connections is meaningless."""
+LIMITS: Final = Limits()
+"""For the accounts of processor time; connections and requests are limited here and in `run`."""
 LIVE: Final = "/live/"
 """Path prefix of streams."""
 _ONCE: Final = ("origin", "content-type", "sec-fetch-site")
@@ -131,9 +138,11 @@ class SlowReaderError(Exception):
 class Guard:
     """An ASGI application that wraps another one."""
 
-    def __init__(self, inner: ASGIApp, origins: Origins, proxies: TrustedProxies | None = None) -> None:
+    def __init__(self, inner: ASGIApp, origins: Origins, costs: CallBudget, proxies: TrustedProxies | None = None) -> None:
+        """`costs` has the processor time of visitors. Those who sign in become known in it."""
         self._inner = inner
         self._origins = origins
+        self._costs = costs
         self._proxies = proxies or TrustedProxies()
         self._answering: Counter[str] = Counter()
 
@@ -154,7 +163,9 @@ class Guard:
                 status, text = refusal
                 await PlainTextResponse(f"{text}\n", status)(scope, receive, guarded)
             else:
-                await self._inner(scope, receive, guarded)
+                account = Account(LIMITS, self._costs, visitor)
+                await account.wait_turn()
+                await Metered(_run(self._inner(scope, receive, guarded)), partial(_spend, account))
         except SlowReaderError:
             log.debug("a browser stopped reading; its request is dropped")
         finally:
@@ -204,6 +215,23 @@ class Guard:
     def _is_own(self, origin: str, host: str) -> bool:
         """Whether the origin is the one of the requested page."""
         return self._origins.has(origin) and origin.lower().partition("://")[2] == host.lower()
+
+
+def account_of(host: str, costs: CallBudget, proxies: TrustedProxies) -> Account:
+    """The account of a connection. A proxy's connections are not limited, only the requests that it forwards."""
+    source = source_of(host, 64) or "unknown"
+    if contains(proxies.forwarded_from, host):
+        costs.know(source)
+    return Account(LIMITS, costs, source)
+
+
+async def _run(answering: Awaitable[None]) -> None:
+    await answering
+
+
+def _spend(account: Account, seconds: float) -> None:
+    account.ran(seconds)
+    account.charge(seconds, asyncio.get_running_loop().time())
 
 
 class _Answer:

@@ -6,7 +6,7 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from siderolink.common.admin_channel import ServerAddress
 from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.grpc import ServerCertificate, TrustedProxies, parse_networks
+from siderolink.common.grpc.accounts import Account, CallBudget
+from siderolink.common.grpc.handshakes import HandshakeTurns
 from siderolink.common.grpc.listeners import accept
+from siderolink.common.grpc.server import CONNECTION_SECONDS
 from siderolink.common.grpc.sources import contains
 from siderolink.common.hostport import HostPort, is_loopback
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.web.api import open_api
-from siderolink.web.guard import find_origins
+from siderolink.web.guard import account_of, find_origins
 from siderolink.web.site import Site
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,9 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS: Final = 512
 MAX_CONNECTIONS_PER_ADDRESS: Final = 128
 REQUEST_SECONDS: Final = 10.0
+PARSED_AT_ONCE: Final = 512
+"""Bytes that are parsed before the clock is read: up to eighty chunks of a body, 15 µs each."""
+_LONGEST_WAIT: Final = 1.0
 _ACCEPT_PAUSE: Final = 0.5
 _OF_STRANGERS: Final = ("Invalid HTTP request", "Unsupported upgrade request", "No supported WebSocket library")
 _EXPIRE_EVERY: Final = 60.0
@@ -68,15 +74,24 @@ class WebOptions:
 
 
 class BoundedProtocol(H11Protocol):
-    """Ends connections whose next request is not complete in time, and excess connections of one address."""
+    """Ends connections whose next request is not complete in time, and excess connections of one address.
+
+    Input is parsed in the turns of its source: a request may consist of tens of thousands of tiny parts.
+    """
 
     proxies = TrustedProxies()
     """The networks of proxies; each proxy may have as many connections as all clients together."""
+    costs: CallBudget
+    """The processor time of visitors."""
     _waiting: asyncio.TimerHandle | None = None
+    _account: Account
+    _unread = b""
+    """Received bytes that are not parsed yet; reading is paused meanwhile."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         host = None if self.client is None else self.client[0]
+        self._account = account_of(host or "", self.costs, self.proxies)
         if host is None or not contains(self.proxies.forwarded_from, host):
             others = (one.client for one in self.connections if isinstance(one, H11Protocol))
             if sum(1 for one in others if one and one[0] == host) > MAX_CONNECTIONS_PER_ADDRESS:
@@ -84,11 +99,48 @@ class BoundedProtocol(H11Protocol):
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        if not self._account.take(len(data)):
+            self.transport.abort()
+            return
+        is_waiting = bool(self._unread)
+        self._unread += data
+        if not is_waiting:
+            self._account.queue(self._read_some)
+        self.transport.pause_reading()
+
+    def _read_some(self, until: float) -> float:
+        """Parse input until then; resume reading once all of it is parsed."""
+        began = now = self.loop.time()
+        while self._unread and not self.transport.is_closing():
+            part, self._unread = self._unread[:PARSED_AT_ONCE], self._unread[PARSED_AT_ONCE:]
+            self._account.give_back(len(part))
+            super().data_received(part)
+            now = self.loop.time()
+            if now > until:
+                break
+        if self.transport.is_closing():
+            self._drop_unread()
+            return 0.0
         if self._is_busy():
             self._stop_waiting()
         else:
             self._wait()
+        wait = self._account.charge(now - began, now)
+        if wait:
+            self.loop.call_later(min(wait, _LONGEST_WAIT), self._read_on)
+        else:
+            self._read_on()
+        return 0.0
+
+    def _drop_unread(self) -> None:
+        self._unread = b""
+        self._account.close()
+
+    def _read_on(self) -> None:
+        if self._unread:
+            self._account.queue(self._read_some)
+        elif not self.transport.is_closing() and not self.flow.read_paused:
+            self.transport.resume_reading()
 
     def _is_busy(self) -> bool:
         """Whether a request is being answered."""
@@ -112,6 +164,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._drop_unread()
         super().connection_lost(exc)
 
 
@@ -120,9 +173,11 @@ class _Server(uvicorn.Server):
 
     _tasks: TaskGroup
 
-    def __init__(self, config: uvicorn.Config, proxies: TrustedProxies, on_stop: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, proxies: TrustedProxies, costs: CallBudget, on_stop: Callable[[], None]) -> None:
         super().__init__(config)
         self._proxies = proxies
+        self._costs = costs
+        self._tls_turns = HandshakeTurns()
         self._on_stop = on_stop
         self._stack = AsyncExitStack()
         self._beginning: Counter[str] = Counter()
@@ -167,11 +222,16 @@ class _Server(uvicorn.Server):
         config = self.config
         made: Any = config.http_protocol_class
         protocol = partial(made, config=config, server_state=self.server_state, app_state=self.lifespan.state)
+        account = account_of(host, self._costs, self._proxies)
+        handshake = nullcontext() if config.ssl is None else self._tls_turns.of(connection, account, REQUEST_SECONDS)
         patience = None if config.ssl is None else REQUEST_SECONDS
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                protocol, connection, ssl=config.ssl, ssl_handshake_timeout=patience
-            )
+            wait = account.charge(CONNECTION_SECONDS, asyncio.get_running_loop().time())
+            await anyio.sleep(min(wait, _LONGEST_WAIT))
+            async with handshake:
+                await asyncio.get_running_loop().connect_accepted_socket(
+                    protocol, connection, ssl=config.ssl, ssl_handshake_timeout=patience
+                )
         except OSError as error:
             log.debug("a connection of %s began no TLS: %s", host, error)
             connection.close()
@@ -205,7 +265,7 @@ async def serve_page(options: WebOptions, on_listening: Callable[[HostPort], Awa
             tasks.start_soon(keep_running, "reading the server's figures", site.sampler.run)
             tasks.start_soon(keep_running, "following the machines", site.fleet.run)
             tasks.start_soon(_expire_often, site)
-            server = _Server(_config(site, options), options.proxies, site.sessions.end_all)
+            server = _Server(_config(site, options), options.proxies, site.costs, site.sessions.end_all)
             if on_listening is not None and (told := on_listening(listening)) is not None:
                 await told
             ended = anyio.Event()
@@ -226,6 +286,7 @@ async def _run(server: uvicorn.Server, sock: socket.socket, ended: anyio.Event) 
 def _config(site: Site, options: WebOptions) -> uvicorn.Config:
     class Protocol(BoundedProtocol):
         proxies = options.proxies
+        costs = site.costs
 
     config = uvicorn.Config(
         site.app,

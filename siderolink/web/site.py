@@ -15,12 +15,13 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from siderolink.common.grpc import TrustedProxies
+from siderolink.common.grpc import TrustedProxies, source_of
+from siderolink.common.grpc.accounts import CallBudget
 from siderolink.common.text import one_line
 from siderolink.web.actions import ACTIONS, Do, Done, Download, Shown, Submission
 from siderolink.web.api import Api, ApiError, Caller, ServerAwayError, SignedOutError
 from siderolink.web.fleet import MachineRows, Row
-from siderolink.web.guard import BODY_SECONDS, LIVE, MAX_BODY, Guard, Origins
+from siderolink.web.guard import BODY_SECONDS, LIMITS, LIVE, MAX_BODY, Guard, Origins
 from siderolink.web.live import LiveStream, Rendering, event
 from siderolink.web.sampling import Sampler
 from siderolink.web.sessions import COOKIE, LIFETIME, Session, Sessions, TooManyError
@@ -55,7 +56,9 @@ class Site:
         self.sessions = Sessions()
         self.sampler = Sampler(self._sampling_caller, self._may_go_on)
         self.fleet = MachineRows(lambda: self._sampling_caller() if self.sessions.live() else None, self._may_go_on)
-        self.app = Guard(Starlette(routes=self._routes()), origins, proxies)
+        self.costs = CallBudget(LIMITS, has_tokens=True)
+        """The processor time of visitors; those who are signed in are known."""
+        self.app = Guard(Starlette(routes=self._routes()), origins, self.costs, proxies)
 
     def _sampling_caller(self) -> Caller | None:
         """This process's own credentials, or those of somebody who is signed in."""
@@ -119,6 +122,7 @@ class Site:
         session = self.sessions.find(request.cookies.get(COOKIE), _source(request), is_use=is_use)
         if session is None:
             raise SignInNeededError
+        self.costs.know(source_of(session.source, 64))
         caller = self._api.caller(session.key, session.source)
         await self._confirm(session, caller)
         if not session.may(role):

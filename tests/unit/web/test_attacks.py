@@ -108,7 +108,7 @@ async def test_too_long_or_incomplete_requests_are_refused(tmp_path: Path) -> No
             (f"POST /bans HTTP/1.1\r\n{signed_in}\r\n{form}\r\nContent-Length: 99999999", "413"),
             (f"HEAD /live/machines HTTP/1.1\r\n{signed_in}", "405"),
             (f"TRACE /machines HTTP/1.1\r\n{signed_in}", "405"),
-            (f"GET /machines HTTP/1.1\r\nX-Long: {'x' * 40_000}", "431"),
+            (f"GET /machines HTTP/1.1\r\nX-Long: {'x' * 40_000}", "400"),  # h11 refuses it before it is whole
         ):
             said = await raw(stage, head)
             assert not said or said.split()[1].startswith(wanted), (head[:80], said)
