@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer
+from siderolink.common.wireguard.noise.turns import TURN_INTERVAL
 from siderolink.common.wireguard.packets import MatrixCiphers
 from siderolink.common.wireguard.path import Datagrams
 
@@ -90,6 +91,12 @@ class Node:
     def handle_timers(self) -> None:
         self.engine.handle_timers(self.clock.now)
         self.drain()
+
+    def settle(self) -> None:
+        """Process the handshake messages that wait for a later turn."""
+        while (at := self.engine.next_deadline()) <= self.clock.now + TURN_INTERVAL:
+            self.clock.now = max(self.clock.now, at)
+            self.handle_timers()
 
     def drain(self) -> None:
         for peer in self.engine.output.take_ready():

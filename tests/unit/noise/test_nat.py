@@ -49,6 +49,8 @@ class Scene:
         for _ in range(FLOOD):
             self.strangers += 1
             self.server.receive(self.well_made, AddressPath("elsewhere", place=self.strangers.to_bytes(4, "big") + b"\0\1"))
+        if self.server.engine.next_deadline() <= self.clock.now:
+            self.server.handle_timers()
 
     def exchange(self) -> None:
         for name, machine in self.machines.items():

@@ -22,6 +22,7 @@ from .primitives import is_low_order
 from .rates import Rates
 from .routing import CryptokeyRouting, InnerFilter
 from .rows import CipherFactory, Datagrams, Opened
+from .session import Session
 from .tai64n import Timestamps
 from .timers import ANSWER_SECONDS, NEVER, DeadlineQueue
 from .traffic import Traffic
@@ -80,8 +81,7 @@ class Engine:
             initiate=self.initiate,
             on_confirmed=self._confirmed,
         )
-        self.earliest_deadline = self._deadlines.earliest
-        """Like `next_deadline`, but possibly too early, and cheaper. It moves earlier only when `output.is_waiting` is set."""
+        self._turns = self._exchange.turns
         self.find_peer, self.can_send, self.is_silent = traffic.find_peer, traffic.can_send, traffic.is_silent
         self.receive_many, self.seal_many = traffic.open_many, traffic.seal_many
         self.seal, self.stage, self.send_keepalive = traffic.seal, traffic.stage, traffic.send_keepalive
@@ -200,10 +200,17 @@ class Engine:
 
     def next_deadline(self) -> float:
         """When `handle_timers` is due, on the caller's clock; infinity without a deadline."""
-        return self._deadlines.next_at()
+        return min(self._deadlines.next_at(), self._turns.due_at)
+
+    def earliest_deadline(self) -> float:
+        """Like `next_deadline`, but possibly too early, and cheaper. It moves earlier only when `output.is_waiting` is set."""
+        return min(self._deadlines.earliest(), self._turns.due_at)
 
     def handle_timers(self, now: float) -> None:
-        """Run the timers that are due."""
+        """Run the timers that are due, and continue with handshake messages that waited for their turn."""
+        while (waiting := self._turns.take(now)) is not None:
+            kind, datagram, path = waiting
+            self._processed(self._exchange.process(kind, datagram, path, now), len(datagram), path, now)
         for peer in self._deadlines.due(now):
             self._handle_due(peer, now)
             self._deadlines.update(peer)
@@ -211,6 +218,7 @@ class Engine:
     def stop(self) -> None:
         """Drop all sessions and staged packets, and do nothing until `start`: the interface is down."""
         self._exchange.is_stopped = True
+        self._turns.clear()
         for peer in self.peers.values():
             self._erase(peer)
             peer.timers.clear()
@@ -226,15 +234,18 @@ class Engine:
     # Implementation
 
     def _receive_handshake(self, kind: int, datagram: bytes, path: Path, now: float) -> None:
-        session = self._exchange.receive(kind, datagram, path, now)
+        self._processed(self._exchange.receive(kind, datagram, path, now), len(datagram), path, now)
+
+    def _processed(self, session: Session | None, size: int, path: Path, now: float) -> None:
+        """Go on with the session that a handshake message of `size` bytes completed, if any."""
         if session is None:
             return
         peer = session.peer
         peer.timers.authenticated_received(now)
         if peer.is_passive:  # an initiation may be a replay, so it does not make the peer active
-            peer.received_bytes += len(datagram)
+            peer.received_bytes += size
         else:
-            self._traffic.heard(peer, path, len(datagram), now)
+            self._traffic.heard(peer, path, size, now)
         if session.is_initiator:
             self._traffic.announce(peer)
             if not peer.staged:

@@ -25,6 +25,7 @@ from .rows import CipherFactory
 from .session import Session
 from .tai64n import Timestamps
 from .timers import Tenure
+from .turns import COOKIE_COST, HANDSHAKE_COST, HandshakeTurns
 
 Entropy = Callable[[int], bytes]
 
@@ -123,6 +124,7 @@ class Exchange:
         self.is_stopped = False
         """No handshake starts while the interface is down."""
         self.load = LoadMeter()
+        self.turns = HandshakeTurns()
         self.strangers = Strangers()
         self._peers = peers
         self._output = output
@@ -174,25 +176,39 @@ class Exchange:
         self._send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
 
     def receive(self, kind: int, datagram: bytes, path: Path, now: float) -> Session | None:
-        """Process a handshake message whose length fits its type; returns the new session, if any."""
+        """Process a handshake message whose length fits its type; returns the new session, if any.
+
+        An initiation or response waits, to be processed by `process`, if there have been too many in this turn.
+        """
         if kind == messages.COOKIE_REPLY:
             self._receive_cookie(datagram, now)
             return None
+        if not self._guard.has_mac1(datagram):
+            self._output.drop(Drop.BAD_MAC1)
+            return None
+        if self.turns.admits(now):
+            return self.process(kind, datagram, path, now)
+        if self.turns.keep((kind, datagram, path)):
+            self._output.is_waiting = True  # the owner arms a timer
+        else:
+            self._output.drop(Drop.RATE_LIMITED)
+        return None
+
+    def process(self, kind: int, datagram: bytes, path: Path, now: float) -> Session | None:
+        """Process an initiation or response with a valid mac1; returns the new session, if any."""
         if not self._admits(datagram, path, now):
             return None
+        self.turns.spend(HANDSHAKE_COST)
         if kind == messages.INITIATION:
             return self._receive_initiation(datagram, path, now)
         return self._receive_response(datagram, path, now)
 
     def _admits(self, datagram: bytes, path: Path, now: float) -> bool:
-        """Run the cheap checks of an initiation or response; under load, require a cookie.
+        """Under load, require a cookie.
 
         A response to our open initiation needs none: its index has 32 random bits, and an eavesdropper is limited by source.
         So a device that dials many peers receives their responses during a flood.
         """
-        if not self._guard.has_mac1(datagram):
-            self._output.drop(Drop.BAD_MAC1)
-            return False
         if not self.load.is_under_load(now):
             return True
         source = path.source
@@ -204,6 +220,7 @@ class Exchange:
         if not is_proven:
             self._output.drop(Drop.BAD_MAC2)
             self._output.send(path, self._guard.cookie_reply(datagram, source, now))
+            self.turns.spend(COOKIE_COST)
         return is_proven
 
     def _is_awaited(self, datagram: bytes) -> bool:

@@ -1,0 +1,103 @@
+"""A burst of handshake messages is processed in turns. All in virtual time; costs are counted."""
+
+import tracemalloc
+from collections.abc import Iterator
+
+from siderolink.common.wireguard.noise import Drop
+from siderolink.common.wireguard.noise.cookies import UNDER_LOAD_RATE
+from siderolink.common.wireguard.noise.turns import (
+    COOKIE_COST,
+    HANDSHAKE_COST,
+    MAX_WAITING,
+    TURN_COST,
+    TURN_INTERVAL,
+)
+from tests.support.virtual import Node, VirtualPath, dropped, inner_packet, pair
+
+A_TO_B = inner_packet("fd00::a", "fd00::b", b"from a")
+AT_ONCE = TURN_COST // HANDSHAKE_COST
+
+
+def well_made(b: Node) -> bytes:
+    """An initiation of a key that b does not know."""
+    stranger, _, _ = pair(31)
+    stranger.add(b)
+    stranger.send(inner_packet("fd00::a", "fd00::b", b"?"))
+    (found,) = stranger.take()
+    return found
+
+
+def turns(b: Node) -> Iterator[int]:
+    """Goes on from turn to turn until nothing waits; the number of processed messages after each."""
+    while (at := b.engine.next_deadline()) <= b.clock.now + TURN_INTERVAL:
+        b.clock.now = max(at, b.clock.now)
+        b.handle_timers()
+        yield dropped(b)[Drop.UNKNOWN_PEER]
+
+
+def test_of_a_burst_a_few_handshakes_are_processed_at_once_and_the_others_later() -> None:
+    _, b, _ = pair()
+    message = well_made(b)
+    for number in range(100):
+        b.receive(message, VirtualPath(f"flood {number}"))
+    assert dropped(b) == {Drop.UNKNOWN_PEER: AT_ONCE}
+    done = [AT_ONCE, *turns(b)]
+    assert done[-1] == 100
+    assert max(after - before for before, after in zip(done, done[1:], strict=False)) <= AT_ONCE
+    assert b.engine.next_deadline() == float("inf")
+
+
+def test_cookies_of_one_turn_are_counted_too() -> None:
+    _, b, _ = pair()
+    message = well_made(b)
+    for number in range(UNDER_LOAD_RATE):
+        b.receive(message, VirtualPath(f"flood {number}"))
+    list(turns(b))
+    b.clock.now += TURN_INTERVAL
+    b.take()
+    for number in range(500):
+        b.receive(message, VirtualPath(f"flood {number}"))
+    assert len(b.take()) == TURN_COST // COOKIE_COST
+    list(turns(b))
+    assert dropped(b)[Drop.BAD_MAC2] == 500
+
+
+def test_messages_that_wait_are_bounded_and_forgotten_when_the_interface_goes_down() -> None:
+    _, b, _ = pair()
+    message = well_made(b)
+    path = VirtualPath("flood")
+    tracemalloc.start()
+    for _ in range(AT_ONCE + MAX_WAITING + 10):
+        b.receive(message, path)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert dropped(b) == {Drop.UNKNOWN_PEER: AT_ONCE, Drop.RATE_LIMITED: 10}
+    assert used < MAX_WAITING * 512
+    b.engine.stop()
+    assert b.engine.next_deadline() == float("inf")
+
+
+def test_messages_for_another_key_cost_no_turn() -> None:
+    a, b, wire = pair()
+    a.add(b)
+    b.add(a, dial=False)
+    message = well_made(b)
+    for _ in range(2 * MAX_WAITING):
+        b.receive(message[:-20] + bytes(20), VirtualPath("flood"))
+    assert dropped(b) == {Drop.BAD_MAC1: 2 * MAX_WAITING}
+    a.send(A_TO_B)
+    wire.run(0.5)
+    assert b.received == [A_TO_B]
+
+
+def test_a_machine_behind_a_burst_joins_when_it_is_its_turn() -> None:
+    a, b, wire = pair()
+    a.add(b)
+    b.add(a, dial=False)
+    message = well_made(b)
+    for number in range(300):
+        b.receive(message, VirtualPath(f"flood {number}"))
+    a.send(A_TO_B)
+    wire.run(1.0)
+    assert b.received == [A_TO_B]
+    assert dropped(b) == {Drop.UNKNOWN_PEER: 300}
