@@ -43,7 +43,7 @@ _MOVE_HEADER = b"SLmv\x01"
 _FORGET = 0x01
 GOODBYE_BYTES = len(_HEADER) + 1 + KEY_BYTES
 MOVE_SECONDS = 0.5
-_MOVES_AT_ONCE = 256
+MOVES_AT_ONCE = 256
 _TRIES = 3
 _ANSWER_SECONDS = 0.2
 
@@ -106,7 +106,7 @@ async def receive_move_requests(
 
 def _moves(sock: socket.socket, server: IPv6Address) -> Iterator[MoveAway]:
     """The datagrams that the server has sent so far."""
-    for _ in range(_MOVES_AT_ONCE):
+    for _ in range(MOVES_AT_ONCE):
         try:
             data, source = sock.recvfrom(GOODBYE_BYTES + 1)
         except OSError:  # nothing is left, or the interface is down, which its watch reports
