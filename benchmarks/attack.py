@@ -123,7 +123,18 @@ def measure(machine: Namespace, pid: int, seconds: float, beside: Beside) -> dic
 
 def join_hostile(machine: Namespace) -> None:
     """Let a machine join by UDP; it ends with its namespace."""
-    command = ["nice", "-n", "19", *COMMAND, "join", f"grpc://{API}?jointoken={TOKEN}"]
+    command = [
+        "nice",
+        "-n",
+        "19",
+        *COMMAND,
+        "join",
+        f"grpc://{API}?jointoken={TOKEN}",
+        "--uuid",
+        str(uuid.uuid4()),
+        "--unique-token",
+        "hostile",
+    ]
     joined = machine.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert joined.stdout is not None
     while "connected" not in (line := joined.stdout.readline()):
@@ -133,7 +144,7 @@ def join_hostile(machine: Namespace) -> None:
 
 def keys(server: Served) -> tuple[str, str]:
     """The server's public key, and that of the machine that joined by UDP."""
-    found = json.loads(server.command(["status", "--json"]))["interfaces"][0]
+    (found,) = json.loads(server.command(["status", "--json"]))
     return found["public_key"], next(peer["public_key"] for peer in found["peers"] if "tunnel" not in peer["path"])
 
 

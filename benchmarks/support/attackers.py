@@ -9,6 +9,7 @@ import ssl
 import struct
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -250,6 +251,10 @@ async def nothing(peer: Stranger) -> None:
 # --- datagrams
 
 
+SENT: Counter[int] = Counter()
+"""Datagrams by port."""
+
+
 async def flood_datagrams(sock: socket.socket, target: tuple[str, int], datagrams: bytes, size: int) -> None:
     """Send datagrams of one size as fast as the socket takes them, up to 64 with each call."""
     with contextlib.suppress(OSError):
@@ -257,6 +262,7 @@ async def flood_datagrams(sock: socket.socket, target: tuple[str, int], datagram
     while True:
         try:
             sock.sendto(datagrams, target)
+            SENT[target[1]] += len(datagrams) // size
         except BlockingIOError:
             await asyncio.sleep(0.001)
         except OSError:  # the kernel cannot segment for this device, or its buffer is full
@@ -361,16 +367,16 @@ KINDS: dict[str, Kind] = {
     "lines-endless": Kind(lines(b"x" * 60_000), LOG_PORT, b"", is_inside=True),
     "lines-churn": Kind(nothing, LOG_PORT, b"", is_inside=True),
 }
-DATAGRAMS: dict[str, tuple[bool, Callable[[str], Awaitable[None]]]] = {
-    "handshakes": (False, handshakes),
-    "goodbyes": (True, goodbyes),
-    "log-datagrams": (True, log_datagrams),
+DATAGRAMS: dict[str, tuple[bool, int, Callable[[str], Awaitable[None]]]] = {
+    "handshakes": (False, WIREGUARD_PORT, handshakes),
+    "goodbyes": (True, GOODBYE_PORT, goodbyes),
+    "log-datagrams": (True, LOG_PORT, log_datagrams),
 }
-"""Attacks by datagrams: whether they come from inside the overlay, and what sends them, given a key."""
+"""Attacks by datagrams: whether they come from inside the overlay, their port, and what sends them, given a key."""
 
 
 async def attack(kinds: list[str], connections: int, seconds: float, key: str) -> None:
-    """Attack with each kind on `connections` connections at a time, replacing each that ends; prints their number.
+    """Attack with each kind on `connections` connections at a time, replacing each that ends; prints their number and that of datagrams.
 
     `key` is the server's public key, or inside the overlay the machine's own.
     """
@@ -409,7 +415,8 @@ async def attack(kinds: list[str], connections: int, seconds: float, key: str) -
     async def flood_with(kind: str) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await DATAGRAMS[kind][1](key)
+                await DATAGRAMS[kind][2](key)
+        opened[kind] = SENT[DATAGRAMS[kind][1]]
 
     by_datagrams = [flood_with(kind) for kind in kinds if kind in DATAGRAMS]
     await asyncio.gather(*by_datagrams, *(one(kind) for kind in kinds if kind in KINDS for _ in range(connections)))
