@@ -376,7 +376,7 @@ DATAGRAMS: dict[str, tuple[bool, int, Callable[[str], Awaitable[None]]]] = {
 
 
 async def attack(kinds: list[str], connections: int, seconds: float, key: str) -> None:
-    """Attack with each kind on `connections` connections at a time, replacing each that ends; prints their number and that of datagrams.
+    """Attack with each kind on `connections` connections at a time, replacing each that ends; prints how many there were.
 
     `key` is the server's public key, or inside the overlay the machine's own.
     """
