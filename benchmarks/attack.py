@@ -161,7 +161,7 @@ def options_of(folder: Path) -> list[str]:
 def attackers(net: Net, kinds: list[str], connections: int, seconds: float, server_key: str, own_key: str) -> Beside:
     """The stranger and the hostile machine, each with its kinds of attack."""
     inside = {name for name, kind in KINDS.items() if kind.is_inside} | {
-        name for name, (within, _) in DATAGRAMS.items() if within
+        name for name, (within, *_) in DATAGRAMS.items() if within
     }
 
     def begin() -> list[subprocess.Popen[str]]:
