@@ -45,6 +45,9 @@ def one_round(chance: random.Random, source: int, sink: int, sockets: tuple[int,
         names = (name, name, name, b"", b"\xff" + chance.randbytes(number() % 200))  # 0xFF: of no family that there is
         return chance.choice(names), chance.randbytes(number() % 64)
 
+    def texts() -> list[tuple[bytes, int, int, int, int]]:
+        return [(KEY, number(), number(), 1, number()) for _ in range(count)]
+
     buffer, frame, count = filled(chance, chance.randrange(900)), filled(chance, chance.randrange(400)), chance.randrange(8)
     large = memoryview(array("B", bytes(chance.choice((100, 1 << 16, 70_200, 150_000)))))
     frames = [(number(), number(), 1) for _ in range(70)]
@@ -58,12 +61,11 @@ def one_round(chance: random.Random, source: int, sink: int, sockets: tuple[int,
         lambda: native.place(frame, number(), buffer, number(), number()),
         lambda: native.read_rows(source, frame, number(), buffer, number(), number(), number(), 1, count),
         lambda: native.write_frames(sink, buffer, frames, number()),
-        lambda: native.open_many(buffer, [(KEY, number(), number()) for _ in range(count)]),
-        lambda: native.seal_many(buffer, [(KEY, number(), number(), 1, number()) for _ in range(count)]),
-        lambda: native.read_many(source, large, number(), number(), number(), count),
+        lambda: native.seal_many(buffer, texts()),
+        lambda: native.read_many(source, large, number(), count),
         lambda: native.write_many(sink, buffer, [(number(), number()) for _ in range(count)]),
-        lambda: native.receive_many(sockets[0], large, count, number()),
-        lambda: native.send_many(sockets[1], buffer, [(*sorted((number(), number())), *around()) for _ in range(count)]),
+        lambda: native.receive_many(sockets[0], large, count, number(), {1: KEY, number(): KEY}),
+        lambda: native.send_many(sockets[1], buffer, [(text, around()) for text in texts()]),
     ):
         with suppress(ValueError):
             call()

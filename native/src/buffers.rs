@@ -3,9 +3,9 @@
 //! What makes it sound:
 //! - A `PyBuffer` holds the object's export: while it lives, the object can neither be freed nor change its size.
 //! - It is only made of contiguous bytes (format "B"), and an `Output` only of writable ones.
-//! - A call holds the GIL from its first look at a buffer to its last, and runs no Python code in between. So no other Python
-//!   code reads or writes the bytes. Native code that lets go of the GIL while it uses a buffer must not share it with these
-//!   calls; the engine guarantees that.
+//! - A call holds the GIL from its first look at a buffer to its last, and runs no Python code while it has a slice. So no other
+//!   Python code reads or writes the bytes meanwhile. Native code that lets go of the GIL while it uses a buffer must not share it
+//!   with these calls; the engine guarantees that.
 //! - A call that takes two buffers refuses them where they overlap.
 #![allow(unsafe_code)]
 

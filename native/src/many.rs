@@ -1,10 +1,11 @@
-//! Small packets of many sessions, each by itself, in one call: received, opened and written; read, sealed and sent.
+//! Small packets of many sessions, each by itself: received and opened, written, read, sealed and sent, many in one call.
 //!
-//! Whose a packet is, by which key it is opened or sealed, and where it goes is decided elsewhere, between two of these calls.
+//! By which key a packet is sealed, whether one that was opened may pass, and where it goes is decided elsewhere, between two of
+//! these calls.
 
 use std::ops::Range;
 
-use crate::cipher::{open_row, seal_row, Key, HEADER, TAG, TRANSPORT};
+use crate::cipher::{open_row, seal_row, Key, AROUND, HEADER, TAG, TRANSPORT};
 use crate::gather::{addresses, check, finish, Read};
 use crate::headers::{total_length, VNET};
 use crate::layout::{Margins, Refused};
@@ -76,6 +77,28 @@ pub fn receive<S>(
     (found, false)
 }
 
+/// Neighbours from one sender with datagrams of one length, which lie one behind the other, as one batch.
+pub fn join<S: PartialEq>(found: Vec<Arrived<S>>) -> Vec<Arrived<S>> {
+    let mut joined: Vec<Arrived<S>> = Vec::with_capacity(found.len());
+    for next in found {
+        match joined.last_mut() {
+            Some(batch) if batch.is_continued_by(&next) => {
+                batch.size += next.size;
+                batch.receiver = None;
+            }
+            _ => joined.push(next),
+        }
+    }
+    joined
+}
+
+impl<S: PartialEq> Arrived<S> {
+    fn is_continued_by(&self, next: &Self) -> bool {
+        let is_full = self.stride > 0 && self.size % self.stride == 0;
+        is_full && next.stride == self.stride && next.sender == self.sender
+    }
+}
+
 fn data_receiver(datagram: &[u8]) -> Option<u32> {
     let is_data = datagram.len() >= HEADER + TAG && datagram[..4] == TRANSPORT.to_le_bytes();
     is_data.then(|| u32::from_le_bytes([datagram[4], datagram[5], datagram[6], datagram[7]]))
@@ -111,16 +134,23 @@ pub struct Row {
     pub text: Range<usize>,
 }
 
+impl Row {
+    /// Where the whole message is.
+    pub fn message(&self) -> Range<usize> {
+        self.text.start - HEADER..self.text.end + TAG
+    }
+}
+
 /// Refused unless all rows with their margins lie in a buffer of `size` bytes, one behind the other.
-fn check_rows<'a>(rows: impl Iterator<Item = &'a Row>, size: usize, margins: Margins) -> Result<(), Refused> {
+fn check_rows<'a>(rows: impl Iterator<Item = &'a Row>, size: usize) -> Result<(), Refused> {
     let mut free = 0;
     for Row { text, .. } in rows {
-        if text.start < margins.before || text.start - margins.before < free {
+        if text.start < AROUND.before || text.start - AROUND.before < free {
             return Err(Refused("the rows overlap"));
         }
         free = text
             .end
-            .checked_add(margins.after)
+            .checked_add(AROUND.after)
             .filter(|&end| text.start <= text.end && end <= size)
             .ok_or(Refused("the rows leave the buffer"))?;
     }
@@ -130,36 +160,31 @@ fn check_rows<'a>(rows: impl Iterator<Item = &'a Row>, size: usize, margins: Mar
 /// An opened data message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Text {
-    /// Its counter, which is genuine.
-    pub counter: u64,
+    /// Its counter, which is genuine; None if the tag was bad, and the text is erased then.
+    pub counter: Option<u64>,
     /// Where source and destination are; None for a keepalive and for a packet that contradicts itself.
     pub addresses: Option<Range<usize>>,
     /// Where the packet ends; of one that contradicts itself, where its padding does.
     pub end: usize,
 }
 
-/// Open messages in place, each with its key; what is opened has an empty virtio_net_hdr before it. None for those with a bad
-/// tag, which are erased.
-pub fn open(buffer: &mut [u8], rows: &[Row]) -> Result<Vec<Option<Text>>, Refused> {
-    let margins = Margins {
-        before: HEADER,
-        after: TAG,
-    };
-    check_rows(rows.iter(), buffer.len(), margins)?;
+/// Open messages in place, each with its key; what is opened has an empty virtio_net_hdr before it.
+pub fn open(buffer: &mut [u8], rows: &[Row]) -> Result<Vec<Text>, Refused> {
+    check_rows(rows.iter(), buffer.len())?;
     let mut found = Vec::with_capacity(rows.len());
     for Row { key, text } in rows {
         let (counter, good) = open_row(key, buffer, text.clone());
         buffer[text.start - VNET..text.start].fill(0);
         let packet = &buffer[text.clone()];
-        let total = total_length(packet);
-        found.push(good.then(|| Text {
-            counter,
+        let total = total_length(packet).filter(|_| good);
+        found.push(Text {
+            counter: good.then_some(counter),
             addresses: total.map(|_| match packet[0] >> 4 {
                 6 => text.start + 8..text.start + 40,
                 _ => text.start + 12..text.start + 20,
             }),
             end: text.start + total.unwrap_or(packet.len()),
-        }));
+        });
     }
     Ok(found)
 }
@@ -167,11 +192,7 @@ pub fn open(buffer: &mut [u8], rows: &[Row]) -> Result<Vec<Option<Text>>, Refuse
 /// Write header and tag of messages, and encrypt their texts: each with its key, for a receiver, under a counter that the caller
 /// never uses again.
 pub fn seal(buffer: &mut [u8], rows: &[(Row, u32, u64)]) -> Result<(), Refused> {
-    let margins = Margins {
-        before: HEADER,
-        after: TAG,
-    };
-    check_rows(rows.iter().map(|(row, ..)| row), buffer.len(), margins)?;
+    check_rows(rows.iter().map(|(row, ..)| row), buffer.len())?;
     for (Row { key, text }, receiver, counter) in rows {
         seal_row(key, buffer, text.clone(), *receiver, *counter)?;
     }
@@ -187,8 +208,8 @@ pub struct Frame {
     pub size: usize,
     /// With padding; 0 for a super-packet and for what is no packet, which are left as they were read.
     pub length: usize,
-    /// Where source and destination are, if it is IP.
-    pub addresses: Option<Range<usize>>,
+    /// Source and destination as they were read, if it is IP.
+    pub addresses: Option<Vec<u8>>,
 }
 
 /// Read up to `most` frames into `buffer`, each with these margins around its padded packet, and finish them: padding and
@@ -225,49 +246,45 @@ pub fn read(
         };
         let frame = &room[..size];
         let size = size.saturating_sub(VNET);
-        let addresses = addresses(&room[VNET..VNET + size]).map(|found| if found.len() == 32 { 8..40 } else { 12..20 });
+        let mut placed = Frame {
+            start,
+            size,
+            length: 0,
+            addresses: addresses(&room[VNET..VNET + size]).map(<[u8]>::to_vec),
+        };
         let Ok(unfinished) = check(frame) else {
-            found.push(placed(start, size, 0, addresses));
+            found.push(placed);
             break;
         };
-        let length = padded_length(size, mtu);
-        finish(&mut buffer[start..start + length], size, unfinished);
+        placed.length = padded_length(size, mtu);
+        let end = start + placed.length;
+        finish(&mut buffer[start..end], size, unfinished);
         buffer[start - VNET..start].fill(0);
-        found.push(placed(start, size, length, addresses));
-        at = start + length + margins.after;
+        found.push(placed);
+        at = end + margins.after;
     }
     Ok((found, false))
 }
 
-fn placed(start: usize, size: usize, length: usize, addresses: Option<Range<usize>>) -> Frame {
-    let addresses = addresses.map(|found| start + found.start..start + found.end);
-    Frame {
-        start,
-        size,
-        length,
-        addresses,
-    }
-}
-
-/// Write parts of `buffer` until one is not taken; returns how many were.
+/// Write packets of `buffer`, each with the virtio_net_hdr before it, until one is not taken; returns how many were.
 pub fn write(
     mut write: impl FnMut(&[u8]) -> bool,
     buffer: &[u8],
-    parts: impl Iterator<Item = (usize, usize)>,
+    packets: impl Iterator<Item = (usize, usize)>,
 ) -> Result<usize, Refused> {
     let mut written = 0;
-    for (start, end) in parts {
-        if !write(part(buffer, start, end)?) {
+    for (start, end) in packets {
+        let frame = start
+            .checked_sub(VNET)
+            .filter(|_| start <= end)
+            .and_then(|start| buffer.get(start..end))
+            .ok_or(Refused("a packet leaves the buffer"))?;
+        if !write(frame) {
             break;
         }
         written += 1;
     }
     Ok(written)
-}
-
-/// Bytes of `buffer`.
-pub fn part(buffer: &[u8], start: usize, end: usize) -> Result<&[u8], Refused> {
-    buffer.get(start..end).ok_or(Refused("a part leaves the buffer"))
 }
 
 #[cfg(test)]
@@ -315,6 +332,69 @@ mod tests {
         let fail = |_: &mut [u8]| Receive::<()>::Failed;
         assert_eq!(receive(fail, &mut [0; MAX_RECEIVED], 1, 1), (vec![], true));
         assert_eq!(receive(fail, &mut [0; MAX_RECEIVED - 1], 1, 1), (vec![], false));
+    }
+
+    #[test]
+    fn only_full_neighbours_of_one_sender_and_one_length_are_joined() {
+        let mut start = 0;
+        let mut found = Vec::new();
+        for (sender, size, stride) in [
+            (1, 64, 64),
+            (1, 128, 64),
+            (1, 96, 64),
+            (1, 64, 64),
+            (2, 64, 64),
+            (2, 0, 0),
+            (2, 0, 0),
+        ] {
+            let receiver = (size == stride).then_some(9);
+            found.push(Arrived {
+                sender,
+                start,
+                size,
+                stride,
+                receiver,
+            });
+            start += size;
+        }
+        let joined: Vec<_> = join(found)
+            .iter()
+            .map(|came| (came.start, came.size, came.receiver))
+            .collect();
+        let alone = Some(9);
+        assert_eq!(
+            joined,
+            [
+                (0, 288, None),
+                (288, 64, alone),
+                (352, 64, alone),
+                (416, 0, alone),
+                (416, 0, alone)
+            ]
+        );
+    }
+
+    #[test]
+    fn a_packet_is_written_with_the_header_before_it() {
+        let buffer: Vec<u8> = (0..40).collect();
+        let mut taken = Vec::new();
+        let mut take = |packets: &[(usize, usize)]| {
+            write(
+                |frame| {
+                    frame.len() < 20 && {
+                        taken.push(frame.to_vec());
+                        true
+                    }
+                },
+                &buffer,
+                packets.iter().copied(),
+            )
+        };
+        assert_eq!(take(&[(10, 12), (20, 29), (30, 40), (10, 11)]), Ok(2));
+        for bad in [(9, 12), (30, 41), (12, 11), (usize::MAX, usize::MAX)] {
+            assert!(take(&[bad]).is_err());
+        }
+        assert_eq!(taken, [buffer[..12].to_vec(), buffer[10..29].to_vec()]);
     }
 
     #[test]
@@ -370,7 +450,7 @@ mod tests {
             assert_eq!(found.iter().map(|frame| frame.length).collect::<Vec<_>>(), lengths);
             assert_eq!(failed, has_failed);
             if lengths[0] == 48 {
-                assert_eq!(found[0].addresses, Some(24..56));
+                assert_eq!(found[0].addresses, Some(vec![9; 32]));
                 assert_eq!(buffer[6..16], [0; VNET]);
                 assert_eq!(buffer[62..64], [0xFF, 0xFF]);
             }
@@ -405,8 +485,15 @@ mod tests {
         seal(&mut buffer, &sealed).unwrap();
         buffer[130] ^= 1;
         let found = open(&mut buffer, &rows(&places)).unwrap();
-        let text = |counter, addresses, end| Some(Text { counter, addresses, end });
-        assert_eq!(found, [text(5, Some(24..56), 59), text(6, None, 96), None]);
+        let text = |counter, addresses, end| Text { counter, addresses, end };
+        assert_eq!(
+            found,
+            [
+                text(Some(5), Some(24..56), 59),
+                text(Some(6), None, 96),
+                text(None, None, 150)
+            ]
+        );
         assert_eq!(buffer[128..166], [0; 38]);
         for bad in [[15..20, 96..96], [16..64, 96..151], [16..64, 95..96], [96..96, 16..64]] {
             assert!(open(&mut buffer, &rows(&bad)).is_err());

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList};
+use pyo3::types::{PyBytes, PyDict, PyList};
 
 use crate::buffers::{Around, Descriptor, Input, Output};
 use crate::cipher::{self, Key};
@@ -15,7 +15,7 @@ use crate::many::{self, Receive, Row};
 use crate::split::{split as split_frame, Failure};
 
 /// Raised with each change of what the functions take or give; siderolink uses only the one it was written for.
-pub const SEAM: u32 = 3;
+pub const SEAM: u32 = 4;
 /// Frames that one call writes at most.
 const MOST_WRITTEN: usize = 64;
 
@@ -271,11 +271,11 @@ fn write_frames(descriptor: i32, buffer: &Bound<'_, PyAny>, frames: &Bound<'_, P
     Ok(gather::write(|frame| file.write(frame), input.bytes(), places))
 }
 
-fn row(key_bytes: &Bound<'_, PyBytes>, start: Size, length: Size) -> PyResult<Row> {
-    let end = start.0.checked_add(length.0).ok_or(Refused("the rows leave the buffer"))?;
+fn row(key_bytes: &Bound<'_, PyBytes>, start: usize, length: usize) -> PyResult<Row> {
+    let end = start.checked_add(length).ok_or(Refused("the rows leave the buffer"))?;
     Ok(Row {
         key: Key::new(key_bytes.as_bytes())?,
-        text: start.0..end,
+        text: start..end,
     })
 }
 
@@ -284,19 +284,29 @@ fn is_busy(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
-type Came<'py> = (Bound<'py, PyBytes>, usize, usize, usize, Option<u32>);
+type Opened<'py> = (u32, Option<u64>, Option<Addresses<'py>>, usize, usize);
+type Came<'py> = (Bound<'py, PyBytes>, usize, usize, usize, Option<Opened<'py>>);
+type Addresses<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+
+/// Source and destination, which lie one behind the other.
+fn addresses<'py>(python: Python<'py>, pair: &[u8]) -> Addresses<'py> {
+    let (source, destination) = pair.split_at(pair.len() / 2);
+    (PyBytes::new(python, source), PyBytes::new(python, destination))
+}
 
 /// Receive datagrams of a UDP socket that does not block into `buffer`, one behind the other, up to `most` times, and up to
-/// `others` times what is no single data message. It ends where less than 64 KiB are left.
+/// `others` times what is no single data message. It ends where less than 64 KiB are left. Neighbours of one sender and one
+/// length are one batch. A data message by itself is opened in place with the key that `keys` has for its receiver index.
 ///
-/// Returns for each the sender (its sockaddr and in_pktinfo or in6_pktinfo), start, size, the length of each datagram in it but
-/// the last (UDP_GRO), and the receiver index if it is one data message; and whether there was an error.
+/// Returns for each batch the sender (its sockaddr and in_pktinfo or in6_pktinfo), start, size, the length of each datagram in
+/// it but the last, and what was opened: see native/README.md; and whether there was an error.
 #[pyfunction]
 fn receive_many<'py>(
     descriptor: i32,
     buffer: &Bound<'py, PyAny>,
     most: Size,
     others: Size,
+    keys: &Bound<'py, PyDict>,
 ) -> PyResult<(Vec<Came<'py>>, bool)> {
     let python = buffer.py();
     let file = Descriptor::new(descriptor)?;
@@ -316,53 +326,38 @@ fn receive_many<'py>(
         Err(_) => Receive::Failed,
     };
     let (found, has_failed) = many::receive(receive, output.bytes(), most.0, others.0);
-    let found = found
+    let found = many::join(found);
+    // a lookup could run Python code, so no slice of the buffer is in use meanwhile
+    let known = found
         .iter()
-        .map(|came| {
-            let (sender, length) = &came.sender;
-            let sender = PyBytes::new(python, &sender[..*length]);
-            (sender, came.start, came.size, came.stride, came.receiver)
-        })
-        .collect();
-    Ok((found, has_failed))
-}
-
-type Opened<'py> = Option<(u64, Option<Bound<'py, PyBytes>>, usize)>;
-
-/// Open data messages of many sessions in place: `rows` are key, start and size of each, one behind the other. An empty
-/// virtio_net_hdr is written before each text.
-///
-/// Returns counter, source and destination, and the end of the packet. There are no addresses in a keepalive and in what is not
-/// one whole IP packet. None for a message with a bad tag, which is erased.
-#[pyfunction]
-fn open_many<'py>(buffer: &Bound<'py, PyAny>, rows: Vec<(Bound<'py, PyBytes>, Size, Size)>) -> PyResult<Vec<Opened<'py>>> {
-    let python = buffer.py();
-    let rows = rows
-        .into_iter()
-        .map(|(key, start, size)| {
-            let length = size
-                .0
-                .checked_sub(cipher::HEADER + cipher::TAG)
-                .ok_or(Refused("a data message has 32 bytes and more"))?;
-            let start = start
-                .0
-                .checked_add(cipher::HEADER)
-                .ok_or(Refused("the rows leave the buffer"))?;
-            row(&key, Number(start), Number(length))
-        })
+        .map(|came| Ok(came.receiver.map(|receiver| keys.get_item(receiver)).transpose()?.flatten()))
         .collect::<PyResult<Vec<_>>>()?;
-    let mut output = Output::new(buffer)?;
+    let mut rows = Vec::new();
+    for (came, key) in found.iter().zip(&known) {
+        if let Some(key) = key {
+            let length = came.size - cipher::HEADER - cipher::TAG;
+            rows.push(row(key.cast::<PyBytes>()?, came.start + cipher::HEADER, length)?);
+        }
+    }
     let bytes = output.bytes();
-    let found = many::open(bytes, &rows)?;
-    Ok(found
-        .into_iter()
-        .map(|text| {
-            text.map(|text| {
-                let addresses = text.addresses.map(|place| PyBytes::new(python, &bytes[place]));
-                (text.counter, addresses, text.end)
-            })
-        })
-        .collect())
+    let mut texts = many::open(bytes, &rows)?.into_iter();
+    let mut batches = Vec::with_capacity(found.len());
+    for (came, key) in found.iter().zip(&known) {
+        let text = key.as_ref().and_then(|_| texts.next());
+        let opened = came.receiver.zip(text).map(|(receiver, text)| {
+            let addresses = text.addresses.map(|place| addresses(python, &bytes[place]));
+            (receiver, text.counter, addresses, came.start + cipher::HEADER, text.end)
+        });
+        let (sender, length) = &came.sender;
+        batches.push((
+            PyBytes::new(python, &sender[..*length]),
+            came.start,
+            came.size,
+            came.stride,
+            opened,
+        ));
+    }
+    Ok((batches, has_failed))
 }
 
 type ToSeal<'py> = (Bound<'py, PyBytes>, Size, Size, Number<u32>, Number<u64>);
@@ -371,79 +366,69 @@ type ToSeal<'py> = (Bound<'py, PyBytes>, Size, Size, Number<u32>, Number<u64>);
 /// 16 free bytes before and after each.
 #[pyfunction]
 fn seal_many<'py>(buffer: &Bound<'py, PyAny>, rows: Vec<ToSeal<'py>>) -> PyResult<()> {
-    let rows = rows
-        .into_iter()
-        .map(|(key, start, length, receiver, counter)| Ok((row(&key, start, length)?, receiver.0, counter.0)))
-        .collect::<PyResult<Vec<_>>>()?;
+    let rows = rows.iter().map(to_seal).collect::<PyResult<Vec<_>>>()?;
     let mut output = Output::new(buffer)?;
     Ok(many::seal(output.bytes(), &rows)?)
 }
 
-type Frame<'py> = (Option<Bound<'py, PyBytes>>, usize, usize, usize);
+fn to_seal((key, start, length, receiver, counter): &ToSeal<'_>) -> PyResult<(Row, u32, u64)> {
+    Ok((row(key, start.0, length.0)?, receiver.0, counter.0))
+}
 
-/// Read up to `most` frames from a descriptor that does not block, and finish each where it is: see native/README.md.
+type Frame<'py> = (Option<Addresses<'py>>, usize, usize, usize);
+
+/// Read up to `most` frames from a descriptor that does not block, and finish each where it is sealed: see native/README.md.
 ///
 /// Returns for each source and destination, start, size and padded length of the packet, 0 for one that is no small packet, with
 /// which it ends; and whether there was an error.
 #[pyfunction]
-fn read_many<'py>(
-    descriptor: i32,
-    buffer: &Bound<'py, PyAny>,
-    mtu: Size,
-    before: Size,
-    after: Size,
-    most: Size,
-) -> PyResult<(Vec<Frame<'py>>, bool)> {
+fn read_many<'py>(descriptor: i32, buffer: &Bound<'py, PyAny>, mtu: Size, most: Size) -> PyResult<(Vec<Frame<'py>>, bool)> {
     let python = buffer.py();
     let file = Descriptor::new(descriptor)?;
-    let margins = Margins {
-        before: before.0,
-        after: after.0,
-    };
     let mut output = Output::new(buffer)?;
     let bytes = output.bytes();
-    let (found, has_failed) = many::read(|into| read_frame(&file, into), bytes, mtu.0, margins, most.0)?;
+    let (found, has_failed) = many::read(|into| read_frame(&file, into), bytes, mtu.0, cipher::AROUND, most.0)?;
     let found = found
         .into_iter()
         .map(|frame| {
-            let addresses = frame.addresses.map(|place| PyBytes::new(python, &bytes[place]));
+            let addresses = frame.addresses.map(|pair| addresses(python, &pair));
             (addresses, frame.start, frame.size, frame.length)
         })
         .collect();
     Ok((found, has_failed))
 }
 
-/// Write frames, given by start and end, to a descriptor, until one is not taken. Returns how many were.
+/// Write packets, given by start and end, to a descriptor, each with the virtio_net_hdr before it, until one is not taken.
+/// Returns how many were.
 #[pyfunction]
-fn write_many(descriptor: i32, buffer: &Bound<'_, PyAny>, frames: Vec<(Size, Size)>) -> PyResult<usize> {
+fn write_many(descriptor: i32, buffer: &Bound<'_, PyAny>, packets: Vec<(Size, Size)>) -> PyResult<usize> {
     let file = Descriptor::new(descriptor)?;
     let input = Input::new(buffer)?;
-    let places = frames.iter().map(|(start, end)| (start.0, end.0));
+    let places = packets.iter().map(|(start, end)| (start.0, end.0));
     Ok(many::write(|frame| file.write(frame), input.bytes(), places)?)
 }
 
-type ToSend<'py> = (Size, Size, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+type ToSend<'py> = (ToSeal<'py>, (Bound<'py, PyBytes>, Bound<'py, PyBytes>));
 
-/// Send datagrams, given by start, end, sockaddr and control messages, by a socket that does not block.
+/// Seal texts as `seal_many` does, and send each, by a socket that does not block, to a sockaddr with control messages.
 ///
 /// Returns how many were tried before the socket was full, and which of these were not sent.
 #[pyfunction]
-fn send_many(descriptor: i32, buffer: &Bound<'_, PyAny>, datagrams: Vec<ToSend<'_>>) -> PyResult<(usize, Vec<usize>)> {
+fn send_many(descriptor: i32, buffer: &Bound<'_, PyAny>, texts: Vec<ToSend<'_>>) -> PyResult<(usize, Vec<usize>)> {
     let file = Descriptor::new(descriptor)?;
-    let input = Input::new(buffer)?;
-    let parts = datagrams
-        .iter()
-        .map(|(start, end, ..)| many::part(input.bytes(), start.0, end.0))
-        .collect::<Result<Vec<_>, _>>()?;
+    let rows = texts.iter().map(|(text, _)| to_seal(text)).collect::<PyResult<Vec<_>>>()?;
+    let mut output = Output::new(buffer)?;
+    let bytes = output.bytes();
+    many::seal(bytes, &rows)?;
     let mut failed = Vec::new();
-    for (index, (part, (_, _, name, control))) in parts.into_iter().zip(&datagrams).enumerate() {
-        match file.send(part, name.as_bytes(), control.as_bytes()) {
+    for (index, ((row, ..), (_, (name, control)))) in rows.iter().zip(&texts).enumerate() {
+        match file.send(&bytes[row.message()], name.as_bytes(), control.as_bytes()) {
             Ok(_) => {}
             Err(error) if is_busy(&error) => return Ok((index, failed)),
             Err(_) => failed.push(index),
         }
     }
-    Ok((datagrams.len(), failed))
+    Ok((texts.len(), failed))
 }
 
 /// Rows in one call: the optional compiled core of siderolink's WireGuard data plane.
@@ -460,7 +445,6 @@ fn siderolink_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(read_rows, module)?)?;
     module.add_function(wrap_pyfunction!(write_frames, module)?)?;
     module.add_function(wrap_pyfunction!(receive_many, module)?)?;
-    module.add_function(wrap_pyfunction!(open_many, module)?)?;
     module.add_function(wrap_pyfunction!(seal_many, module)?)?;
     module.add_function(wrap_pyfunction!(read_many, module)?)?;
     module.add_function(wrap_pyfunction!(write_many, module)?)?;

@@ -1,19 +1,34 @@
 """One end of UDP traffic, with real sockets."""
 
-import struct
+from typing import TYPE_CHECKING
 
 import anyio
 
-from siderolink.common.wireguard.packets.parts import MixedPackets
-from siderolink.common.wireguard.path import Datagrams, Message, Path
+from siderolink.common.wireguard.noise import Packets
+from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
+from siderolink.common.wireguard.packets import MatrixCiphers
+from siderolink.common.wireguard.packets.parts import Message, MixedPackets
+from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.common.wireguard.udp import UdpSockets, open_udp
+from siderolink.common.wireguard.udp_socket import Mixing
+
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.noise.rows import ToSeal
+
+KEY = bytes(range(32))
+RECEIVER = 77
+
+
+def data_message(counter: int, text: bytes) -> bytes:
+    """A data message that an end opens if it comes by itself."""
+    return bytes(MatrixCiphers()(KEY).seal(Packets.single(memoryview(text)), RECEIVER, counter, 0).row(0))
 
 
 class End:
     """One end: its sockets and the datagrams that it received."""
 
     def __init__(self, *, port: int = 0, gso: bool = True, echo: bool = False, mixed: MixedPackets | None = None) -> None:
-        """`mixed`: receive, and take lone data messages of many senders, all in one call."""
+        """`mixed`: receive, open and take lone data messages of many senders, all in one call."""
         self.received: list[bytes] = []
         self.batches: list[int] = []
         self.paths: list[Path] = []
@@ -21,18 +36,22 @@ class End:
         """How many data messages came together, each time."""
         self._echo = echo
         self._news = anyio.Event()
-        self.udp: UdpSockets = open_udp(port, self._receive, gso=gso, mixed=mixed, receive_many=self._receive_many)
+        mixing = None if mixed is None else Mixing(mixed, {RECEIVER: KEY}, self._receive_many)
+        self.udp: UdpSockets = open_udp(port, self._receive, gso=gso, mixing=mixing)
 
     def _receive_many(self, data: memoryview, messages: list[Message]) -> None:
-        for path, start, size, receiver in messages:
-            message = bytes(data[start : start + size])
-            assert message[:8] == struct.pack("<II", 4, receiver)
-            self.received.append(message)
+        replies: list[tuple[Path, ToSeal]] = []
+        for path, size, (receiver, counter, _, start, _) in messages:
+            assert counter is not None
+            assert receiver == RECEIVER
+            length = size - TRANSPORT_OVERHEAD
+            self.received.append(data_message(counter, bytes(data[start : start + length])))
             self.paths.append(path)
             self.batches.append(1)
+            replies.append((path, (KEY, start, length, receiver, counter)))
         self.together.append(len(messages))
         if self._echo:
-            self.udp.send_many(data, [(path, start, start + size) for path, start, size, _ in messages])
+            self.udp.send_many(data, replies)
         self._news.set()
 
     def _receive(self, datagrams: Datagrams, path: Path) -> None:

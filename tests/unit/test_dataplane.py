@@ -2,7 +2,7 @@
 
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from ipaddress import ip_network
 from random import Random
@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 
 from siderolink.common.wireguard.dataplane import MAX_READS
 from siderolink.common.wireguard.noise import Drop, Packets
-from siderolink.common.wireguard.path import Datagrams, Message, Path
+from siderolink.common.wireguard.noise.rows import ToSeal
+from siderolink.common.wireguard.packets.compiled import CompiledMixedPackets
+from siderolink.common.wireguard.packets.parts import Message
+from siderolink.common.wireguard.path import Datagrams, Path
+from tests.support.arrivals import arrived
 from tests.support.ends import Descriptor, End, Interface, Wire, ends, frame, linked
 from tests.support.packets import TCP, UDP, Packet, batch, pad
 from tests.support.rows import compiled_functions
@@ -247,10 +251,11 @@ def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("siderolink.common.wireguard.dataplane.QUIET_INTERVAL", request.param)
 
 
-def send_each(data: memoryview, datagrams: Sequence[tuple[Path, int, int]]) -> Path | None:
-    for path, start, end in datagrams:
-        path.send(Datagrams.single(bytes(data[start:end])))
-    return next((path for path, *_ in datagrams if not path.is_writable), None)
+def send_each(data: memoryview, texts: list[tuple[Path, ToSeal]]) -> Path | None:
+    compiled_functions().seal_many(data, [text for _, text in texts])
+    for path, (_, start, length, *_) in texts:
+        path.send(Datagrams.single(bytes(data[start - 16 : start + length + 16])))
+    return next((path for path, _ in texts if not path.is_writable), None)
 
 
 @st.composite
@@ -305,9 +310,9 @@ def test_packets_of_one_peer_stay_one_batch_however_few_are_read_at_a_time(
     assert isinstance(interface, Descriptor)
     alone: list[int] = []
 
-    def count_each(data: memoryview, datagrams: Sequence[tuple[Path, int, int]]) -> Path | None:
-        alone.append(len(datagrams))
-        return send_each(data, datagrams)
+    def count_each(data: memoryview, texts: list[tuple[Path, ToSeal]]) -> Path | None:
+        alone.append(len(texts))
+        return send_each(data, texts)
 
     hub.end.plane.send_many = count_each
     for numbers in ([2], [2], [2] * 9, [2, 3, 4, 5], [2], [2] * 9, [2], [2] * 9):
@@ -339,7 +344,7 @@ def test_messages_of_many_peers_are_opened_together_like_one_by_one(
     interfaces: Callable[[], Descriptor], data: st.DataObject
 ) -> None:
     """Altered, replayed and foreign ones are dropped and counted, and spoil none of the others."""
-    compiled_functions()
+    functions = compiled_functions()
     together, alone = Hub(4, interfaces()), Hub(4, Interface())
     messages: list[tuple[int, bytes]] = []
     for _ in range(data.draw(st.integers(1, 20))):
@@ -354,12 +359,18 @@ def test_messages_of_many_peers_are_opened_together_like_one_by_one(
         if data.draw(st.integers(0, 6)) == 0 and messages:
             messages.append(messages[0])
         messages.append((data.draw(st.sampled_from([number, number, 0])), bytes(sealed)))
-    buffer, given = bytearray(), list[Message]()
     for number, message in messages:
-        given.append((together.others[number].wire, len(buffer), len(message), int.from_bytes(message[4:8], "little")))
-        buffer += message
         alone.end.plane.deliver(Datagrams.single(message), alone.others[number].wire)
-    together.end.plane.deliver_many(memoryview(buffer), given)
+    mixed = CompiledMixedPackets(functions)
+    buffer, batches = arrived(mixed, [message for _, message in messages], together.end.engine.receive_keys)
+    opened = list[Message]()
+    for (number, _), (_, start, size, _, text) in zip(messages, batches, strict=True):
+        wire = together.others[number].wire
+        if text is None:
+            together.end.plane.deliver(Datagrams.single(buffer[start : start + size]), wire)
+        else:
+            opened.append((wire, size, text))
+    together.end.plane.deliver_many(buffer, opened)
     interface = together.end.interface
     assert isinstance(interface, Descriptor)
     assert interface.collect() == alone.end.interface.written

@@ -3,7 +3,6 @@
 import asyncio
 import random
 import socket
-import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -11,11 +10,13 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 import pytest
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
+from siderolink.common.wireguard.noise.rows import ToSeal
+from siderolink.common.wireguard.packets.parts import Target
 from siderolink.common.wireguard.path import Datagrams
 from siderolink.common.wireguard.udp_routes import LocalEnd
 from siderolink.common.wireguard.udp_socket import UdpPath, UdpSocket
 from tests.support.rows import implementation
-from tests.support.udp import End, batch
+from tests.support.udp import KEY, RECEIVER, End, batch, data_message
 
 pytestmark = pytest.mark.anyio
 
@@ -229,8 +230,16 @@ async def test_joined_receives_keep_datagrams_order_and_senders(by: str, gso: bo
             sock.close()
 
 
-def data_message(number: int, size: int = 64) -> bytes:
-    return struct.pack("<IIQ", 4, 77, number).ljust(size, b"x")
+TEXT = b"thirty-two bytes that are sealed"
+
+
+def to_seal(texts: list[bytes]) -> tuple[memoryview, list[ToSeal]]:
+    """A buffer with the texts, which are sealed with their numbers as counters."""
+    buffer, found = bytearray(), list[ToSeal]()
+    for number, text in enumerate(texts):
+        found.append((KEY, len(buffer) + 16, len(text), RECEIVER, number))
+        buffer += bytes(16) + text + bytes(16)
+    return memoryview(buffer), found
 
 
 @pytest.mark.parametrize("address", LOCALS)
@@ -244,8 +253,8 @@ async def test_data_messages_of_many_peers_are_received_and_sent_together(addres
     try:
         sent = []
         for number in range(200):
-            size = 31 if number % 17 == 0 else 32 + number  # 31 bytes are no data message
-            sent.append((senders[number % 20], data_message(number, size)))
+            message = data_message(number, bytes(number))
+            sent.append((senders[number % 20], message[:31] if number % 17 == 0 else message))  # which is no data message
         for sender, message in sent:
             sender.sendto(message, (called, here.udp.port))
         assert sorted(await here.wait_for(200)) == sorted(message for _, message in sent)
@@ -278,14 +287,15 @@ async def test_an_unreachable_address_does_not_delay_others() -> None:
         refused = here.udp.path((IPv4Address("255.255.255.255"), 9))  # EACCES: it takes SO_BROADCAST
         gone = here.udp.path((LOCALS[0], there.udp.port))
         gone.local_end = LocalEnd(local, bytes([192, 0, 2, 77]), 1)  # an address that this host has not
-        rows = [data_message(number) for number in range(6)]
-        data, places = memoryview(b"".join(rows)), [(at, at + 64) for at in range(0, 6 * 64, 64)]
+        data, texts = to_seal([TEXT] * 6)
         paths = [good, refused, good, gone, refused, good]
-        assert here.udp.send_many(data, [(path, *place) for path, place in zip(paths, places, strict=True)]) is None
-        large = memoryview(bytes(70_000))
-        assert here.udp.send_many(large, [(good, 0, 70_000), (good, 0, 100)]) is None  # EMSGSIZE
+        assert here.udp.send_many(data, list(zip(paths, texts, strict=True))) is None
+        large, texts = to_seal([bytes(70_000), bytes(100)])
+        assert here.udp.send_many(large, [(good, text) for text in texts]) is None  # EMSGSIZE
         received = await there.wait_for(5)
-        assert sorted(received) == sorted([rows[0], rows[2], rows[3], rows[5], bytes(100)])
+        assert sorted(received) == sorted(
+            [*(data_message(number, TEXT) for number in (0, 2, 3, 5)), data_message(1, bytes(100))]
+        )
         assert here.udp.drops() == {"send_failed": 3}
     finally:
         here.udp.close()
@@ -296,20 +306,20 @@ async def test_datagrams_that_a_full_socket_refuses_are_sent_later_in_order() ->
     mixed = implementation("compiled").mixed()
     here, there = End(mixed=mixed), End()
     assert mixed is not None
-    send, takes = mixed.send, iter([2, 0])
+    send, seal, takes = mixed.send, mixed.seal, iter([2, 0])
 
-    def take_few(descriptor: int, data: memoryview, datagrams: list[tuple[int, int, bytes, bytes]]) -> tuple[int, list[int]]:
-        few = next(takes, len(datagrams))
-        send(descriptor, data, datagrams[:few])
+    def take_few(descriptor: int, data: memoryview, texts: list[tuple[ToSeal, Target]]) -> tuple[int, list[int]]:
+        few = next(takes, len(texts))
+        send(descriptor, data, texts[:few])
+        seal(data, [text for text, _ in texts[few:]])
         return few, []
 
     mixed.send = take_few  # type: ignore[method-assign]
     try:
         path = here.udp.path((LOCALS[0], there.udp.port))
-        rows = [data_message(number) for number in range(12)]
-        data, places = memoryview(bytearray(b"".join(rows))), [(path, at, at + 64) for at in range(0, 12 * 64, 64)]
-        assert here.udp.send_many(data, places[:6]) == path
-        assert here.udp.send_many(data, places[6:]) == path
+        data, texts = to_seal([TEXT] * 12)
+        assert here.udp.send_many(data, [(path, text) for text in texts[:6]]) == path
+        assert here.udp.send_many(data, [(path, text) for text in texts[6:]]) == path
         states = [path.is_writable]
         data[:] = bytes(len(data))  # it is the caller's again
         writable = asyncio.Event()
@@ -317,10 +327,11 @@ async def test_datagrams_that_a_full_socket_refuses_are_sent_later_in_order() ->
         await asyncio.wait_for(writable.wait(), 30)
         states.append(path.is_writable)
         assert states == [False, True]
-        assert await there.wait_for(12) == rows
-        assert here.udp.send_many(memoryview(rows[0]), [(path, 0, 64)]) == path  # takes none
-        huge = memoryview(bytes(60_000))
-        assert here.udp.send_many(huge, [(path, 0, 60_000)] * 10) == path
+        assert await there.wait_for(12) == [data_message(number, TEXT) for number in range(12)]
+        data, texts = to_seal([TEXT])
+        assert here.udp.send_many(data, [(path, texts[0])]) == path  # takes none
+        huge, texts = to_seal([bytes(60_000)] * 10)
+        assert here.udp.send_many(huge, [(path, text) for text in texts]) == path
         assert here.udp.drops() == {"send_buffer_full": 2}
     finally:
         here.udp.close()
@@ -337,7 +348,7 @@ async def test_a_pending_socket_error_does_not_stop_batched_receiving() -> None:
             closed.close()
             for _ in range(3):
                 here.udp.path((LOCALS[0], port)).send(Datagrams.single(b"hello"))
-                sender.sendto(data_message(1), ("127.0.0.1", here.udp.port))
+                sender.sendto(data_message(1, TEXT), ("127.0.0.1", here.udp.port))
             assert len(await here.wait_for(3)) == 3
         finally:
             here.udp.close()

@@ -14,20 +14,23 @@ from siderolink.common.wireguard.noise import Drop, Engine, Event, Packets, Peer
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.peer import Path as EnginePath
 from siderolink.common.wireguard.noise.rates import rows_within, tightest
+from siderolink.common.wireguard.noise.rows import Addresses, ToSeal
 from siderolink.common.wireguard.packets.backlog import LONGEST_HEADER, Backlog, QuietFlows
 from siderolink.common.wireguard.packets.buffers import round_up
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
 from siderolink.common.wireguard.packets.parts import (
+    Message,
     MixedPackets,
     PacketInterface,
     RowFunctions,
+    SendMany,
     SmallPacketGatherer,
     SuperPacketSplitter,
 )
 from siderolink.common.wireguard.packets.seal import find_runs
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.packets.unreachable import unreachable
-from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Message, Path, SendMany
+from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Path
 
 MAX_READS: Final = 64
 """Maximum frames read from the interface per loop iteration."""
@@ -71,7 +74,7 @@ class DataPlane:
         self._lone = self.mixed if interface.descriptor >= 0 else None
         """Reads and seals the first packets after a pause."""
         self.send_many: SendMany | None = None
-        """Sends datagrams of many peers; without it they are sent one by one."""
+        """Seals and sends packets of many peers; without it they are sent one by one."""
         self.is_passing = True
         """Whether datagrams delivered by paths are processed."""
         self.after_lull: Callable[[], None] | None = None
@@ -179,38 +182,38 @@ class DataPlane:
     def _read_mixed(self, mixed: MixedPackets, send_many: SendMany, most: int, now: float) -> None:
         """Read the waiting packets in one call, then seal and send in one call those that need nothing else."""
         data, self._is_blocked = self._mixed_frames, False
-        frames, has_failed = mixed.read(self._interface, data, self._engine.mtu, most)
-        lone: list[tuple[Peer, int, int]] = []
-        changes, before = 0, b""
-        for pair, start, size, length in frames:
+        frames, has_failed = mixed.read(self._interface.descriptor, data, self._engine.mtu, most)
+        prepare, changes = self._engine.prepare, 0
+        before: Addresses | None = None
+        prepared: list[tuple[EnginePath, ToSeal]] = []
+        for addresses, start, size, length in frames:
+            if addresses != before:
+                before, changes = addresses, changes + 1
+            ready = prepare(addresses, start, length, now) if length and addresses is not None else None
+            if ready is not None:
+                prepared.append(ready)
+                continue
+            if prepared:
+                self._send_prepared(send_many, prepared)
+                prepared = []
             frame = data[start - VNET_SIZE : start + size]
-            if pair is not None and length:
-                if pair != before:
-                    before, changes = pair, changes + 1
-                peer = self._find_peer(frame, pair, now)
-                if peer is None:
-                    continue
-                if peer.outbound_rates is None and self._engine.can_send(peer, now):
-                    lone.append((peer, start, length))
-                    continue
-            if lone:
-                self._send_lone(mixed, send_many, lone, now)
-                lone = []
-            self._send_frame(frame, now)
-            self._leave_peer(now)
-        if lone:
-            self._send_lone(mixed, send_many, lone, now)
+            if not self._send_single(frame, now):
+                self._send_frame(frame, now)
+                self._leave_peer(now)
+        if prepared:
+            self._send_prepared(send_many, prepared)
         if frames:
             self._read_at = now
-            self._is_mixed = _are_mixed(changes, len(frames), self._is_mixed)
+            if len(frames) > 1:
+                self._is_mixed = _are_mixed(changes, len(frames), self._is_mixed)
         if has_failed:
             self._interface.read()  # raises the reason
-        self.drain(now)
+        if self._output.is_waiting:
+            self._drain(now)
 
-    def _send_lone(self, mixed: MixedPackets, send_many: SendMany, packets: list[tuple[Peer, int, int]], now: float) -> None:
-        """Send packets of many peers, each as a separate datagram."""
-        sealed = self._engine.seal_many(self._mixed_frames, packets, mixed.seal, now)
-        full = send_many(self._mixed_frames, sealed)  # type: ignore[arg-type] # see _device_path
+    def _send_prepared(self, send_many: SendMany, prepared: list[tuple[EnginePath, ToSeal]]) -> None:
+        """Seal and send packets of many peers, each as a separate datagram."""
+        full = send_many(self._mixed_frames, prepared)  # type: ignore[arg-type] # see _device_path
         if full is not None:
             self._on_blocked(full)
 
@@ -383,16 +386,17 @@ class DataPlane:
             self.after_lull()
 
     def deliver_many(self, data: memoryview, messages: list[Message]) -> None:
-        """Process data messages of many senders, one behind the other in `data`."""
+        """Process data messages of many senders, opened in `data`."""
         if self.mixed is None or not self.is_passing:
             return
         now = boot_time()
         is_alone, self._delivered_at = now - self._delivered_at > QUIET_INTERVAL, now
-        packets = self._engine.receive_many(data, messages, self.mixed.open, now)
-        self.mixed.write(self._interface, data, packets)
+        packets = self._engine.accept(messages, now)
+        if packets:
+            self.mixed.write(self._interface, data, packets)
         if self._output.is_waiting:
             self._drain(now)
-        if is_alone and self.after_lull is not None:
+        if is_alone and packets and self.after_lull is not None:
             self.after_lull()
 
     def _receive(self, datagrams: Datagrams, first: int, count: int, path: Path, now: float) -> None:

@@ -120,12 +120,3 @@ class Path(Protocol):
 
 Receive = Callable[[Datagrams, Path], None]
 """Processes a received batch and its path. The buffer belongs to the caller again when this returns."""
-
-Message = tuple[Path, int, int, int]
-"""One data message in a buffer: the path it came by, its start and size, and the receiver index that it names."""
-
-ReceiveMany = Callable[[memoryview, list[Message]], None]
-"""Processes data messages of many senders, one behind the other in a buffer, which belongs to the caller again afterwards."""
-
-SendMany = Callable[[memoryview, Sequence[tuple[Path, int, int]]], Path | None]
-"""Sends datagrams of a buffer, each by its path, from start to end. Returns a path that is full, or None."""

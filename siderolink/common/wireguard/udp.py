@@ -4,16 +4,15 @@ import asyncio
 import errno
 import socket
 from collections import Counter
-from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.wireguard.noise.output import Drop
-from siderolink.common.wireguard.packets.parts import MixedPackets
-from siderolink.common.wireguard.path import Datagrams, Endpoint, Path, Receive, ReceiveMany
+from siderolink.common.wireguard.noise.rows import ToSeal
+from siderolink.common.wireguard.path import Datagrams, Endpoint, Path, Receive
 from siderolink.common.wireguard.udp_routes import Routes
-from siderolink.common.wireguard.udp_socket import UdpPath, UdpSocket
+from siderolink.common.wireguard.udp_socket import Mixing, UdpPath, UdpSocket, sealed_message
 
 _PORT_ATTEMPTS: Final = 32
 
@@ -21,9 +20,10 @@ _PORT_ATTEMPTS: Final = 32
 class UdpSockets:
     """The sockets of one device. Created by open_udp()."""
 
-    def __init__(self, sockets: "list[UdpSocket]", routes: Routes | None) -> None:
+    def __init__(self, sockets: "list[UdpSocket]", routes: Routes | None, mixing: Mixing | None = None) -> None:
         self._sockets = {udp.family: udp for udp in sockets}
         self._routes = routes
+        self._mixing = mixing
 
     @property
     def port(self) -> int:
@@ -60,19 +60,20 @@ class UdpSockets:
         for udp in self._sockets.values():
             udp.set_mark(mark)
 
-    def send_many(self, data: memoryview, datagrams: Sequence[tuple[Path, int, int]]) -> Path | None:
+    def send_many(self, data: memoryview, texts: list[tuple[Path, ToSeal]]) -> Path | None:
         """See `SendMany`. Paths of other kinds are used one by one."""
-        if len(datagrams) == 1:
-            ((lone, start, end),) = datagrams
+        if len(texts) == 1:
+            ((lone, text),) = texts
             if isinstance(lone, UdpPath):
-                return None if lone.udp.send_many(data, [(lone, start, end)]) else lone
-        groups: dict[UdpSocket, list[tuple[UdpPath, int, int]]] = {}
+                return None if lone.udp.send_many(data, [(lone, text)]) else lone
+        groups: dict[UdpSocket, list[tuple[UdpPath, ToSeal]]] = {}
         full: Path | None = None
-        for path, start, end in datagrams:
+        for path, text in texts:
             if isinstance(path, UdpPath):
-                groups.setdefault(path.udp, []).append((path, start, end))
-            else:
-                path.send(Datagrams.single(data[start:end], path.headroom))
+                groups.setdefault(path.udp, []).append((path, text))
+            elif self._mixing is not None:
+                self._mixing.packets.seal(data, [text])
+                path.send(Datagrams.single(sealed_message(data, text), path.headroom))
                 full = full if path.is_writable else path
         for udp, group in groups.items():
             if not udp.send_many(data, group):
@@ -97,13 +98,12 @@ def open_udp(
     receive: Receive,
     *,
     gso: bool = True,
-    mixed: MixedPackets | None = None,
-    receive_many: ReceiveMany | None = None,
+    mixing: Mixing | None = None,
 ) -> UdpSockets:
     """Listen on a UDP port (0: one that is free for both IP versions), on the running event loop.
 
-    `gso`: use segmentation offloads if the kernel supports them. `mixed` receives data messages of many senders in one call,
-    and `receive_many` processes them. Without IPv6 on the host, only IPv4 is used.
+    `gso`: use segmentation offloads if the kernel supports them. `mixing`: receive and send data messages of many peers in one
+    call. Without IPv6 on the host, only IPv4 is used.
     Raises AddressInUseError, or ConfigurationError for a port that is not permitted.
     """
     loop = asyncio.get_running_loop()
@@ -113,10 +113,10 @@ def open_udp(
     except OSError:  # a sandbox without netlink
         routes = None
     made = [UdpSocket(sock, loop, receive, gso, routes) for sock in sockets]
-    if mixed is not None and receive_many is not None:
+    if mixing is not None:
         for udp in made:
-            udp.mix(mixed, receive_many)
-    return UdpSockets(made, routes)
+            udp.mix(mixing)
+    return UdpSockets(made, routes, mixing)
 
 
 def _bind(port: int) -> list[socket.socket]:

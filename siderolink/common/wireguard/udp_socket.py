@@ -6,15 +6,19 @@ import socket
 import struct
 import sys
 from collections import Counter, deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final, NamedTuple
 
 from siderolink.common.degraded import warn_once
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.readers import read_on
+from siderolink.common.wireguard.noise.messages import TRANSPORT_HEADER_BYTES, TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.output import Drop
-from siderolink.common.wireguard.packets.parts import MixedPackets
-from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Message, Receive, ReceiveMany, RowCache
+from siderolink.common.wireguard.noise.rows import ToSeal
+from siderolink.common.wireguard.packets.parts import Message, MixedPackets, ReceiveMany, Target
+from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Receive, RowCache
+from siderolink.common.wireguard.udp_options import SOL_UDP, UDP_GRO, UDP_SEGMENT, can_segment, set_options
 from siderolink.common.wireguard.udp_routes import Control, LocalEnd, Routes, SocketAddress, encode_address, encode_control
 
 MAX_READS: Final = 16
@@ -27,23 +31,12 @@ MAX_SEGMENTS: Final = 64
 """Maximum datagrams per send; Linux before 6.9 accepts no more."""
 MAX_PENDING: Final = 1 << 19
 """Maximum bytes queued while the socket's buffer is full."""
-_BUFFER_SIZE: Final = 8 << 20
 _MAX_PATHS: Final = 16_384
 """Number of senders whose paths are cached; a new sender costs one route lookup with the first reply."""
 _MAX_PLAIN: Final = 1024
 _PLAIN_SECONDS: Final = 60.0
 """Seconds after which GSO is tried again, because routes and interfaces change."""
 
-_SOL_UDP: Final = 17
-_UDP_SEGMENT: Final = 103
-_UDP_GRO: Final = 104
-_IP_MTU_DISCOVER: Final = 10
-_IP_PMTUDISC_DONT: Final = 0
-_IPV6_MTU_DISCOVER: Final = 23
-_IPV6_PMTUDISC_WANT: Final = 1
-_IP_PKTINFO: Final = 8
-_SO_SNDBUFFORCE: Final = 32
-_SO_RCVBUFFORCE: Final = 33
 _SEGMENT: Final = struct.Struct("=H").pack
 _INT: Final = struct.Struct("=i").unpack_from
 
@@ -55,6 +48,15 @@ _NO_GSO: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP, err
 checksums (EIO), the socket has no GSO."""
 
 _CANNOT_SEGMENT: Final = "UDP sends cannot be segmented (UDP_SEGMENT) on some route of this host"
+
+
+class Mixing(NamedTuple):
+    """How data messages of many peers are received and sent in one call."""
+
+    packets: MixedPackets
+    keys: dict[int, bytes]
+    """The key that messages to each receiver index are opened with."""
+    receive: ReceiveMany
 
 
 class UdpPath:
@@ -75,7 +77,7 @@ class UdpPath:
         self.local_end = local_end
         """The local end for replies; None leaves the choice to the routing table."""
         self._control: Control | None = None
-        self._target: tuple[bytes, bytes] | None = None
+        self._target: Target | None = None
 
     @property
     def is_open(self) -> bool:
@@ -95,7 +97,7 @@ class UdpPath:
     def when_writable(self, callback: Callable[[], None]) -> None:
         self.udp.when_writable(callback)
 
-    def target(self, routes: Routes | None, mark: int) -> tuple[bytes, bytes]:
+    def target(self, routes: Routes | None, mark: int) -> Target:
         """The encoded address and control messages of a send."""
         local_end, control = self.local_end, None
         if local_end is not None:
@@ -138,7 +140,7 @@ class UdpSocket:
         self._loop = loop
         self._receive = receive
         self._gro = gso
-        self._gso = gso and _can_segment(sock)
+        self._gso = gso and can_segment(sock)
         self._routes = routes
         self._read_at = 0.0
         self._mark = 0
@@ -152,12 +154,13 @@ class UdpSocket:
         self._waiting: list[Callable[[], None]] = []
         self._paths: dict[bytes | tuple[SocketAddress, bytes], UdpPath] = {}
         """By sender address and control data, as the reader reports them: encoded by the kernel, or decoded by recvmsg."""
-        self._mixed: tuple[MixedPackets, ReceiveMany] | None = None
+        self._on_readable: Callable[[], None] = self._receive_batches
+        self._mixed: MixedPackets | None = None
         self._data = memoryview(bytearray(MAX_BYTES + (1 << 16)))
         self._buffers = (self._data,)
         self._cache = RowCache(self._data)
         self._control_size = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
-        _set_options(sock, gro=gso)
+        set_options(sock, gro=gso)
         loop.add_reader(sock, self._on_readable)
 
     @property
@@ -177,7 +180,7 @@ class UdpSocket:
         self._sock.close()
         self._sock = sock
         self.port = sock.getsockname()[1]
-        _set_options(sock, gro=self._gro)
+        set_options(sock, gro=self._gro)
         if self._mark:
             self.set_mark(self._mark)
         self._loop.add_reader(sock, self._on_readable)
@@ -205,17 +208,17 @@ class UdpSocket:
 
     # Receiving
 
-    def mix(self, mixed: MixedPackets, receive_many: ReceiveMany) -> None:
-        """Receive by `mixed`, and pass single data messages of many senders together to `receive_many`, once per iteration."""
-        self._mixed = mixed, receive_many
+    def mix(self, mixing: Mixing) -> None:
+        """Receive and send data messages of many peers together from now on."""
+        self._mixed = mixing.packets
+        self._on_readable = partial(self._receive_mixed, *mixing)
+        self._loop.add_reader(self._sock, self._on_readable)
 
-    def _on_readable(self) -> None:
+    def _receive_batches(self) -> None:
         """Receive waiting datagrams, up to a limit. Consecutive ones of one length from one sender become one batch."""
         now = self._loop.time()
         is_alone, self._read_at = now - self._read_at >= QUIET_INTERVAL, now
-        if self._mixed is not None:
-            self._receive_mixed(*self._mixed, 1 if is_alone else MAX_MIXED_READS)
-        elif not is_alone:
+        if not is_alone:
             self._read_batches()
         elif (taken := self._receive_into(0)) is not None:
             self._deliver(*taken)
@@ -256,7 +259,7 @@ class UdpSocket:
                 continue
             stride, local_end = size, b""
             for level, kind, value in controls:
-                if level == _SOL_UDP and kind == _UDP_GRO:
+                if level == SOL_UDP and kind == UDP_GRO:
                     stride = min(size, _INT(value)[0])
                 else:
                     local_end = value
@@ -269,30 +272,28 @@ class UdpSocket:
         cache = None if start else self._cache
         self._receive(Datagrams(self._data[start : start + size], count, stride, 0, cache), path)
 
-    def _receive_mixed(self, mixed: MixedPackets, receive_many: ReceiveMany, most: int) -> None:
-        """Receive waiting datagrams in one call. Consecutive ones of one length from one sender become one batch, as above."""
-        found, has_failed = mixed.receive(self._sock.fileno(), self._data, most, MAX_READS)
+    def _receive_mixed(self, mixed: MixedPackets, keys: dict[int, bytes], receive_many: ReceiveMany) -> None:
+        """The same in one call, which opens data messages that come by themselves."""
+        now = self._loop.time()
+        is_alone, self._read_at = now - self._read_at >= QUIET_INTERVAL, now
+        most = 1 if is_alone else MAX_MIXED_READS
+        batches, has_failed = mixed.receive(self._sock.fileno(), self._data, most, MAX_READS, keys)
         if has_failed:  # caused by an earlier send; the socket still works
             read_on(self._loop, self._sock, self._on_readable)
-        lone: list[Message] = []
-        index, count = 0, len(found)
-        while index < count and self.is_open:  # the receiver may close the socket
-            sender, start, size, stride, receiver = found[index]
-            index += 1
-            while index < count and stride and not size % stride and found[index][0] == sender and found[index][3] == stride:
-                size += found[index][2]
-                receiver = None
-                index += 1
+        opened: list[Message] = []
+        for sender, start, size, stride, text in batches:
             path = self._paths.get(sender) or self._decode_path(sender)
-            if receiver is not None:
-                lone.append((path, start, size, receiver))
+            if text is not None:
+                opened.append((path, size, text))
                 continue
-            if lone:
-                receive_many(self._data, lone)
-                lone = []
+            if opened:
+                receive_many(self._data, opened)
+                opened = []
+            if not self.is_open:  # the receiver closed the socket
+                return
             self._deliver(size, stride, path, start)
-        if lone:
-            receive_many(self._data, lone)
+        if opened:
+            receive_many(self._data, opened)
 
     def _decode_path(self, sender: bytes) -> UdpPath:
         """The path of a sockaddr and an in_pktinfo or in6_pktinfo."""
@@ -341,30 +342,36 @@ class UdpSocket:
             return False
         return True
 
-    def send_many(self, data: memoryview, datagrams: list[tuple[UdpPath, int, int]]) -> bool:
-        """Send datagrams of a buffer, each given by path, start and end. False if the socket is full; they are then queued."""
-        if not self.is_open:
-            self.drops[Drop.SEND_FAILED] += len(datagrams)
+    def send_many(self, data: memoryview, texts: Sequence[tuple[UdpPath, ToSeal]]) -> bool:
+        """Seal and send texts of a buffer, after `mix`. False if the socket is full; they are then queued."""
+        if not self.is_open or self._mixed is None:
+            self.drops[Drop.SEND_FAILED] += len(texts)
             return True
-        tried = 0
-        if self._mixed is not None and not self._pending:
-            targets = []
-            for path, start, end in datagrams:
-                targets.append((start, end, *path.target(self._routes, self._mark)))
-            tried, failed = self._mixed[0].send(self._sock.fileno(), data, targets)
-            for index in failed:
-                path, start, end = datagrams[index]
-                self._send(Datagrams.single(data[start:end]), path)  # handles errors, and counts drops
-        for path, start, end in datagrams[tried:]:
-            if self._pending_bytes + end - start > MAX_PENDING:
+        if self._pending:
+            self._mixed.seal(data, [text for _, text in texts])
+            self._queue_sealed(data, texts)
+            return False
+        targets = []
+        for path, text in texts:
+            targets.append((text, path.target(self._routes, self._mark)))
+        tried, failed = self._mixed.send(self._sock.fileno(), data, targets)
+        for index in failed:
+            path, text = texts[index]
+            self._send(Datagrams.single(sealed_message(data, text)), path)  # handles errors, and counts drops
+        if tried < len(texts):
+            self._queue_sealed(data, texts[tried:])
+        return not self._pending
+
+    def _queue_sealed(self, data: memoryview, texts: Sequence[tuple[UdpPath, ToSeal]]) -> None:
+        """Copy messages that are sealed in a buffer, up to a limit, to send them when the socket is writable."""
+        for path, text in texts:
+            message = bytes(sealed_message(data, text))
+            if self._pending_bytes + len(message) > MAX_PENDING:
                 self.drops[Drop.SEND_BUFFER_FULL] += 1
             else:
-                self._pending.append((Datagrams.single(bytes(data[start:end])), path))
-                self._pending_bytes += end - start
-        if not self._pending:
-            return True
+                self._pending.append((Datagrams.single(message), path))
+                self._pending_bytes += len(message)
         self._loop.add_writer(self._sock, self._on_writable)
-        return False
 
     def _send(self, datagrams: Datagrams, path: UdpPath) -> None:
         data, stride, sent = datagrams.data, datagrams.stride, 0
@@ -392,7 +399,7 @@ class UdpSocket:
         if path.local_end is not None and path.local_end.control is not None:
             controls.append(path.local_end.control)
         if count > 1:
-            controls.append((_SOL_UDP, _UDP_SEGMENT, _SEGMENT(stride)))
+            controls.append((SOL_UDP, UDP_SEGMENT, _SEGMENT(stride)))
         if controls:
             self._sock.sendmsg((data,), controls, 0, path.address)
         else:
@@ -463,32 +470,7 @@ class UdpSocket:
             self._loop.call_soon(callback)
 
 
-def _can_segment(sock: socket.socket) -> bool:
-    """Whether the kernel supports UDP_SEGMENT. Other kernels ignore it and would send all rows as one datagram."""
-    try:
-        sock.setsockopt(_SOL_UDP, _UDP_SEGMENT, 0)
-    except OSError:
-        warn_once("UDP sends cannot be segmented (UDP_SEGMENT, Linux 4.18)")
-        return False
-    return True
-
-
-def _set_options(sock: socket.socket, *, gro: bool) -> None:
-    for force, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, force, _BUFFER_SIZE)
-        except OSError:  # without CAP_NET_ADMIN the system's limit applies
-            sock.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_SIZE)
-    if sock.family == socket.AF_INET:
-        # Like the kernel's WireGuard: no DF, so that routers may fragment and a lost ICMP message causes no black hole.
-        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
-        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-    else:
-        # IPv6 routers do not fragment: this host does, at the known path MTU.
-        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _IPV6_PMTUDISC_WANT)
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-    if gro:
-        try:
-            sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
-        except OSError:
-            warn_once("received UDP datagrams cannot be joined (UDP_GRO, Linux 5.0)")
+def sealed_message(data: memoryview, text: ToSeal) -> memoryview:
+    """The data message that was sealed around a text."""
+    _, start, length, *_ = text
+    return data[start - TRANSPORT_HEADER_BYTES : start - TRANSPORT_HEADER_BYTES + length + TRANSPORT_OVERHEAD]

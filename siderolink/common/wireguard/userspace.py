@@ -38,6 +38,7 @@ from siderolink.common.wireguard.packets import row_functions
 from siderolink.common.wireguard.packets.parts import PacketInterface
 from siderolink.common.wireguard.path import Path
 from siderolink.common.wireguard.udp import UdpSockets, open_udp
+from siderolink.common.wireguard.udp_socket import Mixing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -88,8 +89,10 @@ class UserspaceDevice:
         """The current interface, if the packet device has one; None after it was deleted."""
         self._udp: UdpSockets | None = None
         if config.listen_port is not None:
-            plane = self.plane
-            self._udp = open_udp(config.listen_port, plane.deliver, mixed=plane.mixed, receive_many=plane.deliver_many)
+            plane, mixing = self.plane, None
+            if plane.mixed is not None:
+                mixing = Mixing(plane.mixed, self.engine.receive_keys, plane.deliver_many)
+            self._udp = open_udp(config.listen_port, plane.deliver, mixing=mixing)
             plane.send_many = self._udp.send_many
         self._configurator = Configurator(self.engine, config.private_key, self._udp)
         self._applying = anyio.Lock()

@@ -5,6 +5,7 @@ import pytest
 from siderolink.common.wireguard.noise import Drop
 from siderolink.common.wireguard.noise.messages import REJECT_AFTER_TIME
 from siderolink.common.wireguard.packets.compiled import CompiledMixedPackets
+from tests.support.arrivals import arrived
 from tests.support.rows import compiled_functions
 from tests.support.virtual import Node, VirtualPath, dropped, inner_packet, joined
 
@@ -19,10 +20,11 @@ def mixed() -> CompiledMixedPackets:
 
 def opened(mixed: CompiledMixedPackets, node: Node, datagram: bytes, path: VirtualPath) -> list[bytes]:
     """The inner packets that may be passed on."""
-    data, receiver = memoryview(bytearray(datagram)), int.from_bytes(datagram[4:8], "little")
-    found = node.engine.receive_many(data, [(path, 0, len(datagram), receiver)], mixed.open, node.clock.now)
+    data, [(_, _, size, _, text)] = arrived(mixed, [datagram], node.engine.receive_keys)
+    assert text is not None
+    passed = node.engine.accept([(path, size, text)], node.clock.now)
     node.drain()
-    return [bytes(data[start:end]) for start, end in found]
+    return [bytes(data[start:end]) for start, end in passed]
 
 
 def test_a_session_is_used_until_it_expires_and_not_after(mixed: CompiledMixedPackets) -> None:
@@ -30,16 +32,17 @@ def test_a_session_is_used_until_it_expires_and_not_after(mixed: CompiledMixedPa
     a.send(A_TO_B)
     a.send(A_TO_B)
     in_time, late = a.take()
-    (peer,) = a.engine.peers.values()
-    place = [(peer, 16, len(A_TO_B))]
+    addresses = A_TO_B[8:24], A_TO_B[24:40]
     wire.clock.now = REJECT_AFTER_TIME - 0.001
     assert opened(mixed, b, in_time, a.path) == [A_TO_B]
-    buffer = memoryview(bytearray(256))
-    assert [path for path, _, _ in a.engine.seal_many(buffer, place, mixed.seal, wire.clock.now)] == [b.path]
+    ready = a.engine.prepare(addresses, 16, len(A_TO_B), wire.clock.now)
+    assert ready is not None
+    assert ready[0] == b.path
     wire.clock.now = REJECT_AFTER_TIME
     assert opened(mixed, b, late, a.path) == []
-    assert a.engine.seal_many(buffer, place, mixed.seal, wire.clock.now) == []
-    assert dropped(a) == dropped(b) == {Drop.EXPIRED_SESSION: 1}
+    assert a.engine.prepare(addresses, 16, len(A_TO_B), wire.clock.now) is None
+    assert dropped(a) == {}, "the packet is staged instead"
+    assert dropped(b) == {Drop.EXPIRED_SESSION: 1}
 
 
 def test_a_path_that_belongs_to_one_peer_carries_no_other_s_session(mixed: CompiledMixedPackets) -> None:

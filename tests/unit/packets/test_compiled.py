@@ -1,5 +1,6 @@
 """The compiled core alone: refused input, when it is selected, and that it works in place."""
 
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,15 @@ from hypothesis import strategies as st
 from siderolink.common.wireguard.noise import Drop, Packets
 from siderolink.common.wireguard.noise.routing import InnerFilter
 from siderolink.common.wireguard.packets import CompiledRows, MalformedFrame, MatrixRows, compiled
-from siderolink.common.wireguard.packets.compiled import CompiledMerger, CompiledSplitter, Functions, PlacedPackets
+from siderolink.common.wireguard.packets.compiled import (
+    CompiledMerger,
+    CompiledMixedPackets,
+    CompiledSplitter,
+    Functions,
+    PlacedPackets,
+)
 from siderolink.common.wireguard.path import Datagrams
+from tests.support.arrivals import arrived
 from tests.support.packets import TCP, UDP, Packet, collected, pad
 from tests.support.rows import compiled_functions
 
@@ -69,12 +77,11 @@ def test_numbers_are_accepted_or_refused(
         lambda: functions.place(small, length, buffer, offset, stride),
         lambda: functions.read_rows(descriptor, into, length, buffer, offset, stride, last, counter, count),
         lambda: functions.write_frames(nowhere, buffer, [(offset, stride, 1), (length, last, 1)], 0),
-        lambda: functions.receive_many(descriptor, buffer, length, count),
-        lambda: functions.open_many(buffer, [(KEY, offset, length), (KEY, stride, last)]),
-        lambda: functions.seal_many(buffer, [(KEY, offset, length, receiver, counter), (KEY, stride, last, 1, counter)]),
-        lambda: functions.read_many(descriptor, buffer, length, offset, stride, count),
+        lambda: functions.receive_many(descriptor, buffer, length, count, {}),
         lambda: functions.write_many(nowhere, buffer, [(offset, stride), (length, last)]),
-        lambda: functions.send_many(nowhere, buffer, [(offset, stride, b"", b""), (length, last, b"", b"")]),
+        lambda: functions.read_many(descriptor, buffer, length, count),
+        lambda: functions.seal_many(buffer, [(KEY, offset, length, receiver, counter), (KEY, stride, last, 1, counter)]),
+        lambda: functions.send_many(nowhere, buffer, [((KEY, offset, length, receiver, counter), (b"", b""))]),
     ):
         try:
             call()
@@ -94,10 +101,10 @@ def test_buffers_that_cannot_be_used_are_refused(functions: Functions) -> None:
             lambda: functions.find_frames(bad, 16, 64, 32, 32, 2, None, True, True),  # type: ignore[arg-type] # noqa: B023
             lambda: functions.place(memoryview(frame), 1280, bad, 0, 80),  # type: ignore[arg-type] # noqa: B023
             lambda: functions.read_rows(0, memoryview(bytearray(frame)), 1280, bad, 16, 16, 80, 1, 2),  # type: ignore[arg-type] # noqa: B023
-            lambda: functions.receive_many(0, bad, 1, 1),  # type: ignore[arg-type] # noqa: B023
-            lambda: functions.open_many(bad, [(KEY, 0, 64)]),  # type: ignore[arg-type] # noqa: B023
+            lambda: functions.receive_many(0, bad, 1, 1, {}),  # type: ignore[arg-type] # noqa: B023
+            lambda: functions.read_many(0, bad, 1280, 1),  # type: ignore[arg-type] # noqa: B023
             lambda: functions.seal_many(bad, [(KEY, 16, 32, 1, 1)]),  # type: ignore[arg-type] # noqa: B023
-            lambda: functions.read_many(0, bad, 1280, 16, 16, 1),  # type: ignore[arg-type] # noqa: B023
+            lambda: functions.send_many(0, bad, [((KEY, 16, 32, 1, 1), (b"", b""))]),  # type: ignore[arg-type] # noqa: B023
         ):
             with pytest.raises(ValueError):  # noqa: PT011 (which of two reasons does not matter)
                 call()
@@ -131,32 +138,37 @@ def test_buffers_that_cannot_be_used_are_refused(functions: Functions) -> None:
 
 def test_arguments_for_many_sessions_are_accepted_or_refused_together(functions: Functions) -> None:
     view = memoryview(bytearray(range(200)) * 2)
-    for rows in ([(KEY, 0, 31)], [(KEY, 369, 32)], [(KEY, 40, 40), (KEY, 79, 40)], [(KEY, 40, 40), (KEY, 0, 40)]):
-        before = bytes(view)
-        with pytest.raises(ValueError, match=r"32 bytes|leave the buffer|overlap"):
-            functions.open_many(view, rows)
-        assert view == before
+    before = bytes(view)
     for texts in ([(KEY, 15, 10, 1, 1)], [(KEY, 380, 5, 1, 1)], [(KEY, 16, 10, 1, 1), (KEY, 57, 10, 1, 1)]):
-        with pytest.raises(ValueError, match=r"leave the buffer|overlap"):
-            functions.seal_many(view, texts)
-        assert view == before
+        for call in (
+            lambda: functions.seal_many(view, texts),  # noqa: B023
+            lambda: functions.send_many(0, view, [(text, (b"", b"")) for text in texts]),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"leave the buffer|overlap"):
+                call()
+            assert view == before
     with pytest.raises(ValueError, match="32 bytes"):
         functions.seal_many(view, [(bytes(31), 16, 10, 1, 1)])
-    for parts in ([(0, 401)], [(5, 4)]):
+    for packets in ([(10, 401)], [(15, 14)], [(9, 20)]):
         with pytest.raises(ValueError, match="leaves the buffer"):
-            functions.write_many(0, view, parts)
-        with pytest.raises(ValueError, match="leaves the buffer"):
-            functions.send_many(0, view, [(start, end, b"", b"") for start, end in parts])
+            functions.write_many(0, view, packets)
     for closed in (
-        lambda: functions.receive_many(-1, view, 1, 1),
-        lambda: functions.read_many(-1, view, 1280, 16, 16, 1),
+        lambda: functions.receive_many(-1, view, 1, 1, {}),
+        lambda: functions.read_many(-1, view, 1280, 1),
         lambda: functions.write_many(-1, view, []),
         lambda: functions.send_many(-1, view, []),
     ):
         with pytest.raises(ValueError, match="negative"):
             closed()
-    with pytest.raises(ValueError, match="no room"):
-        functions.read_many(0, view, 1280, 9, 16, 1)
+
+
+def test_a_key_that_is_none_is_refused(functions: Functions) -> None:
+    mixed = CompiledMixedPackets(functions)
+    message = struct.pack("<IIQ", 4, 7, 1) + bytes(16)
+    with pytest.raises(ValueError, match="32 bytes"):
+        arrived(mixed, [message], {7: bytes(31)})
+    with pytest.raises(TypeError):
+        arrived(mixed, [message], {7: None})  # type: ignore[dict-item]
 
 
 @given(st.data())

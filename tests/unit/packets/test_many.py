@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from siderolink.common.wireguard.noise import Packets
@@ -17,6 +17,8 @@ from siderolink.common.wireguard.packets.compiled import CompiledMixedPackets, F
 from siderolink.common.wireguard.packets.gather import place_packet
 from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, address_pair
 from siderolink.common.wireguard.path import Datagrams
+from siderolink.common.wireguard.udp_routes import encode_address
+from tests.support.arrivals import arrived
 from tests.support.packets import TCP, UDP, Packet, pad
 from tests.support.rows import compiled_functions
 
@@ -42,32 +44,36 @@ def texts(draw: st.DrawFn) -> bytes:
     return bytes(packet)
 
 
-@given(st.lists(st.tuples(st.sampled_from(KEYS), texts(), st.integers(0, 2**63)), max_size=12), st.data())
+@given(st.lists(st.tuples(st.integers(0, 3), texts(), st.integers(0, 2**63)), max_size=12), st.data())
 def test_each_message_is_opened_as_if_it_were_alone(
-    functions: Functions, sent: list[tuple[bytes, bytes, int]], data: st.DataObject
+    functions: Functions, sent: list[tuple[int, bytes, int]], data: st.DataObject
 ) -> None:
-    ciphers = MatrixCiphers()
-    buffer, rows, alone = bytearray(), [], []
-    for key, text, counter in sent:
-        message = bytearray(ciphers(key).seal(Packets.single(memoryview(text)), 7, counter, 0).row(0))
+    """Those with an unknown receiver, and what is no data message, are left as they came."""
+    ciphers, known = MatrixCiphers(), dict(enumerate(KEYS[:3]))
+    messages = []
+    for number, text, count in sent:
+        message = bytearray(ciphers(KEYS[number]).seal(Packets.single(memoryview(text)), number, count, 0).row(0))
         if data.draw(st.integers(0, 4)) == 0:
-            message[data.draw(st.integers(8, len(message) - 1))] ^= data.draw(st.integers(1, 255))
-        rows.append((key, len(buffer), len(message)))
-        opened = ciphers(key).open(Datagrams.single(bytes(message)), 0, 1)
-        plain = bytes(opened.row(0))
-        alone.append((opened.counters[0], plain, inner_header(plain)) if opened.good[0] else None)
-        buffer += message + bytes(data.draw(st.sampled_from([0, 0, 5])))
-    found = functions.open_many(memoryview(buffer), rows)
-    for (_, start, size), expected, text_found in zip(rows, alone, found, strict=True):
-        begin, end = start + 16, start + size - 16
-        assert not any(buffer[begin - 10 : begin])
-        if expected is None:
+            message[data.draw(st.integers(0, len(message) - 1))] ^= data.draw(st.integers(1, 255))
+        messages.append(bytes(message))
+    buffer, batches = arrived(CompiledMixedPackets(functions), messages, known)
+    for datagram, (_, start, size, stride, text_found) in zip(messages, batches, strict=True):
+        assert (size, stride) == (len(datagram), len(datagram))
+        kind, receiver = struct.unpack_from("<II", datagram)
+        if kind != 4 or receiver not in known:
             assert text_found is None
-            assert not any(buffer[begin : end + 16])
+            assert buffer[start : start + size] == datagram
             continue
-        counter, plain, header = expected
+        begin, end = start + 16, start + size - 16
+        expected = ciphers(known[receiver]).open(Datagrams.single(datagram), 0, 1)
+        plain = bytes(expected.row(0))
+        header = inner_header(plain) if expected.good[0] else None
+        addresses = None if header is None else (header[0][: len(header[0]) // 2], header[0][len(header[0]) // 2 :])
+        assert not any(buffer[begin - 10 : begin])
         assert buffer[begin:end] == plain
-        assert text_found == (counter, header and header[0], begin + (header[1] if header else len(plain)))
+        assert expected.good[0] or not any(buffer[begin : end + 16])
+        counter = expected.counters[0] if expected.good[0] else None
+        assert text_found == (receiver, counter, addresses, begin, begin + (header[1] if header else len(plain)))
 
 
 COUNTERS = st.integers(0, 2**64 - 1)
@@ -76,13 +82,22 @@ COUNTERS = st.integers(0, 2**64 - 1)
 @given(st.lists(st.tuples(st.sampled_from(KEYS), st.binary(max_size=80), st.integers(0, 2**32 - 1), COUNTERS), max_size=12))
 def test_each_message_is_sealed_as_if_it_were_alone(functions: Functions, given: list[tuple[bytes, bytes, int, int]]) -> None:
     ciphers = MatrixCiphers()
-    buffer, rows, alone = bytearray(), [], bytearray()
+    buffer, rows, alone = bytearray(), [], []
     for key, text, receiver, counter in given:
         rows.append((key, len(buffer) + 16, len(text), receiver, counter))
         buffer += b"\xaa" * 16 + text + b"\xaa" * 16 + b"gap"
-        alone += bytes(ciphers(key).seal(Packets.single(memoryview(text)), receiver, counter, 0).row(0)) + b"gap"
+        alone.append(bytes(ciphers(key).seal(Packets.single(memoryview(text)), receiver, counter, 0).row(0)))
+    sent = bytearray(buffer)
     functions.seal_many(memoryview(buffer), rows)
-    assert buffer == alone
+    assert buffer == b"".join(message + b"gap" for message in alone)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as near, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far:
+        far.bind(("127.0.0.1", 0))
+        far.setblocking(False)
+        name = encode_address(far.getsockname(), bytes((127, 0, 0, 1)) + far.getsockname()[1].to_bytes(2))
+        tried = functions.send_many(near.fileno(), memoryview(sent), [(row, (name, b"")) for row in rows])
+        assert tried == (len(rows), [])
+        assert sent == buffer
+        assert [far.recv(2000) for _ in alone] == alone
 
 
 @st.composite
@@ -105,6 +120,7 @@ def frames(draw: st.DrawFn) -> bytes:
 
 
 @given(st.lists(frames(), max_size=8), st.integers(1, 10))
+@example([struct.pack("=BBHHHH", NEEDS_CSUM, 0, 0, 0, 0, 16) + Packet(version=4).encode(partial=True)], 1)  # over its address
 def test_each_frame_is_finished_as_if_it_were_alone(functions: Functions, given: list[bytes], most: int) -> None:
     buffer = bytearray(b"\xaa" * (3 << 16))
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps frames apart, as a TUN interface does
@@ -112,13 +128,14 @@ def test_each_frame_is_finished_as_if_it_were_alone(functions: Functions, given:
         near.setblocking(False)
         for frame in given:
             far.send(frame)
-        found, has_failed = functions.read_many(near.fileno(), memoryview(buffer), _MTU, 16, 16, most)
+        found, has_failed = functions.read_many(near.fileno(), memoryview(buffer), _MTU, most)
     assert not has_failed
     free, is_odd = 0, False
-    for frame, (pair, start, size, length) in zip(given, found, strict=False):
+    for frame, (addresses, start, size, length) in zip(given, found, strict=False):
         assert not is_odd, "it ends with what is no small packet"
         assert start - 16 >= free
-        assert pair == address_pair(memoryview(frame), 10)
+        assert (addresses and b"".join(addresses)) == address_pair(memoryview(frame), 10)
+        assert addresses is None or len(addresses[0]) == len(addresses[1])
         assert size == len(frame) - 10
         row = memoryview(bytearray(size + 32))
         try:

@@ -83,7 +83,9 @@ class Engine:
         )
         self._turns = self._exchange.turns
         self.find_peer, self.can_send, self.is_silent = traffic.find_peer, traffic.can_send, traffic.is_silent
-        self.receive_many, self.seal_many = traffic.open_many, traffic.seal_many
+        self.accept, self.prepare = traffic.accept, traffic.prepare
+        self.receive_keys = self._exchange.indices.receive_keys
+        """By receiver index, for an owner that opens data messages itself before it passes them to `accept`."""
         self.seal, self.stage, self.send_keepalive = traffic.seal, traffic.stage, traffic.send_keepalive
 
     # Configuration

@@ -64,13 +64,15 @@ class Strangers:
 class Indices:
     """The receiver indices in messages to us: each identifies a session or an open initiation."""
 
-    __slots__ = ("_entropy", "_pending", "_sessions", "session")
+    __slots__ = ("_entropy", "_pending", "_sessions", "receive_keys", "session")
 
     def __init__(self, entropy: Entropy) -> None:
         self._entropy = entropy
         self._sessions: dict[int, Session] = {}
         self.session: Callable[[int], Session | None] = self._sessions.get
         """The session with an index."""
+        self.receive_keys: dict[int, bytes] = {}
+        """The key that messages to an index are opened with."""
         self._pending: dict[int, Peer] = {}
 
     def fresh(self) -> int:
@@ -97,10 +99,12 @@ class Indices:
 
     def add(self, session: Session) -> None:
         self._sessions[session.local_index] = session
+        self.receive_keys[session.local_index] = session.keys.receive
 
     def drop(self, sessions: list[Session]) -> None:
         for session in sessions:
             self._sessions.pop(session.local_index, None)
+            self.receive_keys.pop(session.local_index, None)
 
 
 class Exchange:

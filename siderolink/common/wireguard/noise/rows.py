@@ -92,17 +92,13 @@ class RowCipher(Protocol):
 CipherFactory = Callable[[bytes], RowCipher]
 """Makes the cipher for a key of 32 bytes."""
 
-ToOpen = tuple[bytes, int, int]
-"""A data message in a buffer: its session's key, its start and its size."""
+Addresses = tuple[bytes, bytes]
+"""Source and destination of an IP packet, 4 or 16 bytes each."""
 
-OpenedText = tuple[int, bytes | None, int]
-"""Counter, source and destination combined (None for an empty text or an incomplete IP packet), and the end of the packet."""
-
-OpenMany = Callable[[memoryview, list[ToOpen]], list[OpenedText | None]]
-"""Decrypts messages of many sessions in place, one after the other; None for one with a bad tag, which is erased."""
+OpenedText = tuple[int, int | None, Addresses | None, int, int]
+"""What was in one data message: its receiver index, its counter (None if the tag was bad), the addresses (None for an empty
+text or an incomplete IP packet), and start and end of the packet in a buffer."""
 
 ToSeal = tuple[bytes, int, int, int, int]
-"""A padded text in a buffer: its session's key, start and length, receiver index and counter."""
-
-SealMany = Callable[[memoryview, list[ToSeal]], None]
-"""Encrypts texts in place to data messages, one after the other, with room for header and tag around each."""
+"""A padded text in a buffer, with room for header and tag around it: its session's key, start and length, receiver index and
+counter."""

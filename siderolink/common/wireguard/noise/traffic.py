@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from .exchange import Indices
-from .messages import TRANSPORT_HEADER_BYTES, TRANSPORT_OVERHEAD
+from .messages import TRANSPORT_OVERHEAD
 from .output import Drop, Output, PeerRoamed, SessionEstablished
 from .peer import Path, Peer
 from .rates import Buckets, rows_within, tightest
 from .routing import CryptokeyRouting, InnerFilter, inner_header, padded_length
-from .rows import Datagrams, Opened, OpenMany, Packets, SealMany, ToOpen, ToSeal
+from .rows import Addresses, Datagrams, Opened, OpenedText, Packets, ToSeal
 from .session import Session
 from .timers import DeadlineQueue, Tenure
 
@@ -84,31 +84,31 @@ class Traffic:
             self._initiate(peer, now)
         return path, session.sealer.seal(packets, session.remote_index, counter, path.headroom)
 
-    def seal_many(
-        self, data: memoryview, packets: Sequence[tuple[Peer, int, int]], seal_many: SealMany, now: float
-    ) -> list[tuple[Path, int, int]]:
-        """Encrypt padded packets for many peers that `can_send` in place; each is given by peer, start and length.
+    def prepare(self, addresses: Addresses, start: int, length: int, now: float) -> tuple[Path, ToSeal] | None:
+        """Reserve what one padded packet is sealed with; the caller seals it, and sends it by the path, before its next call.
 
-        Returns path, start and end of each message, which the caller sends before its next call.
+        None, with nothing changed, for a packet that cannot or may not simply be sent: the caller finds out why by `find_peer`.
         """
-        rows: list[ToSeal] = []
-        found: list[tuple[Path, int, int]] = []
-        for peer, start, length in packets:
-            session, path = peer.current, peer.path
-            if session is None or path is None or (counter := session.reserve(1, now)) is None:
-                self._output.drop(Drop.EXPIRED_SESSION)
-                continue
-            peer.sent_bytes += length + TRANSPORT_OVERHEAD
-            timers = peer.timers
-            if timers.data_sent(now) and timers.new_handshake_at < peer.scheduled_at:
-                self._deadlines.update(peer)
-            if now >= session.rekey_at:
-                self._initiate(peer, now)
-            rows.append((session.keys.send, start, length, session.remote_index, counter))
-            begin = start - TRANSPORT_HEADER_BYTES
-            found.append((path, begin, begin + length + TRANSPORT_OVERHEAD))
-        seal_many(data, rows)
-        return found
+        source, destination = addresses
+        routing = self._routing
+        peer = routing.host(destination) or routing.lookup(destination)
+        if peer is None or peer.outbound_rates is not None or peer.is_passive or now > self._tenure.until:
+            return None
+        if routing.only_to is not None and source not in routing.only_to:
+            return None
+        session, path = peer.current, peer.path
+        if session is None or path is None or not path.is_open or path.source.startswith(destination):
+            return None
+        counter = session.reserve(1, now)
+        if counter is None:
+            return None
+        peer.sent_bytes += length + TRANSPORT_OVERHEAD
+        timers = peer.timers
+        if timers.data_sent(now) and timers.new_handshake_at < peer.scheduled_at:
+            self._deadlines.update(peer)
+        if now >= session.rekey_at:
+            self._initiate(peer, now)
+        return path, (session.keys.send, start, length, session.remote_index, counter)
 
     def stage(self, peer: Peer, item: bytes, now: float) -> None:
         """Queue an item until the peer is ready, and start a handshake. Drops the item if the peer has no endpoint."""
@@ -183,48 +183,40 @@ class Traffic:
             self._limit(opened, session.peer.inbound_rates, now)
         return opened, InnerFilter(partial(self._routing.inbound_refusal, session.peer), self._output.drop)
 
-    def open_many(
-        self, data: memoryview, messages: Sequence[tuple[Path, int, int, int]], open_many: OpenMany, now: float
-    ) -> list[tuple[int, int]]:
-        """Decrypt data messages of many sessions in place; each is given by path, start, size and receiver index.
+    def accept(self, messages: Sequence[tuple[Path, int, OpenedText]], now: float) -> list[tuple[int, int]]:
+        """Process data messages of many sessions that were opened with `receive_keys`; each is given by path, size and text.
 
         Returns start and end of the inner packets that may be passed on.
         """
-        rows: list[ToOpen] = []
-        known: list[tuple[Session, Path]] = []
         find = self._indices.session
-        for path, start, size, receiver in messages:
+        passed: list[tuple[int, int]] = []
+        for path, size, (receiver, counter, addresses, start, end) in messages:
             session = find(receiver)
             if session is None or path.peer is not None or now >= session.expires_at:
                 refusal = _session_refusal(session, path, now)
                 if refusal is not None or session is None:
                     self._output.drop(refusal or Drop.UNKNOWN_RECEIVER)
                     continue
-            rows.append((session.keys.receive, start, size))
-            known.append((session, path))
-        found = []
-        for (session, path), (_, start, size), text in zip(known, rows, open_many(data, rows), strict=True):
-            if text is None:
+            if counter is None:
                 self._output.drop(Drop.BAD_TAG)
-            elif not session.replay.accept(text[0]):
+            elif not session.replay.accept(counter):
                 self._output.drop(Drop.REPLAYED)
             else:
                 length = size - TRANSPORT_OVERHEAD
                 self._accepted(session, path, size, now, has_data=length > 0)
-                if length and self._may_pass(session.peer, text[1], length, now):
-                    found.append((start + TRANSPORT_HEADER_BYTES, text[2]))
-        return found
+                if length and self._may_pass(session.peer, addresses, length, now):
+                    passed.append((start, end))
+        return passed
 
-    def _may_pass(self, peer: Peer, pair: bytes | None, length: int, now: float) -> bool:
+    def _may_pass(self, peer: Peer, addresses: Addresses | None, length: int, now: float) -> bool:
         """Whether one inner packet may be passed on; otherwise the drop is counted."""
         refusal: Drop | None
         if peer.inbound_rates is not None and not rows_within(peer.inbound_rates, length, 1, length, now):
             refusal = tightest(peer.inbound_rates).reason
-        elif pair is None:
+        elif addresses is None:
             refusal = Drop.INNER_MALFORMED
         else:
-            half = len(pair) // 2
-            refusal = self._routing.inbound_refusal(peer, pair[:half], pair[half:])
+            refusal = self._routing.inbound_refusal(peer, *addresses)
         if refusal is None:
             return True
         self._output.drop(refusal)
@@ -274,7 +266,7 @@ class Traffic:
         if path is not peer.path or peer.is_passive:
             # Late packets of the previous session do not move the path back.
             self._heard_by(peer, path, may_roam=session not in peer.previous or peer.reachable_path is None)
-        if session is peer.current and now >= session.rekey_on_receive_at and not timers.rekeyed_on_receive:
+        if now >= session.rekey_on_receive_at and session is peer.current and not timers.rekeyed_on_receive:
             timers.rekeyed_on_receive = True
             self._initiate(peer, now)
 

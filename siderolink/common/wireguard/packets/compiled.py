@@ -14,16 +14,16 @@ from typing import Final, Protocol, cast
 from siderolink.common.wireguard.noise.messages import TRANSPORT_HEADER_BYTES, TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.routing import InnerFilter
 from siderolink.common.wireguard.noise.rows import Datagrams as AnyDatagrams
-from siderolink.common.wireguard.noise.rows import Opened, OpenedText, Packets, RowCipher, ToOpen, ToSeal
+from siderolink.common.wireguard.noise.rows import Opened, Packets, RowCipher, ToSeal
 from siderolink.common.wireguard.packets.buffers import Bytes, round_up
 from siderolink.common.wireguard.packets.gather import MAX_ROWS
 from siderolink.common.wireguard.packets.headers import VNET_SIZE
-from siderolink.common.wireguard.packets.parts import MixedFrame, PacketInterface
+from siderolink.common.wireguard.packets.parts import Batch, MixedFrame, PacketInterface, Target
 from siderolink.common.wireguard.packets.seal import text_lengths
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.path import Datagrams
 
-SEAM: Final = 3
+SEAM: Final = 4
 """The version of the functions' interface that this module was written for."""
 VARIABLE: Final = "SIDEROLINK_NATIVE"
 _MODULE: Final = "siderolink_native"
@@ -100,21 +100,17 @@ class Functions(Protocol):
     ) -> list[tuple[int, int, int]]: ...
 
     def receive_many(
-        self, descriptor: int, buffer: memoryview, most: int, others: int, /
-    ) -> tuple[list[tuple[bytes, int, int, int, int | None]], bool]: ...
+        self, descriptor: int, buffer: memoryview, most: int, others: int, keys: dict[int, bytes], /
+    ) -> tuple[list[Batch], bool]: ...
 
-    def open_many(self, buffer: memoryview, rows: list[ToOpen], /) -> list[OpenedText | None]: ...
+    def write_many(self, descriptor: int, buffer: memoryview, packets: list[tuple[int, int]], /) -> int: ...
 
-    def write_many(self, descriptor: int, buffer: memoryview, frames: list[tuple[int, int]], /) -> int: ...
+    def read_many(self, descriptor: int, buffer: memoryview, mtu: int, most: int, /) -> tuple[list[MixedFrame], bool]: ...
 
-    def read_many(
-        self, descriptor: int, buffer: memoryview, mtu: int, before: int, after: int, most: int, /
-    ) -> tuple[list[MixedFrame], bool]: ...
-
-    def seal_many(self, buffer: memoryview, rows: list[ToSeal], /) -> None: ...
+    def seal_many(self, buffer: memoryview, texts: list[ToSeal], /) -> None: ...
 
     def send_many(
-        self, descriptor: int, buffer: memoryview, datagrams: list[tuple[int, int, bytes, bytes]], /
+        self, descriptor: int, buffer: memoryview, texts: list[tuple[ToSeal, Target]], /
     ) -> tuple[int, list[int]]: ...
 
 
@@ -419,22 +415,17 @@ class CompiledMixedPackets:
     """See `MixedPackets`."""
 
     def __init__(self, functions: Functions) -> None:
-        self._read_many, self._write_many = functions.read_many, functions.write_many
-        self.open, self.seal = functions.open_many, functions.seal_many
-        self.receive, self.send = functions.receive_many, functions.send_many
-
-    def read(self, interface: PacketInterface, buffer: memoryview, mtu: int, most: int) -> tuple[list[MixedFrame], bool]:
-        """See `MixedPackets`."""
-        return self._read_many(interface.descriptor, buffer, mtu, TRANSPORT_HEADER_BYTES, _TAG_BYTES, most)
+        self.receive, self.read = functions.receive_many, functions.read_many
+        self.seal, self.send = functions.seal_many, functions.send_many
+        self._write = functions.write_many
 
     def write(self, interface: PacketInterface, data: memoryview, packets: list[tuple[int, int]]) -> None:
         """See `MixedPackets`."""
         descriptor = interface.descriptor
-        frames = [(start - VNET_SIZE, end) for start, end in packets]
-        if descriptor >= 0:
-            frames = frames[self._write_many(descriptor, data, frames) :]
-        while frames:  # the kernel refused the first of them, or there is no descriptor
-            start, end = frames[0]
-            interface.write((data[start:end],))
-            written = self._write_many(descriptor, data, frames[1:]) if descriptor >= 0 else 0
-            frames = frames[1 + written :]
+        written = self._write(descriptor, data, packets) if descriptor >= 0 else 0
+        while written < len(packets):  # the kernel refused the next one, or there is no descriptor
+            start, end = packets[written]
+            interface.write((data[start - VNET_SIZE : end],))
+            written += 1
+            if descriptor >= 0:
+                written += self._write(descriptor, data, packets[written:])

@@ -1,11 +1,12 @@
 """The parts that move packets between an interface and rows, and what they need of the interface."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from siderolink.common.wireguard.noise.routing import InnerFilter
-from siderolink.common.wireguard.noise.rows import CipherFactory, Opened, OpenMany, Packets, SealMany
+from siderolink.common.wireguard.noise.rows import Addresses, CipherFactory, Opened, OpenedText, Packets, ToSeal
 from siderolink.common.wireguard.packets.buffers import Bytes
+from siderolink.common.wireguard.path import Path
 
 
 class PacketInterface(Protocol):
@@ -81,42 +82,57 @@ class FrameMerger(Protocol):
         """Write what `merge` gives to the interface."""
 
 
-MixedFrame = tuple[bytes | None, int, int, int]
-"""Source and destination combined (None if it is not IP), and start, size and padded length of the packet behind its
-virtio_net_hdr. The length is 0 if it is not a small packet."""
+Message = tuple[Path, int, OpenedText]
+"""One data message: the path it came by, its size, and what was in it."""
+
+ReceiveMany = Callable[[memoryview, list[Message]], None]
+"""Processes data messages that were opened in a buffer, which belongs to the caller again afterwards."""
+
+SendMany = Callable[[memoryview, list[tuple[Path, ToSeal]]], Path | None]
+"""Seals packets where they are in a buffer, one behind the other, and sends each by its path. Returns a path that is full, or
+None."""
+
+Target = tuple[bytes, bytes]
+"""Where a datagram is sent: sockaddr and control messages."""
+
+Batch = tuple[bytes, int, int, int, OpenedText | None]
+"""Received datagrams of one sender and one length: the sender (sockaddr, in_pktinfo or in6_pktinfo), start, size, the length of
+each but the last, and what was in it if it was one data message with a known key."""
+
+MixedFrame = tuple[Addresses | None, int, int, int]
+"""The addresses (None if it is not IP), and start, size and padded length of the packet behind its virtio_net_hdr. The length
+is 0 if it is not a small packet."""
 
 
 class MixedPackets(Protocol):
-    """Processes small packets of many sessions in one call, without batches."""
-
-    open: OpenMany
-    seal: SealMany
+    """Processes small packets of many sessions, each by itself, in one call."""
 
     def receive(
-        self, descriptor: int, buffer: memoryview, most: int, others: int, /
-    ) -> tuple[list[tuple[bytes, int, int, int, int | None]], bool]:
+        self, descriptor: int, buffer: memoryview, most: int, others: int, keys: dict[int, bytes], /
+    ) -> tuple[list[Batch], bool]:
         """Receive from a UDP socket into the buffer, up to `most` times, of which `others` may not be single data messages.
 
-        Returns for each the sender (sockaddr, in_pktinfo or in6_pktinfo), start, size, the length of each datagram in it but
-        the last, and the receiver index if it is one data message; and whether there was an error.
+        Those that come by themselves are opened in place, each with the key that `keys` has for its receiver index; one with a
+        bad tag is erased. The second value is true after an error.
         """
 
-    def read(self, interface: PacketInterface, buffer: memoryview, mtu: int, most: int) -> tuple[list[MixedFrame], bool]:
-        """Read up to `most` frames from the interface's descriptor, finish and pad the packets, and leave room to seal them.
+    def write(self, interface: PacketInterface, data: memoryview, packets: list[tuple[int, int]]) -> None:
+        """Write packets that `receive` has opened, given by start and end."""
+
+    def read(self, descriptor: int, buffer: memoryview, mtu: int, most: int, /) -> tuple[list[MixedFrame], bool]:
+        """Read up to `most` frames from an interface, finish and pad the packets, and leave room to seal them.
 
         Ends with a frame that is not a small packet. The second value is true if the interface cannot be read.
         """
 
-    def send(
-        self, descriptor: int, data: memoryview, datagrams: list[tuple[int, int, bytes, bytes]], /
-    ) -> tuple[int, list[int]]:
-        """Send datagrams, given by start, end, sockaddr and control messages, by a UDP socket.
+    def seal(self, data: memoryview, texts: list[ToSeal], /) -> None:
+        """Encrypt texts in place to data messages, one behind the other."""
+
+    def send(self, descriptor: int, data: memoryview, texts: list[tuple[ToSeal, Target]], /) -> tuple[int, list[int]]:
+        """The same, and send each by a UDP socket.
 
         Returns the number tried before the socket was full, and which of these the kernel refused.
         """
-
-    def write(self, interface: PacketInterface, data: memoryview, packets: list[tuple[int, int]]) -> None:
-        """Write packets, given by start and end, each behind room for a virtio_net_hdr that `open` has cleared."""
 
 
 class RowFunctions(Protocol):
