@@ -193,15 +193,13 @@ class DataPlane:
             if ready is not None:
                 prepared.append(ready)
                 continue
-            if prepared:
-                self._send_prepared(send_many, prepared)
-                prepared = []
+            self._send_prepared(send_many, prepared)
+            prepared = []
             frame = data[start - VNET_SIZE : start + size]
             if not self._send_single(frame, now):
                 self._send_frame(frame, now)
                 self._leave_peer(now)
-        if prepared:
-            self._send_prepared(send_many, prepared)
+        self._send_prepared(send_many, prepared)
         if frames:
             self._read_at = now
             if len(frames) > 1:
@@ -213,7 +211,7 @@ class DataPlane:
 
     def _send_prepared(self, send_many: SendMany, prepared: list[tuple[EnginePath, ToSeal]]) -> None:
         """Seal and send packets of many peers, each as a separate datagram."""
-        full = send_many(self._mixed_frames, prepared)  # type: ignore[arg-type] # see _device_path
+        full = send_many(self._mixed_frames, prepared) if prepared else None  # type: ignore[arg-type] # see _device_path
         if full is not None:
             self._on_blocked(full)
 
