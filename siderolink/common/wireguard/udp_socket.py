@@ -193,7 +193,7 @@ class UdpSocket:
         if self._routes is not None:
             self._routes.invalidate()
         try:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark.to_bytes(4, sys.byteorder))  # 32 bits, unsigned
         except OSError as error:
             raise ConfigurationError(f"cannot set the firewall mark {mark}: {error.strerror}") from error
 

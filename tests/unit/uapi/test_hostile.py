@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import select
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,8 +12,11 @@ import anyio.to_thread
 import pytest
 from anyio.abc import SocketAttribute
 
+from siderolink.common.wireguard.device import DeviceConfig
+from siderolink.common.wireguard.packet_device import open_packet_device
 from siderolink.common.wireguard.uapi import server
-from tests.unit.uapi.test_server import PUBLIC, Client, served
+from siderolink.common.wireguard.uapi.server import serve_uapi
+from tests.unit.uapi.test_server import PRIVATE, PUBLIC, Client, served
 
 pytestmark = pytest.mark.anyio
 LOOPS = pytest.mark.parametrize(
@@ -115,3 +119,21 @@ async def test_connections_that_stay_open_keep_nobody_out(tmp_path: Path) -> Non
         assert await first.is_closed()
         assert (await others[0].ask("get=1\n\n")).endswith("errno=0\n\n"), "only the oldest has made room"
         assert (await others[-1].ask("get=1\n\n")).endswith("errno=0\n\n")
+
+
+@pytest.mark.parametrize("mark", [2**31, 2**32 - 1])
+async def test_every_firewall_mark_is_one(tmp_path: Path, mark: int, caplog: pytest.LogCaptureFixture) -> None:
+    config = DeviceConfig(name="wg0", private_key=PRIVATE, listen_port=0)
+    async with (
+        open_packet_device(config, lambda packet: None) as device,
+        serve_uapi("wg0", device.report, device.apply, folder=tmp_path) as path,
+        await anyio.connect_unix(path) as stream,
+    ):
+        client = Client(stream)
+        answer = await client.ask(f"set=1\nfwmark={mark}\n\n")
+        if answer == f"errno=-{errno.EINVAL}\n\n":  # it needs a privilege
+            assert os.geteuid() != 0
+        else:
+            assert answer == "errno=0\n\n"
+            assert f"fwmark={mark}\n" in await client.ask("get=1\n\n")
+    assert not caplog.records

@@ -8,16 +8,16 @@ import os
 import socket
 import stat
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import AddressInUseError, InterfaceInUseError, SideroLinkError, host_error
-from siderolink.common.tasks import in_thread
+from siderolink.common.tasks import in_thread, to_its_end
 from siderolink.common.wireguard.device import DeviceChange
 from siderolink.common.wireguard.uapi.protocol import (
     MAX_REQUEST_BYTES,
@@ -49,7 +49,7 @@ _END: Final = b"\n\n"
 
 A = TypeVar("A")
 T = TypeVar("T")
-Apply = Callable[[DeviceChange], Awaitable[None]]
+Apply = Callable[[DeviceChange], Coroutine[Any, Any, None]]
 Report = Callable[[], DeviceReport]
 
 
@@ -218,7 +218,8 @@ async def _answer(request: bytes, report: Report, apply: Apply) -> str:
         size = sum(1 + len(peer.allowed_ips) for peer in peers)
         return await _run(size, _format, replace(found, peers=peers))
     if request.startswith(b"set=1\n") or request == b"set=1":
-        await apply(await _run(request.count(b"\n"), _parse, request))
+        change = await _run(request.count(b"\n"), _parse, request)
+        await to_its_end(apply(change))
         return "errno=0"
     raise UapiError("a request must start with get=1 or set=1", errno.EPROTO)
 
