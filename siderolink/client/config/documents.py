@@ -26,6 +26,8 @@ MAX_REPAIRS = 16
 MAIN_KEYS = frozenset({"version", "machine", "cluster", "debug", "persist"})
 """A document without a kind that has one of these keys is a machine's main configuration."""
 SUFFIXES = (".yaml", ".yml")
+SERVER_SETTINGS = "serve.yaml"
+"""In a directory, the settings of a server on the same host (`siderolink serve --config`); no documents."""
 
 M = TypeVar("M", bound=models.Document)
 
@@ -54,7 +56,7 @@ class Documents:
 
 
 def load_documents(*paths: Path, read: Callable[[Path, int], bytes] = read_up_to) -> Documents:
-    """Read files, and the ``.yaml`` and ``.yml`` files of directories in alphabetical order.
+    """Read files, and the ``.yaml`` and ``.yml`` files of directories in alphabetical order, without a server's ``serve.yaml``.
 
     An unusable part is skipped and reported as one line in ``settings.problems``: an optional key alone, any other together
     with its document. `read` reads a file up to a limit. Raises ConfigurationError for a path that cannot be read.
@@ -89,7 +91,8 @@ def list_files(path: Path, problems: list[str]) -> list[Path]:
     if not path.is_dir():
         return [path]
     try:
-        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
+        files = (file for file in path.iterdir() if file.suffix in SUFFIXES and file.name != SERVER_SETTINGS)
+        found = sorted(file for file in files if not file.name.startswith("."))
     except OSError as error:
         raise ConfigurationError(f"the directory {path} cannot be read: {error.strerror}") from None
     if len(found) > MAX_FILES:

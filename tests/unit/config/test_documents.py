@@ -206,7 +206,9 @@ def test_a_directory_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(RULE.replace("name: r", "name: s") + PORTS)
     (tmp_path / ".hidden.yaml").write_text("- no")
     (tmp_path / "readme.txt").write_text("- no")
+    (tmp_path / "serve.yaml").write_text("wireguard-endpoint: 192.0.2.1:50180")
     settings = load_documents(tmp_path).settings
+    assert settings.problems == ()
     assert settings.url is not None
     assert settings.url.source == f"{tmp_path}/b.yaml:1 SideroLinkConfig"
     assert [rule.value.name for rule in settings.ingress_rules] == ["r", "s"]
