@@ -121,7 +121,7 @@ class H2Stream(private.NotifyingStream):
             owner.refuse_call,
             owner.account,
             owner.timers,
-            server=not owner.engine.config.client_side,
+            server=owner.is_server,
         )
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
@@ -186,6 +186,7 @@ class Connection(_GrpclibConnection):
         self.transport = CorkedTransport(transport, limits.max_unsent_bytes, self._overflow)
         super().__init__(engine, self.transport, config=grpclib_config(limits.connection_window_bytes, server=server))
         self.limits = limits
+        self.is_server = server
         self.account = account
         self.timers = timers
         self.on_refusal = on_refusal

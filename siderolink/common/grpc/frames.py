@@ -213,9 +213,8 @@ class FrameScanner:
         if self._remaining:
             pos = min(self._remaining, end)
             self._remaining -= pos
-            if self._target:
-                start = pos
-                yield max(self._target, 0), view[:pos] if self._target > 0 else _NOTHING, ()
+            start = pos if self._target else 0
+            yield max(self._target, 0), view[:pos] if self._target > 0 else _NOTHING, ()
         while end - pos >= FRAME_HEADER_BYTES:
             high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
             length, stream_id = high << 8 | low, stream_id & 0x7FFF_FFFF
@@ -236,11 +235,12 @@ class FrameScanner:
             self._check(kind, flags, length, stream_id)
             if target == _ENGINE:
                 self._begun.append((pos, kind, flags, stream_id, length))
-            pos = min(body + length, end)
-            self._target, self._length, self._remaining = target, length, body + length - pos
+            pos = body + length
+            if pos > end:
+                self._target, self._length, self._remaining, pos = target, length, pos - end, end
             if target:
                 start = pos
-                yield self._piece_of(target, kind, flags, stream_id, view[body:pos])
+                yield self._piece_of(target, kind, flags, length, stream_id, view[body:pos])
         self._partial = data[pos:]
         if start < pos:
             yield from self._engine_pieces(view, start, pos)
@@ -268,14 +268,14 @@ class FrameScanner:
             return _NOWHERE if length == 5 and stream_id else _ENGINE
         return _NOWHERE if kind > CONTINUATION else _ENGINE
 
-    def _piece_of(self, target: int, kind: int, flags: int, stream_id: int, payload: memoryview) -> Piece:
+    def _piece_of(self, target: int, kind: int, flags: int, length: int, stream_id: int, payload: memoryview) -> Piece:
         """The piece for the begun payload of a frame that the engine does not get as it is."""
         if target == _HERE:
             return 0, self._handle(kind, flags, payload), ()
         if target == _NOWHERE:
             if kind == DATA:
-                self._reset[stream_id] -= self._length
-                self.dropped += self._length
+                self._reset[stream_id] -= length
+                self.dropped += length
             return 0, _NOTHING, ()
         return target if payload else 0, payload, ()
 

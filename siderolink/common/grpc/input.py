@@ -189,8 +189,9 @@ class Input:
             self._engine_seconds += now - started
             if now > until:
                 return False
-        if parts:
-            self._steps = raw.feed(sink_id, parts)
+        if not parts:
+            return True
+        self._steps = raw.feed(sink_id, parts)
         return self._work_on(until)
 
     def _work_on(self, until: float) -> bool:

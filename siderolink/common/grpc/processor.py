@@ -63,7 +63,7 @@ class Processor(EventsProcessor):
         sink = self.connection.raw_streams.sinks.get(event.stream_id)
         if sink is None:
             stream = self.streams.get(event.stream_id)
-            if self.connection.engine.config.client_side and stream is not None and stream.headers is None:
+            if not self.connection.is_server and stream is not None and stream.headers is None:
                 raise Refused(Refusal.PROTOCOL_ERROR, "DATA before the response headers")
             super().process_data_received(event)
             return
@@ -72,7 +72,7 @@ class Processor(EventsProcessor):
         self.connection.ack(event.stream_id, event.flow_controlled_length or 0)
 
     def process_trailers_received(self, event: h2.events.TrailersReceived) -> None:
-        if not self.connection.engine.config.client_side:
+        if self.connection.is_server:
             event.headers = as_text(event.headers or ())  # type: ignore[assignment] # grpclib expects text
         if any(str(name).startswith(":") for name, _ in event.headers or ()):
             raise Refused(Refusal.PROTOCOL_ERROR, "trailers with a pseudo-header field")

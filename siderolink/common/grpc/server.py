@@ -165,7 +165,7 @@ class GrpcServer:
                 self._paused[sock] = self._loop.call_later(_ACCEPT_PAUSE, self._listen, sock)
                 return
             connection.setblocking(False)
-            refusal = self._first_refusal(address)
+            refusal = self._first_refusal(address) if self._proxies.protocol_from else None
             if refusal is not None:
                 self._turn_away(connection, refusal, str(address))
                 continue
@@ -179,9 +179,7 @@ class GrpcServer:
             task.add_done_callback(self._handshakes.discard)
 
     def _first_refusal(self, address: object) -> Refusal | None:
-        """Refusals before any byte is read, if a PROXY header is required."""
-        if not self._proxies.protocol_from:
-            return None
+        """Refusals before any byte is read, where a PROXY header is required."""
         if not isinstance(address, tuple) or not contains(self._proxies.protocol_from, str(address[0])):
             return Refusal.NOT_FROM_PROXY
         return Refusal.TOO_MANY_CONNECTIONS if self._connections >= self._limits.max_connections else None
