@@ -115,6 +115,9 @@ class Input:
             self._backlog.clear()
             return 0.0
         calls = connection.streams_started - self._calls_charged
+        if is_over and not (calls or self._engine_seconds or self._backlog or self._queued or self.is_paused):
+            self._pieces = None  # the most frequent case, bytes of a tunnel: the steps below would change nothing else
+            return 0.0
         self._calls_charged += calls
         self._continue(is_over, self._charge(calls))
         return calls * turns.CALL_SECONDS

@@ -117,21 +117,24 @@ class RawStreams:
 
     def send(self, stream_id: int, data: memoryview) -> None:
         """Send DATA that fits into `room`, in frames as long as the peer accepts."""
-        size = len(data)
         longest = min(self._engine.max_outbound_frame_size, self._longest)
-        pieces = [data[start : start + longest] for start in range(0, size, longest)]
-        if private.spend_window(self._engine, stream_id, size):
-            parts: list[bytes | memoryview] = []
+        if not private.spend_window(self._engine, stream_id, len(data)):
+            self._send_by_engine(stream_id, data, longest)
+            return
+        parts: list[bytes | memoryview] = []
+        while len(data) > longest:
+            parts += frames.frame_header(longest, frames.DATA, 0, stream_id), data[:longest]
+            data = data[longest:]
+        parts += frames.frame_header(len(data), frames.DATA, 0, stream_id), data
+        self._guard.sent_data(len(parts) // 2)
+        self._transport.write_now(b"".join(parts))
+
+    def _send_by_engine(self, stream_id: int, data: memoryview, longest: int) -> None:
+        pieces = [data[start : start + longest] for start in range(0, len(data), longest)]
+        try:
             for piece in pieces:
-                parts.append(frames.frame_header(len(piece), frames.DATA, 0, stream_id))
-                parts.append(piece)
-            sent = b"".join(parts)
-        else:
-            try:
-                for piece in pieces:
-                    self._engine.send_data(stream_id, bytes(piece))
-            except ProtocolError:
-                pass  # the stream was reset; its end is the next event
-            sent = self._engine.data_to_send()
+                self._engine.send_data(stream_id, bytes(piece))
+        except ProtocolError:
+            pass  # the stream was reset; its end is the next event
         self._guard.sent_data(len(pieces))
-        self._transport.write_now(sent)
+        self._transport.write_now(self._engine.data_to_send())

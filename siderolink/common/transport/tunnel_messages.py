@@ -7,6 +7,7 @@ bytes of headroom each become a run of messages by filling the headroom.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from siderolink.common.grpc import Refusal, Refused
 from siderolink.common.protobuf_wire import BYTES, MalformedWireError, encode_varint, read_key, value_bounds
@@ -30,8 +31,8 @@ _SHORTEST_DATAGRAM = 32
 """WireGuard's keepalive."""
 _SHORTEST_ROW = 128
 _LONGEST_ROW = 16_383
-_MOST_ROWS = 64
-"""Rows compared at once: enough for a super-packet, few enough that many short runs cost no more than their messages."""
+_MOST_ROWS = 256
+"""Rows compared at once: enough for a whole read, few enough that many short runs cost little more than their messages."""
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class MessageRun:
         return -(-(len(self.data) - self.begun_end) // self.stride)
 
 
+@lru_cache(maxsize=256)
 def message_header(size: int) -> bytes:
     """The bytes before a datagram of `size` bytes on the wire."""
     varint = encode_varint(size)
