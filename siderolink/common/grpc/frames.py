@@ -24,6 +24,7 @@ ACK = 0x1
 
 _FRAME_HEADER = struct.Struct(">HBBBL")
 _WINDOW_UPDATE = struct.Struct(">HBBBLL")
+GOAWAY_FIELDS = struct.Struct(">LL")
 _CREDIT_PER_FRAME = 4
 _MAX_CREDIT = 4096
 
@@ -155,9 +156,9 @@ class FloodGuard:
 class FrameScanner:
     """Reads frame headers in front of the HTTP/2 engine, so that the engine only does what a call needs.
 
-    DATA of streams in `raw` is yielded unprocessed. The preface, PING, PRIORITY, frames of unknown types and DATA for streams
-    that this side has reset never reach the engine. It gets only the known SETTINGS, with a header table of at most 4,096
-    bytes.
+    DATA of streams in `raw` is yielded unprocessed. The preface, PING, PRIORITY, frames of unknown types, DATA for streams that
+    this side has reset, and a GOAWAY without an error never reach the engine, which would end all streams at a GOAWAY. It gets
+    only the known SETTINGS, with a header table of at most 4,096 bytes.
     """
 
     def __init__(self, limits: Limits, guard: FloodGuard, *, server: bool) -> None:
@@ -167,6 +168,8 @@ class FrameScanner:
         """Acknowledgements to send."""
         self.has_settings = False
         """Whether the peer's first SETTINGS have arrived."""
+        self.last_stream: int | None = None
+        """Set by a GOAWAY without an error: the last stream that the peer will process (RFC 9113, 6.8)."""
         self.guard = guard
         self.dropped = 0
         """Bytes of dropped DATA that are not yet returned to the connection's window."""
@@ -264,6 +267,8 @@ class FrameScanner:
             return _HERE if length == 8 and not stream_id else _ENGINE
         if kind == SETTINGS:
             return _HERE if length % 6 == 0 and not stream_id and not (flags & ACK and length) else _ENGINE
+        if kind == GOAWAY:
+            return _HERE if GOAWAY_FIELDS.size <= length <= _LONGEST_HERE - FRAME_HEADER_BYTES and not stream_id else _ENGINE
         if kind == PRIORITY:
             return _NOWHERE if length == 5 and stream_id else _ENGINE
         return _NOWHERE if kind > CONTINUATION else _ENGINE
@@ -280,10 +285,16 @@ class FrameScanner:
         return target if payload else 0, payload, ()
 
     def _handle(self, kind: int, flags: int, payload: memoryview) -> memoryview:
-        """Handle a PING or SETTINGS frame; returns the part that the engine needs."""
+        """Handle a PING, GOAWAY or SETTINGS frame; returns the part that the engine needs."""
         if kind == PING:
             if not flags & ACK:
                 self.replies += frame_header(8, PING, ACK, 0) + payload
+            return _NOTHING
+        if kind == GOAWAY:
+            last_stream, error_code = GOAWAY_FIELDS.unpack_from(payload)
+            if error_code:
+                return memoryview(frame_header(len(payload), GOAWAY, flags, 0) + payload)
+            self.last_stream = last_stream & 0x7FFF_FFFF
             return _NOTHING
         if flags & ACK:
             return _NOTHING  # our settings never change, so an acknowledgement has no effect

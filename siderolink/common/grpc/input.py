@@ -223,6 +223,9 @@ class Input:
         if scanner.has_settings and self._awaits_settings:
             self._awaits_settings = False
             self._timers.stop("preface")
+        if scanner.last_stream is not None:
+            last_stream, scanner.last_stream = scanner.last_stream, None
+            self._processor.leave(last_stream)
         if scanner.dropped:
             dropped, scanner.dropped = scanner.dropped, 0
             connection.raw_streams.received(dropped)

@@ -6,7 +6,6 @@ public API is used. Together the shortcuts are worth 1.2 times the joins per sec
 """
 
 import ssl
-import struct
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -40,7 +39,6 @@ ANSWER_STEPS = (StreamInputs.SEND_HEADERS, StreamInputs.SEND_DATA, StreamInputs.
 
 _NO_MESSAGE = "the call has no request message"
 _LARGEST_WINDOW = 2**31 - 1
-_GOAWAY = struct.Struct(">LL")
 _NO_FLAGS: frozenset[str] = frozenset()
 _END_STREAM = frozenset(("END_STREAM",))
 _TAKES_DATA = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
@@ -113,6 +111,11 @@ class NotifyingStream(GrpclibH2Stream):
             self._is_terminated = True
             super().__terminated__(reason)
             self.on_terminated(reason)
+
+
+def terminate(stream: GrpclibH2Stream, reason: str) -> None:
+    """End a stream that the peer will not process."""
+    stream.__terminated__(reason)
 
 
 async def send_request(
@@ -284,8 +287,8 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
         handle = engine._receive_data_frame
     elif kind == frames.GOAWAY and not frame.stream_id and len(frame.data) >= 8:
         handle = engine._receive_goaway_frame
-        last, code = _GOAWAY.unpack_from(frame.data)
-        received = _PlainGoAway(last & _LARGEST_WINDOW, code, frame.data[_GOAWAY.size :])
+        last, code = frames.GOAWAY_FIELDS.unpack_from(frame.data)
+        received = _PlainGoAway(last & _LARGEST_WINDOW, code, frame.data[frames.GOAWAY_FIELDS.size :])
     else:
         return None
     events: list[Event]

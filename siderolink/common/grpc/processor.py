@@ -7,6 +7,7 @@ from grpclib.protocol import AbstractHandler, EventsProcessor
 from grpclib.protocol import Stream as _GrpclibStream
 from h2.errors import ErrorCodes
 
+from siderolink.common.grpc import private
 from siderolink.common.grpc.connection import Connection, H2Stream
 from siderolink.common.grpc.header_fields import as_text, read_request
 from siderolink.common.grpc.refusals import Refusal, Refused
@@ -23,6 +24,8 @@ class Processor(EventsProcessor):
 
     def __init__(self, handler: AbstractHandler, connection: Connection, on_streams: Callable[[int], None]) -> None:
         super().__init__(handler, connection)
+        self.is_leaving = False
+        """Whether the peer ends the connection once the present streams have ended."""
         self._on_streams = on_streams
 
     def forget_owner(self) -> None:
@@ -32,6 +35,17 @@ class Processor(EventsProcessor):
         process = getattr(self, "processors", {}).get(event.__class__)  # a closed connection's has none
         if process is not None:
             process(event)
+
+    def leave(self, last_stream: int) -> None:
+        """The peer accepts no further streams, and ends the connection after those up to `last_stream` (RFC 9113, 6.8)."""
+        self.is_leaving = True
+        if self.connection.engine.config.client_side:
+            self.handler.close()  # new calls open another connection
+            for stream_id, stream in tuple(self.streams.items()):
+                if stream_id > last_stream:
+                    private.terminate(stream, "the server takes no more calls on this connection")
+        if not self.streams:
+            self.close("the other end closes the connection")
 
     def register(self, stream: _GrpclibStream) -> Callable[[], None]:
         assert isinstance(stream, H2Stream)

@@ -25,6 +25,8 @@ WRITE_BUFFER_BYTES = 64 * 1024
 """Unsent bytes in the transport above which streams wait."""
 NOTSENT_LOWAT_BYTES = 128 * 1024
 """Limit for unsent data in the kernel; the rest is queued here, where it can be dropped."""
+LEAVING_SECONDS = 0.1
+"""How long the other end may take to close a connection that it said it would end, once the last call has ended."""
 CLOSE_SECONDS = 1.0
 """How long a closed connection may take to send its remaining output."""
 TCP_PROBES = 5
@@ -182,8 +184,13 @@ class Http2Protocol(H2Protocol):
             return
         if count:
             self._timers.stop("idle")
+        elif self.processor.is_leaving:
+            self._timers.after("idle", LEAVING_SECONDS, self._left)
         elif self._server:
             self._timers.after("idle", self._limits.connection_idle_timeout, self._idle)
+
+    def _left(self) -> None:
+        self.processor.close("the other end takes no more calls on this connection")
 
     def _idle(self) -> None:
         self.refuse(Refusal.CONNECTION_IDLE, f"no call for {self._limits.connection_idle_timeout:g} s")
