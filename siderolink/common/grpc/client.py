@@ -29,7 +29,7 @@ from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.messages import ClientCodec, MessageSplitter
 from siderolink.common.grpc.protocol import Http2Protocol
 from siderolink.common.grpc.refusals import Refusal
-from siderolink.common.grpc.tls import client_tls
+from siderolink.common.grpc.tls import certified_name, client_tls
 from siderolink.common.tasks import in_thread
 from siderolink.common.text import one_line
 
@@ -121,7 +121,7 @@ class GrpcChannel(private.ConnectingChannel):
     async def _begin(self, sock: socket.socket) -> Http2Protocol:
         try:
             transport, protocol = await asyncio.get_running_loop().create_connection(
-                self._new_protocol, sock=sock, ssl=self.tls, server_hostname=self.host if self.tls else None
+                self._new_protocol, sock=sock, ssl=self.tls, server_hostname=certified_name(self.host) if self.tls else None
             )
         except BaseException:
             sock.close()

@@ -18,7 +18,7 @@ from aiohappyeyeballs import start_connection
 
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc.outgoing_proxies import Proxy, proxy_for
-from siderolink.common.grpc.tls import proxy_tls
+from siderolink.common.grpc.tls import certified_name, proxy_tls
 from siderolink.common.hostport import HostPort, look_up
 from siderolink.common.tasks import in_thread
 from siderolink.common.text import one_line
@@ -166,7 +166,7 @@ async def _connect_by_http(proxy: Proxy, sock: socket.socket, host: str, port: i
     try:
         context = await in_thread(proxy_tls) if proxy.scheme == "https" else None
         transport, answer = await asyncio.get_running_loop().create_connection(
-            _ConnectAnswer, sock=sock, ssl=context, server_hostname=proxy.host if context else None
+            _ConnectAnswer, sock=sock, ssl=context, server_hostname=certified_name(proxy.host) if context else None
         )
     except BaseException:
         sock.close()
@@ -218,7 +218,8 @@ async def adopt(
         if rest:
             raise ServerUnreachableError("received data before the TLS handshake")
         transport.resume_reading()  # start_tls pauses it itself
-        inner = await asyncio.get_running_loop().start_tls(transport, protocol, tls, server_hostname=host)
+        name = certified_name(host)
+        inner = await asyncio.get_running_loop().start_tls(transport, protocol, tls, server_hostname=name)
         assert inner is not None
         protocol.connection_made(inner)
         return inner

@@ -37,6 +37,11 @@ def client_tls(ca_file: str | Path | None = None, *, extra_roots: str | None = N
     return _http2(context)
 
 
+def certified_name(host: str) -> str:
+    """What the certificate of a host must name: an address without its zone, or a name without the dot of the root."""
+    return host.partition("%")[0].removesuffix(".")
+
+
 def proxy_tls() -> ssl.SSLContext:
     """A context for an https proxy, verified with the system's roots."""
     return _verifying(None)

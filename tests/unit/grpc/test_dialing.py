@@ -19,6 +19,7 @@ from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc import Limits, client_tls, open_channel, serve, server_tls, translate_errors
 from siderolink.common.grpc.dialing import authority, check_host, connect
 from tests.support.api import Raw, Service, method, serving
+from tests.support.certificates import make_certificate
 
 pytestmark = pytest.mark.anyio
 
@@ -186,3 +187,24 @@ async def test_a_private_ca_without_key_identifiers_is_trusted(tmp_path: Path) -
         with pytest.raises(ServerUnreachableError, match="not trusted"), translate_errors():
             async with open_channel("127.0.0.1", server.port, client_tls()) as channel:
                 await channel.connect()
+
+
+@pytest.mark.parametrize(("host", "certified"), [("::1%1", "::1"), ("named.test.", "named.test"), ("NAMED.test", "named.test")])
+async def test_a_certificate_names_a_host_without_its_zone_and_its_last_dot(
+    host: str, certified: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    resolve = loop.getaddrinfo
+
+    async def resolve_here(name: Any, *args: Any, **options: Any) -> list[Any]:
+        return await resolve("::1" if "test" in str(name) else name, *args, **options)
+
+    monkeypatch.setattr(loop, "getaddrinfo", resolve_here)
+    root = make_certificate("a root")
+    (tmp_path / "root").write_text(root.certificate_pem)
+    (tmp_path / "server").write_text(root.sign(certified).pem)
+    async with (
+        serve([Service()], host="::1", tls=server_tls(tmp_path / "server")) as server,
+        open_channel(host, server.port, client_tls(tmp_path / "root"), direct=True) as channel,
+    ):
+        assert (await method(channel)(Raw(b"x"))).data == b"x"
