@@ -462,4 +462,6 @@ def _check_request(fields: Mapping[str, str]) -> str:
 def _answer(bad: _Bad) -> Headers:
     headers = trailers(bad.status, bad.message, only=True)
     headers[0] = (":status", bad.http_status)
+    if bad.refusal is Refusal.MESSAGE_COMPRESSED:
+        headers.append(("grpc-accept-encoding", "identity"))
     return headers

@@ -260,6 +260,17 @@ async def test_malformed_requests_are_refused(fields: dict[str, str], refusal: R
         assert server.refusals == {refusal: 1}
 
 
+async def test_a_compressed_call_is_told_which_encodings_there_are() -> None:
+    """gRPC over HTTP/2, "Compression"."""
+    async with attack() as (_, peer):
+        headers = peer.request(CALL, grpc_encoding="gzip")
+        peer.send(headers)
+        [answer] = [frame for frame in await peer.until_reset(headers.stream_id) if isinstance(frame, HeadersFrame)]
+        fields = [tuple(field) for field in Decoder().decode(answer.data, raw=True)]
+        assert (b"grpc-status", b"%d" % Status.UNIMPLEMENTED.value) in fields
+        assert (b"grpc-accept-encoding", b"identity") in fields
+
+
 @pytest.mark.parametrize("path", ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"])
 async def test_a_call_without_its_message_is_refused_and_no_error_of_ours(path: str, caplog: pytest.LogCaptureFixture) -> None:
     async with serve([HealthService()], host="127.0.0.1") as server, RawPeer.greeted(server.port) as peer:
