@@ -17,6 +17,9 @@ ALIVE_SECONDS = 60.0
 """A link is alive for this time after its last authenticated packet: two keepalives (25 s each) may get lost."""
 STALE_SECONDS = 180.0
 """After this time without one its sessions have ended (whitepaper, section 6.1: Reject-After-Time)."""
+TRIAL_SECONDS = 20.0
+"""How long a virtual address is tried. Existing machines call again after 30 s without a handshake; the first one may take
+10 s, because the datagram that opens their stream is lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +87,12 @@ def may_probe(row: Machine, source: str, link: LinkLiveness) -> bool:
 def needs_virtual_address(machine: Machine | None, has_new_key: bool, link: LinkLiveness, now: float) -> bool:
     """Whether a tunnel answer needs a fresh virtual address.
 
-    It does for a new key, and after the previous link has died: existing machines restart a stuck tunnel only when the address
-    changes. It does not for a call repeated within one link, or soon after a fresh address was given.
+    It does for a new key, and without a living link: existing machines restart a stuck tunnel only when the address changes.
+    It does not for a call repeated within one link, or soon after a fresh address was given.
     """
     if machine is None or machine.virtual_address is None or has_new_key:
         return True
-    if machine.linked_at is None:
-        return False
-    just_issued = machine.virtual_issued_at is not None and 0 <= now - machine.virtual_issued_at < STALE_SECONDS
+    just_issued = machine.virtual_issued_at is not None and 0 <= now - machine.virtual_issued_at < TRIAL_SECONDS
     return not just_issued and (link.unheard is None or link.unheard >= STALE_SECONDS)
 
 

@@ -144,7 +144,8 @@ class UniqueToken:
 def parse_unique_token(token: str) -> UniqueToken | None:
     """None for the empty token. The caller has bounded its size (MAX_UNIQUE_TOKEN_BYTES).
 
-    In the JSON form only Token identifies the machine; any other text is used as a whole.
+    In the JSON form only Token identifies the machine; any other text is used as a whole. Other servers ignore the case of
+    the fields' names, and of repeated ones the last counts.
     """
     if not token:
         return None
@@ -154,11 +155,12 @@ def parse_unique_token(token: str) -> UniqueToken | None:
             document = json.loads(token)
         except (ValueError, RecursionError):
             pass
-    if not isinstance(document, dict) or not isinstance(document.get("Token"), str) or not document["Token"]:
+    fields = {name.lower(): value for name, value in document.items()} if isinstance(document, dict) else {}
+    identity, given = fields.get("token"), fields.get("fingerprint")
+    if not isinstance(identity, str) or not identity:
         return UniqueToken(text_digest("text:" + token), text=token)
-    given = document.get("Fingerprint")
     fingerprint = given if isinstance(given, str) and len(given) <= 128 and given.isprintable() else ""
-    return UniqueToken(text_digest("token:" + document["Token"]), "" if fingerprint == NO_HARDWARE else fingerprint)
+    return UniqueToken(text_digest("token:" + identity), "" if fingerprint == NO_HARDWARE else fingerprint)
 
 
 def unique_token_digest(token: str) -> bytes | None:

@@ -45,7 +45,7 @@ async def test_a_machine_that_never_shakes_hands_is_forgotten_when_its_time_is_u
     answer = await manager.join(machine)
     assert manager.monitor.next_check_at == 600
     await manager.pass_time(599)
-    await manager.join(machine)
+    answer = await manager.join(machine)
     assert manager.monitor.next_check_at == 600
     row = await manager.row(machine)
     link = manager.link(answer)
