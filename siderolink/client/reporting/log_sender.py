@@ -15,7 +15,7 @@ import struct
 import termios
 from collections import deque
 from collections.abc import AsyncIterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Literal
 
@@ -31,8 +31,8 @@ log = logging.getLogger("siderolink")
 
 MAX_WAITING_LINES = 8192
 MAX_WAITING_BYTES = 4 * 1024 * 1024
-MAX_LINE_BYTES = 16 * 1024
-"""The message of a longer line is truncated."""
+MAX_LINE_BYTES = 4096
+"""Including its end. The message of a longer line is truncated, because existing receivers close the connection at one."""
 CONNECT_TIMEOUT = 10.0
 SEND_TIMEOUT = 5.0
 TAKE_TIMEOUT_MS = 15_000
@@ -43,6 +43,9 @@ RESOLVE_SECONDS = 60.0
 """Seconds for which datagrams are sent to one address of a host name; TCP resolves it at each connection."""
 LATELY_BYTES = 256 * 1024
 """Bytes of acknowledged lines that are sent again after a connection was reset or timed out."""
+MAX_REPEATS = 300
+"""Connections in a row, about eight minutes, that may be reset while the same lines are sent again: a receiver may not accept
+this machine yet. Then these lines are not repeated any more, because it may reset each connection at one of them."""
 _BATCH_BYTES = 64 * 1024
 
 
@@ -71,6 +74,7 @@ class LogSender:
         self._queue: DeliveryQueue[bytes] = DeliveryQueue(max_items=max_lines, max_bytes=max_bytes)
         self._backoff = Backoff(first=RETRY_SECONDS, floor=RETRY_SECONDS / 2, cap=RETRY_SECONDS * 2)
         self._trigger = RetryTrigger()
+        self._repeats = _Repeats()
         self._lost_reported = 0
 
     @property
@@ -92,7 +96,7 @@ class LogSender:
         """Queue a record for the receiver. Never waits."""
         line = message.line() + b"\n"
         if len(line) > MAX_LINE_BYTES:
-            line = _shortened(message).line() + b"\n"
+            line = _shortened(message) + b"\n"
         self._queue.put(line, len(line))
 
     def kick(self) -> None:
@@ -115,7 +119,7 @@ class LogSender:
 
     async def _deliver_tcp(self) -> None:
         with await _connect(self.destination.address) as sock:
-            progress = _TcpProgress(sock, self._queue)
+            progress = _TcpProgress(sock, self._queue, self._repeats)
             try:
                 async with background_tasks() as tasks:
                     tasks.start_soon(_watch_end, sock, tasks.cancel_scope, progress)
@@ -163,12 +167,28 @@ class LogSender:
             self._lost_reported = self._queue.lost
 
 
+class _Repeats:
+    """Limits how often acknowledged lines are sent again."""
+
+    def __init__(self) -> None:
+        self._end = self._count = 0
+
+    def first_of(self, first: int, end: int) -> int:
+        """The first line to send again of those from number `first` to before `end`, after a reset connection."""
+        self._count = self._count + 1 if first < self._end else 0
+        if self._count == MAX_REPEATS:
+            first, self._count = min(self._end, end), 0
+        self._end = end
+        return first
+
+
 class _TcpProgress:
     """Tracks the lines that the other end's kernel has acknowledged on one connection."""
 
-    def __init__(self, sock: socket.socket, queue: DeliveryQueue[bytes]) -> None:
+    def __init__(self, sock: socket.socket, queue: DeliveryQueue[bytes], repeats: _Repeats) -> None:
         self._sock = sock
         self._queue = queue
+        self._repeats = repeats
         self._next = queue.first
         self._taken_up = self._written = 0
         """Bytes of all lines so far, and of those written to our own kernel."""
@@ -228,7 +248,9 @@ class _TcpProgress:
         """Discard acknowledged lines, except recent ones that the receiver may not have read."""
         self.settle()
         if self.is_broken:
-            self._queue.put_back(tuple(self._lately))
+            first = self._queue.first - len(self._lately)
+            again = self._repeats.first_of(first, self._queue.first)
+            self._queue.put_back(tuple(self._lately)[again - first :])
 
     def _keep(self, line: bytes) -> None:
         self._lately.append((line, len(line)))
@@ -297,13 +319,9 @@ def _unacknowledged(sock: socket.socket) -> int:
     return int(struct.unpack("=i", packed)[0])
 
 
-def _shortened(message: KernelMessage) -> KernelMessage:
-    text = message.message.encode(errors="replace")[: MAX_LINE_BYTES // 8].decode(errors="ignore")
-    return KernelMessage(
-        message=text + "…",
-        priority=message.priority,
-        facility=message.facility,
-        seq=message.seq,
-        clock=message.clock,
-        time_ns=message.time_ns,
-    )
+def _shortened(message: KernelMessage) -> bytes:
+    """The record's line with as much of the message as surely fits."""
+    text = message.message[:MAX_LINE_BYTES]
+    while len(line := replace(message, message=text + "…").line()) >= MAX_LINE_BYTES:
+        text = text[: len(text) * 3 // 4]
+    return line

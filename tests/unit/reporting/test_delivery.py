@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from siderolink.client.reporting import (
     LogDestination,
     LogSender,
     forward_log,
+    log_sender,
     read_kernel_log,
 )
 from siderolink.client.reporting.event_sender import MAX_REFUSALS
@@ -311,15 +313,52 @@ async def test_lines_go_by_datagram_one_each_without_an_end(no_leaks: None) -> N
     assert not any(b"\n" in data for data in found)
 
 
-async def test_an_overlong_message_is_cut() -> None:
+@pytest.mark.parametrize("character", ["x", "é", "\x01", "\\", "\ud800", "😀"])
+@pytest.mark.parametrize("length", [3900, 5000, 100_000])
+async def test_an_overlong_message_is_cut(character: str, length: int) -> None:
+    """Existing receivers close the connection at a line of more than 4,096 bytes."""
     receiver = Receiver()
     async with receiver.serve() as port, background_tasks() as tasks:
         sender = sender_to(port)
-        sender.add(KernelMessage(message="é" * 100_000))
+        sender.add(KernelMessage(message=character * length))
         tasks.start_soon(sender.run)
         await until(lambda: receiver.data.endswith(b"\n"))
-        assert len(receiver.data) <= 16 * 1024
-        assert receiver.messages()[0].endswith("…")
+        assert len(receiver.data) <= 4096
+        [text] = receiver.messages()
+        is_whole = len(json.dumps(character, ensure_ascii=False)[1:-1].encode(errors="replace")) * length <= 3900
+        assert text.endswith("…") is not is_whole
+        assert is_whole or len(receiver.data) > 2800
+
+
+async def test_a_receiver_that_resets_at_one_line_gets_the_later_ones(no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_sender, "MAX_REPEATS", 3)
+    got: list[str] = []
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                got.append(json.loads(line)["msg"])
+                if got[-1] == "poison":
+                    break
+        finally:
+            reset = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            writer.transport.abort()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    async with server, background_tasks() as tasks:
+        sender = sender_to(server.sockets[0].getsockname()[1])
+        tasks.start_soon(sender.run)
+        for text in ("before", "poison"):
+            sender.add(KernelMessage(message=text))
+        number = 0
+        while not got or "later" not in got[-1]:
+            sender.add(KernelMessage(message=f"later {number}"))
+            number += 1
+            before = len(got)
+            sender.kick()
+            await until(lambda: len(got) > before)  # noqa: B023
+    assert 1 < got.count("poison") <= 4
 
 
 async def test_any_source_is_forwarded_and_delivery_outlives_it(no_leaks: None) -> None:
