@@ -130,6 +130,11 @@ test-talos-client: setup needs ## the machines' own client package (Go, from the
 	@cd tests/talos_client && go build -o $(abspath $(VENV))/talos-client .
 	@$(SUDO) env TALOS_CLIENT=$(abspath $(VENV))/talos-client PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest tests/talos_client $(ARGS)
 
+.PHONY: test-go-peers
+test-go-peers: setup needs ## machines and servers made of grpc-go and wireguard-go (Go, from the module proxy) against ours
+	@cd tests/go_peers && go build -o $(abspath $(VENV))/go-peers .
+	@$(SUDO) env GO_PEERS=$(abspath $(VENV))/go-peers PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest tests/go_peers $(ARGS)
+
 .PHONY: test-talosctl
 # not part of `make test`: the build takes many minutes
 test-talosctl: setup needs ## the machines' real command-line client, talosctl (Go, from the module proxy), through `siderolink forward`
