@@ -20,10 +20,10 @@ from siderolink.cli.logs import hide, log_event, lost_records, name_machine
 from siderolink.cli.maintenance import Maintenance, MaintenanceOptions
 from siderolink.cli.options import MetricsOptions
 from siderolink.cli.reporting import Reporting, report_part
-from siderolink.cli.running import feed_watchdog, notify, run_until_stopped
+from siderolink.cli.running import calm_collector, feed_watchdog, notify, run_until_stopped
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
 from siderolink.cli.trial import JoinSettings, SettingsTrial
-from siderolink.client import Connected, Link, LinkEvent, ProvisionFailed, SettingsApplied, StateChanged
+from siderolink.client import Connected, InterfaceConfigured, Link, LinkEvent, ProvisionFailed, SettingsApplied, StateChanged
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
 from siderolink.client.firewall import ingress_firewall
 from siderolink.client.link.identity import TALOS_VERSION, UniqueTokens, machine_uuid
@@ -121,6 +121,7 @@ class JoinedMachine:
         self._wanted: LinkOptions | None = None
         self._proved: LinkOptions | None = None
         self._link_changed = anyio.Event()
+        self._is_calm = False
 
     @property
     def _own_uuid(self) -> str:
@@ -368,6 +369,9 @@ class JoinedMachine:
 
     def _on_event(self, event: LinkEvent) -> None:
         log_link_event(event)
+        if isinstance(event, InterfaceConfigured) and not self._is_calm:
+            self._is_calm = True
+            calm_collector()  # by now all modules are loaded
         if isinstance(event, StateChanged):
             notify(f"STATUS={link_event(event)[1]}")
         self._reporting.on_link_event(event)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from siderolink.cli.logs import log_event, start_log
 from siderolink.cli.options import MetricsOptions
-from siderolink.cli.running import run_until_stopped
+from siderolink.cli.running import calm_collector, run_until_stopped
 from siderolink.common.errors import SideroLinkError
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def _run(name: str, ready: Callable[[], None], metrics: MetricsOptions | None) -
                 from siderolink.cli.metrics import endpoint, sources
 
                 await stack.enter_async_context(endpoint.serve_metrics(metrics, sources.InterfaceMetrics(interface.device)))
+            calm_collector()
             ready()
             await interface.lost.wait()
             log_event(name, "the interface was deleted, or its socket")
