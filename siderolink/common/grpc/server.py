@@ -236,12 +236,14 @@ class GrpcServer:
     async def _wait_for_share(self, accepted: "_Accepted") -> None:
         """Charge the source for the connection; one that used its processor time is not read before it may use more."""
         source = accepted.source
-        if not self._calls.is_known(source) and (accepted.is_proxy or self._is_known(accepted.name)):
+        if self._calls.is_known(source):
+            return
+        if accepted.is_proxy or self._is_known(accepted.name):
             self._calls.know(source)  # a proxy's calls are charged to those that it forwards for
-        if not self._calls.is_known(source):
-            wait = self._calls.charge(source, CONNECTION_SECONDS, self._loop.time())
-            if wait:
-                await asyncio.sleep(min(wait, self._limits.preface_timeout))
+            return
+        wait = self._calls.charge(source, CONNECTION_SECONDS, self._loop.time())
+        if wait:
+            await asyncio.sleep(min(wait, self._limits.preface_timeout))
 
     async def _begin(self, accepted: "_Accepted") -> None:
         source = accepted.source
