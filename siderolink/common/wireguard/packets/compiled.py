@@ -381,9 +381,9 @@ class CompiledMerger:
             start, end, rows = frames[index]
             written = 0
             if _admits(inner_filter, data[start + VNET_SIZE : end], rows):
-                if descriptor >= 0 and index + 1 < count:
+                if rows == 1 and descriptor >= 0 and index + 1 < count:
                     written = self._functions.write_frames(descriptor, data, frames, index)
-                if not written:  # it is a super-packet, or was not taken
+                if not written:  # it is a super-packet, the only frame, or was not taken
                     interface.write((data[start:end],))
             index += written or 1
 
