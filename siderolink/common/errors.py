@@ -116,6 +116,12 @@ class HostError(SideroLinkError, OSError):
         return str(self.args[0])
 
 
+def reason_of(error: OSError) -> str:
+    """Why an operation failed; event loops close connections with errors that have no text."""
+    closed = "the connection was closed" if isinstance(error, ConnectionError) else type(error).__name__
+    return error.strerror or str(error) or closed
+
+
 def host_error(error: BaseException) -> HostError | None:
     """The operating system's failure behind an error, or behind a group of errors, as one line; None for other errors."""
     if isinstance(error, HostError):
@@ -139,7 +145,7 @@ def host_error(error: BaseException) -> HostError | None:
     if not isinstance(error, OSError):
         return None
     shortage = _SHORTAGES.get(error.errno or 0)
-    reason = shortage or error.strerror or str(error) or type(error).__name__
+    reason = shortage or reason_of(error)
     failure = HostError(reason if error.filename is None or error.errno in _OF_NO_FILE else f"{error.filename}: {reason}")
     failure.errno, failure.strerror = error.errno, reason
     return failure

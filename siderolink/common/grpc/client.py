@@ -19,7 +19,7 @@ from grpclib.metadata import USER_AGENT, encode_metadata
 from grpclib.protocol import H2Protocol
 from h2.exceptions import H2Error
 
-from siderolink.common.errors import HostError, InvalidAnswerError, ServerUnreachableError, SideroLinkError
+from siderolink.common.errors import HostError, InvalidAnswerError, ServerUnreachableError, SideroLinkError, reason_of
 from siderolink.common.grpc import private
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream
 from siderolink.common.grpc.calls import SHUTTING_DOWN
@@ -334,7 +334,7 @@ def _translated(error: Exception, target: str) -> InvalidAnswerError | ServerUnr
         case TimeoutError():
             return ServerUnreachableError(f"{target} did not answer in time")
         case OSError():
-            return ServerUnreachableError(f"{target} cannot be reached: {error.strerror or error}")
+            return ServerUnreachableError(f"{target} cannot be reached: {reason_of(error)}")
         case grpclib.exceptions.StreamTerminatedError():
             return ServerUnreachableError(f"the call to {target} was cut: {error}")
         case H2Error():

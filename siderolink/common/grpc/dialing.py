@@ -16,7 +16,7 @@ from typing import cast
 
 from aiohappyeyeballs import start_connection
 
-from siderolink.common.errors import ConfigurationError, ServerUnreachableError
+from siderolink.common.errors import ConfigurationError, ServerUnreachableError, reason_of
 from siderolink.common.grpc.outgoing_proxies import Proxy, proxy_for
 from siderolink.common.grpc.tls import certified_name, proxy_tls
 from siderolink.common.hostport import HostPort, look_up
@@ -120,7 +120,7 @@ def _naming(proxy: Proxy) -> Iterator[None]:
     except ssl.SSLCertVerificationError as error:
         raise ServerUnreachableError(f"the certificate of the proxy {proxy} is not trusted: {error.verify_message}") from error
     except OSError as error:
-        raise ServerUnreachableError(f"the proxy {proxy} cannot be reached: {error.strerror or error}") from error
+        raise ServerUnreachableError(f"the proxy {proxy} cannot be reached: {reason_of(error)}") from error
 
 
 class _ConnectAnswer(asyncio.Protocol):

@@ -18,7 +18,7 @@ from typing import Final
 import anyio
 from grpclib import GRPCError, Status
 
-from siderolink.common.errors import SideroLinkError
+from siderolink.common.errors import SideroLinkError, reason_of
 from siderolink.common.grpc.byte_stream import ByteStream
 from siderolink.common.grpc.messages import PREFIX_BYTES, check_prefix, framed
 from siderolink.common.protobuf_wire import (
@@ -194,7 +194,7 @@ class Pipe:
                 if is_end:
                     self._socket.shutdown(socket.SHUT_WR)
             except OSError as error:
-                raise PipeCutError(error.strerror or str(error), is_connection=True) from None
+                raise PipeCutError(reason_of(error), is_connection=True) from None
             self._inbox.credit(message)
             if is_end:
                 self._is_written.set()
@@ -210,7 +210,7 @@ class Pipe:
             try:
                 size = await self._loop.sock_recv_into(self._socket, buffer)
             except OSError as error:
-                raise PipeCutError(error.strerror or str(error), is_connection=True) from None
+                raise PipeCutError(reason_of(error), is_connection=True) from None
             if not size:
                 break
             self.from_connection += size

@@ -16,7 +16,7 @@ from typing import Final, Self
 
 import anyio
 
-from siderolink.common.errors import ConfigurationError, ForbiddenError, NotFoundError, SideroLinkError, StoreError
+from siderolink.common.errors import ConfigurationError, ForbiddenError, NotFoundError, SideroLinkError, StoreError, reason_of
 from siderolink.common.grpc.piped import JoinedStreams, Pipe, PipeCutError, close_with_reset
 from siderolink.common.overlay_socket import dial_overlay
 from siderolink.common.text import one_line
@@ -233,7 +233,7 @@ class Forwards:
         except ConnectionRefusedError:
             refusal, reason = ForwardRefusal.PORT_CLOSED, f"nothing listens at {where}"
         except OSError as error:
-            refusal, reason = ForwardRefusal.NO_ANSWER, f"{where} cannot be reached: {error.strerror or error}"
+            refusal, reason = ForwardRefusal.NO_ANSWER, f"{where} cannot be reached: {reason_of(error)}"
         self._refusals[refusal] += 1
         raise SideroLinkError(reason)
 

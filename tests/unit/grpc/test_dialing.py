@@ -2,20 +2,24 @@
 
 import asyncio
 import datetime
+import errno
 import ipaddress
+import re
 import socket
 import ssl
+import struct
 import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from siderolink.common.errors import ConfigurationError, ServerUnreachableError
+from siderolink.common.errors import ConfigurationError, ServerUnreachableError, reason_of
 from siderolink.common.grpc import Limits, client_tls, open_channel, serve, server_tls, translate_errors
 from siderolink.common.grpc.dialing import authority, check_host, connect
 from tests.support.api import Raw, Service, method, serving
@@ -208,3 +212,32 @@ async def test_a_certificate_names_a_host_without_its_zone_and_its_last_dot(
         open_channel(host, server.port, client_tls(tmp_path / "root"), direct=True) as channel,
     ):
         assert (await method(channel)(Raw(b"x"))).data == b"x"
+
+
+@pytest.mark.parametrize("use_uvloop", [False, True])
+@pytest.mark.parametrize("is_reset", [False, True], ids=["closed", "reset"])
+def test_a_connection_that_ends_within_its_tls_handshake_has_a_reason(is_reset: bool, use_uvloop: bool) -> None:
+    async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        if is_reset:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    async def dial() -> str:
+        async with await asyncio.start_server(end, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with open_channel("127.0.0.1", port, True, direct=True) as channel:
+                with pytest.raises(ServerUnreachableError) as caught, translate_errors():
+                    await channel.connect()
+        return str(caught.value)
+
+    assert re.fullmatch(
+        r"(.* cannot be reached|no TLS with .*): .*\w.*", anyio.run(dial, backend_options={"use_uvloop": use_uvloop})
+    )
+
+
+async def test_an_error_without_text_has_a_reason() -> None:
+    for error in (ConnectionResetError(), ConnectionAbortedError()):
+        assert reason_of(error) == "the connection was closed"
+    assert reason_of(OSError(errno.EIO, "Input/output error")) == "Input/output error"
+    assert reason_of(OSError("other")) == "other"
