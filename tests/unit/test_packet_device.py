@@ -1,5 +1,6 @@
 """Two complete devices in one process, over the loopback, as embedded by users of WireGuard alone."""
 
+import socket
 import time
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_interface, ip_network
@@ -12,10 +13,13 @@ import pytest
 from siderolink.common.clock_watch import BootTimer, boot_time
 from siderolink.common.errors import AddressInUseError
 from siderolink.common.keys import PresharedKey, PrivateKey
+from siderolink.common.wireguard.dataplane import TIMERS_AT_ONCE
 from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, PathChanged, PeerConfig, PeerHandshake
+from siderolink.common.wireguard.noise.exchange import Exchange
 from siderolink.common.wireguard.packet_device import open_packet_device
 from siderolink.common.wireguard.path import Datagrams
 from tests.support.fake_device import FakePath
+from tests.support.turns import counting_turns
 from tests.support.virtual import inner_packet
 
 pytestmark = pytest.mark.anyio
@@ -157,3 +161,25 @@ async def test_bandwidth_beyond_the_limit_is_dropped_and_counted(direction: str,
                 await anyio.sleep(0.001)
         assert len(came) == fitting
         assert dropping.drops() == {reason: fitting}
+
+
+async def test_handshakes_that_are_due_together_take_many_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a server's restart, when thousands of machines do not answer."""
+    for module in ("exchange", "timers"):
+        monkeypatch.setattr(f"siderolink.common.wireguard.noise.{module}.REKEY_TIMEOUT", 0.0)
+    peers = 200
+    config = DeviceConfig(name="a", private_key=PrivateKey.generate())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        endpoint = IPv4Address("127.0.0.1"), silent.getsockname()[1]
+        async with open_packet_device(config, lambda packet: None) as device, counting_turns() as turns:
+            for _ in range(peers):
+                key = PrivateKey.generate().public_key()
+                await device.set_peer(PeerConfig(public_key=key, endpoint=endpoint, persistent_keepalive=25))
+            while max(peer.timers.next_at() for peer in device.engine.peers.values()) > boot_time():
+                time.sleep(0.01)  # noqa: ASYNC251 # the host runs others meanwhile
+            monkeypatch.setattr(Exchange, "initiate", turns.counted(Exchange.initiate))
+            with anyio.fail_after(60):
+                while turns.total < peers:
+                    await anyio.lowlevel.checkpoint()
+    assert turns.most <= 2 * TIMERS_AT_ONCE

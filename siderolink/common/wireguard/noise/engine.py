@@ -12,6 +12,7 @@ A packet for a peer without a usable session is *staged*; once there is a sessio
 """
 
 from collections.abc import Callable, MutableMapping
+from itertools import islice
 
 from . import messages
 from .exchange import Entropy, Exchange
@@ -208,12 +209,15 @@ class Engine:
         """Like `next_deadline`, but possibly too early, and cheaper. It moves earlier only when `output.is_waiting` is set."""
         return min(self._deadlines.earliest(), self._turns.due_at)
 
-    def handle_timers(self, now: float) -> None:
-        """Run the timers that are due, and continue with handshake messages that waited for their turn."""
+    def handle_timers(self, now: float, most: int | None = None) -> None:
+        """Run the timers that are due, and continue with handshake messages that waited for their turn.
+
+        The timers are those of `most` peers at most; others stay due.
+        """
         while (waiting := self._turns.take(now)) is not None:
             kind, datagram, path = waiting
             self._processed(self._exchange.process(kind, datagram, path, now), len(datagram), path, now)
-        for peer in self._deadlines.due(now):
+        for peer in islice(self._deadlines.due(now), most):
             self._handle_due(peer, now)
             self._deadlines.update(peer)
 
