@@ -6,14 +6,13 @@ from typing import Any
 
 import anyio
 import pytest
-from anyio.abc import SocketStream
 
 from siderolink.common.wireguard import configure
 from siderolink.common.wireguard.configure import STEP
-from siderolink.common.wireguard.device import DeviceConfig
+from siderolink.common.wireguard.device import DeviceChange, DeviceConfig
 from siderolink.common.wireguard.noise import Engine, Peer
 from siderolink.common.wireguard.packet_device import open_packet_device
-from siderolink.common.wireguard.uapi.protocol import PeerReport
+from siderolink.common.wireguard.uapi.protocol import PeerReport, parse_set
 from siderolink.common.wireguard.uapi.server import PEERS_AT_ONCE, serve_uapi
 from tests.support.iterations import Iterations
 from tests.unit.uapi.test_server import PRIVATE, Client
@@ -23,8 +22,8 @@ pytestmark = pytest.mark.anyio
 PEERS = 10 * STEP
 
 
-def peers() -> Iterator[str]:
-    for number in range(1, PEERS + 1):
+def peers(first: int = 1) -> Iterator[str]:
+    for number in range(first, first + PEERS):
         yield f"public_key={number:064x}\nreplace_allowed_ips=true\n"
         yield f"allowed_ip=fd00::{number:x}/128\nallowed_ip=fd01::{number:x}/128\n"
 
@@ -76,19 +75,13 @@ async def test_a_long_configuration_is_applied_and_shown_in_parts(tmp_path: Path
         assert await device.peers() == []
 
 
-async def test_two_long_changes_are_applied_one_after_the_other(tmp_path: Path) -> None:
-    config = DeviceConfig(name="wg0", private_key=PRIVATE)
-    async with (
-        open_packet_device(config, lambda packet: None) as device,
-        serve_uapi("wg0", device.report, device.apply, folder=tmp_path) as path,
-        await anyio.connect_unix(path) as one,
-        await anyio.connect_unix(path) as other,
-    ):
+async def test_two_long_changes_are_applied_one_after_the_other() -> None:
+    def change(first: int) -> DeviceChange:
+        return parse_set(f"replace_peers=true\n{''.join(peers(first))}".splitlines())
 
-        async def ask(stream: SocketStream, text: str) -> None:
-            assert await Client(stream).ask(text) == "errno=0\n\n"
-
+    async with open_packet_device(DeviceConfig(name="wg0", private_key=PRIVATE), lambda packet: None) as device:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(ask, one, f"set=1\nreplace_peers=true\n{''.join(peers())}\n")
-            tasks.start_soon(ask, other, f"set=1\nreplace_peers=true\n{''.join(peers())}\n")
-        assert len(await device.peers()) == PEERS
+            tasks.start_soon(device.apply, change(1))
+            tasks.start_soon(device.apply, change(PEERS + 1))
+        keys = sorted(int(bytes(peer.public_key).hex(), 16) for peer in await device.peers())
+    assert keys == list(range(PEERS + 1, 2 * PEERS + 1))
