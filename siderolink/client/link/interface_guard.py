@@ -32,6 +32,7 @@ class InterfaceGuard:
         self._namespace = config.namespace
         self._config = config
         self._changed = anyio.Event()
+        self._changed.set()  # it may have been changed before, and an earlier guard may have failed to restore it
         self._backoff = Backoff(first=0.2, cap=10.0, at_once=True)
         self._repaired_at = -_CALM
         self._pause = 0.0
