@@ -1,5 +1,7 @@
 """The API behind Debian's nginx, which ends TLS: a tunnel that carries bulk both ways, and sits idle, without a cut."""
 
+import os
+import signal
 import subprocess
 import time
 import uuid
@@ -10,10 +12,12 @@ import pytest
 from siderolink import connect
 from siderolink.client import Connected, Disconnected, LinkEvent
 from tests.support.certificates import make_certificate
-from tests.support.netns import stop
+from tests.support.netns import Namespace, stop
+from tests.support.pings import pinging
 from tests.support.reverse_proxies import nginx
 from tests.support.serving import SERVER, TOKEN, served
 from tests.support.topology import direct
+from tests.support.waiting import until
 
 CONFIGURATION = Path(__file__).with_name("nginx.conf")
 BULK = 100 * 1024 * 1024
@@ -58,3 +62,31 @@ def test_a_tunnel_behind_nginx(tmp_path: Path) -> None:
             assert [call.split('"')[1].split()[1].rpartition("/")[2] for call in calls] == ["Provision"]
     calls = (tmp_path / "access.log").read_text().splitlines()
     assert len([call for call in calls if "CreateStream" in call]) == 1, calls
+
+
+def processes_of(namespace: Namespace, title: bytes) -> list[int]:
+    """The namespace's processes with this beginning of their titles."""
+    listed = subprocess.run(["ip", "netns", "pids", namespace.name], capture_output=True, text=True, check=True)
+    found = [(int(pid), Path(f"/proc/{pid}/cmdline")) for pid in listed.stdout.split()]
+    return [pid for pid, line in found if line.exists() and line.read_bytes().startswith(title)]
+
+
+def test_a_reload_of_nginx_cuts_no_tunnel(tmp_path: Path) -> None:
+    """Its old worker sends GOAWAY, and stays as long as there are calls."""
+    certified(tmp_path)
+    with (
+        direct() as net,
+        served(net.server, tmp_path, "--api-listen", "127.0.0.1:4000"),
+        nginx(net.server, tmp_path, CONFIGURATION.read_text()),
+        net.machine.portal() as portal,
+    ):
+        url = f"https://{SERVER}?jointoken={TOKEN}&grpc_tunnel=true"
+        link_context = connect(url, uuid=str(uuid.uuid4()), ca_file=tmp_path / "root")
+        with portal.wrap_async_context_manager(link_context) as link, pinging(net.machine, link.server_address) as pings:
+            [master] = processes_of(net.server, b"nginx: master")
+            os.kill(master, signal.SIGHUP)
+            until(lambda: processes_of(net.server, b"nginx: worker process is shutting down"))
+            pings.wait_sent(50)
+            assert pings.lost() == []
+            assert "CreateStream" not in (tmp_path / "access.log").read_text()
+            assert processes_of(net.server, b"nginx: worker process is shutting down")
