@@ -131,17 +131,18 @@ def test_a_command_starts_no_threads_of_numpys() -> None:
 
 
 WITHOUT_THREADS = """
-import os, resource
-if os.geteuid() == 0:
-    os.setresgid(54321, 54321, 54321)
-    os.setresuid(54321, 54321, 54321)
-resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
-import asyncio, socket, sys
+import asyncio, os, resource, socket, sys
+import uvloop
 from siderolink.client.link.provisioning import NodeInfo, provision
 from siderolink.common.errors import ServerUnreachableError
 from siderolink.common.hostport import HostPort, look_up
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PublicKey
+
+if os.geteuid() == 0:  # whom the limit does not bind; after the imports, because another user may not read this folder
+    os.setresgid(54321, 54321, 54321)
+    os.setresuid(54321, 54321, 54321)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
 
 async def main():
     print(*(str(address) for address, _ in await HostPort("127.0.0.1", 1).resolve()), flush=True)
@@ -155,11 +156,7 @@ async def main():
         except (OSError, ServerUnreachableError) as error:
             print(error, flush=True)
 
-if sys.argv[1] == "uvloop":
-    import uvloop
-    loop = uvloop.new_event_loop()
-else:
-    loop = asyncio.new_event_loop()
+loop = uvloop.new_event_loop() if sys.argv[1] == "uvloop" else asyncio.new_event_loop()
 loop.run_until_complete(main())
 loop.close()
 """
@@ -201,15 +198,16 @@ async def test_a_function_in_a_thread_returns_or_raises_as_it_does() -> None:
 
 
 WATCHING = """
-import os, resource
+import anyio, asyncio, os, resource
 from pathlib import Path
 from siderolink.cli.watching import watch_files
 from siderolink.client.config.sources import Sources
+
+asyncio.run(anyio.sleep(0))  # which imports what anyio needs
 if os.geteuid() == 0:
     os.setresgid(54321, 54321, 54321)
     os.setresuid(54321, 54321, 54321)
 resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
-import asyncio
 
 async def main():
     for watch in (
