@@ -97,6 +97,8 @@ class GrpcChannel(private.ConnectingChannel):
                 protocol = await self._connect()
         except TimeoutError:
             raise ServerUnreachableError(f"no connection to {self.target} within {self._limits.connect_timeout:g} s") from None
+        except HostError as error:  # one of the caller's own, as of its output, is not `translate_errors`' business
+            raise ConnectionError(str(error)) from error
         self._connections.add(protocol)
         return protocol
 
@@ -315,8 +317,6 @@ def translate_errors(target: str = "the server's API") -> Iterator[None]:
     """
     try:
         yield
-    except HostError as error:
-        raise _translated(error, target) from error
     except (SideroLinkError, grpclib.exceptions.GRPCError):
         raise
     except Exception as error:
