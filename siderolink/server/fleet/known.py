@@ -4,6 +4,7 @@ The tokens are the stored join tokens that are not revoked, and the bound or ass
 in a table that is at most three quarters full. The hash key is random per process, so nobody can search for collisions.
 """
 
+import asyncio
 import os
 from array import array
 from hashlib import blake2b
@@ -117,6 +118,9 @@ class Known:
         """Hashes of stored tokens, by token id."""
         self._expires: dict[int, float] = {}
         """Expiry times of tokens that expire."""
+        self._changed: set[str] = set()
+        """While the stored tokens are loaded: those that were applied since the load began."""
+        self._loading = asyncio.Lock()
 
     @property
     def size(self) -> int:
@@ -164,6 +168,8 @@ class Known:
 
     def set_token(self, token: JoinToken, is_gone: bool = False) -> None:
         """Apply an added, changed or removed token; idempotent."""
+        if self._loading.locked():
+            self._changed.add(token.id)
         self.forget_token(token.id)
         if is_gone or token.state(self._clock.time()) is not TokenState.ACTIVE:
             return
@@ -175,16 +181,18 @@ class Known:
 
     async def load_tokens(self, store: Store) -> None:
         """Load the stored tokens; `set_token` may be called meanwhile. Raises StoreError."""
-        before, after = set(self._tokens), ""
-        while page := await store.tokens(after):
-            after = page[-1].name
-            for part in in_parts(page, _AT_ONCE):
-                for token in part:
-                    before.discard(token.id)
-                    self.set_token(token)
-                await checkpoint()
-        for token_id in before:
-            self.forget_token(token_id)
+        async with self._loading:
+            self._changed.clear()
+            before, after = set(self._tokens), ""
+            while page := await store.tokens(after):
+                after = page[-1].name
+                for part in in_parts(page, _AT_ONCE):
+                    for token in part:
+                        if token.id not in self._changed:  # what was read may be older
+                            self.set_token(token)
+                    await checkpoint()
+            for token_id in before - self._changed:
+                self.forget_token(token_id)
 
     def forget_token(self, token_id: str) -> None:
         for number in self._tokens.pop(token_id, ()):

@@ -119,6 +119,20 @@ async def test_tokens_are_hashed_in_many_turns(monkeypatch: pytest.MonkeyPatch) 
     assert turns.most <= 128
 
 
+async def test_a_token_that_changes_while_many_are_read_again_keeps_its_change() -> None:
+    manager, tokens = managed()
+    for number in range(MANY):
+        await tokens.create(f"token-{number:03}")
+    last = f"token-{MANY - 1}"
+    secret = await tokens.show(last)
+    await tokens.revoke(last)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(manager.links.known.load_tokens, manager.store)
+        await anyio.lowlevel.checkpoint()  # all are read, and some of them applied
+        await tokens.reinstate(last)
+    await manager.join(FakeMachine(), join_token=secret)
+
+
 async def test_machines_of_a_dead_server_are_looked_at_in_many_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def dial_none(*_: object, **__: object) -> None:
