@@ -355,18 +355,21 @@ class Archive:
         return count
 
     def _remove_old(self, folder: str, files: MachineFiles, until: float) -> None:
-        try:
-            for segment in [one for one in files.segments if one.begun_at < until]:
+        for segment in [one for one in files.segments if one.begun_at < until]:
+            path, is_gone = f"{folder}/{segment.name}", False
+            try:
                 if segment.last_at >= until:
-                    self._resize(segment, cut_old(self._folder, f"{folder}/{segment.name}", segment, until))
+                    self._resize(segment, cut_old(self._folder, path, segment, until))
                 if segment.last_at < until or not segment.size:
-                    os.unlink(f"{folder}/{segment.name}", dir_fd=self._folder)
-                    self._resize(segment, 0)
-                    files.segments.remove(segment)
-        except FileNotFoundError:
-            pass  # another program removed it
-        except OSError as error:
-            raise StoreError(f"cannot delete reports: {error.strerror}") from None
+                    is_gone = True
+                    os.unlink(path, dir_fd=self._folder)
+            except FileNotFoundError:  # another program removed it
+                is_gone = True
+            except OSError as error:
+                raise StoreError(f"cannot delete reports: {error.strerror}") from None
+            if is_gone:
+                self._resize(segment, 0)
+                files.segments.remove(segment)
         if not files.segments:
             self._forget(folder)
 

@@ -464,6 +464,19 @@ async def test_older_reports_of_one_machine_or_of_all_are_deleted(tmp_path: Path
         assert archive.size == size_of(tmp_path) == 0
 
 
+@pytest.mark.parametrize("until", [NOW + 1, NOW + 100])
+async def test_what_others_removed_does_not_keep_the_rest_from_being_deleted(tmp_path: Path, until: float) -> None:
+    with kept(tmp_path) as archive:
+        archive.add(line("one"))
+        archive.add(line("two", NOW + 2))
+        archive.add(event("boot"))
+        assert await found(archive) == ["one", "two"]
+        next(path for path in files(tmp_path) if path.name.startswith("lines")).unlink()
+        archive.delete("m-1", until)
+        assert files(tmp_path) == []
+        assert archive.size == 0
+
+
 async def test_one_machine_s_reports_are_deleted_and_the_others_stay(tmp_path: Path) -> None:
     with kept(tmp_path) as archive:
         for name in ("m-1", "m-2", "m-3"):
