@@ -12,7 +12,7 @@ import anyio
 from siderolink.cli.logs import hide, log_event
 from siderolink.cli.options import default_state
 from siderolink.cli.secret import read_secret
-from siderolink.common.errors import ConfigurationError, SideroLinkError
+from siderolink.common.errors import ConfigurationError, SideroLinkError, reason_of
 from siderolink.common.tasks import background_tasks, in_thread, keep_running, to_its_end
 from siderolink.server import EventStream, Server, Store
 from siderolink.server.store import ServerKeyChanged
@@ -215,5 +215,5 @@ class Serving:
         await self._started.wait()
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise SideroLinkError(f"cannot replace the state: {failure.strerror}")
+            raise SideroLinkError(f"cannot replace the state: {reason_of(failure)}")
         return self.server

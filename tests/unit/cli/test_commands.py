@@ -26,7 +26,7 @@ from siderolink.cli.status import describe_reports, run_status, show_all, to_jso
 from siderolink.cli.web_child import page_environment
 from siderolink.client import ConnectionState
 from siderolink.client.link import events
-from siderolink.common.errors import ConfigurationError, StoreError
+from siderolink.common.errors import ConfigurationError, SideroLinkError, StoreError
 from siderolink.common.grpc import GRPCError, Status, open_channel
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.control import ControlStub, Event, EventsRequest, Peer, Reports, StatusResponse
@@ -285,6 +285,25 @@ async def test_others_run_while_a_state_is_replaced() -> None:
             await checkpoint()
         await serving.replace(replace_files)
     assert found == [True]
+
+
+@pytest.mark.anyio
+async def test_a_state_that_is_not_replaced_for_want_of_a_thread_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run_beside(*_: object) -> None:
+        await anyio.sleep_forever()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    serving = Serving(lambda _: cast("Server", IdleServer()), None, run_beside)
+    async with background_tasks() as tasks:
+        tasks.start_soon(serving.run)
+        while not serving.is_running:
+            await checkpoint()
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(SideroLinkError, match="cannot replace the state: this process may start no more threads"):
+            await serving.replace()
+        assert serving.is_running
 
 
 class Crowd:
