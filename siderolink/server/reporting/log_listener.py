@@ -220,6 +220,17 @@ class _Connection(asyncio.Protocol):
 
     def _read_some(self, until: float) -> float:
         """Split input until then; resume reading once all input is split."""
+        try:
+            self._split_until(until)
+        except Exception:  # as event loops do with a protocol that fails: paused, the connection would stay for ever
+            self._unread = memoryview(b"")
+            assert self._transport is not None
+            self._transport.abort()
+            self._listener.discard(self._transport)
+            raise
+        return 0.0
+
+    def _split_until(self, until: float) -> None:
         if not self._ingest.is_current(self._machine):
             self._unread = memoryview(b"")
         began = now = self._loop.time()
@@ -239,7 +250,6 @@ class _Connection(asyncio.Protocol):
             self._finish()
         else:
             self._after(max(wait, pause), self._queue if self._unread else self._resume)
-        return 0.0
 
     def _after(self, seconds: float, go_on: Callable[[], None]) -> None:
         if seconds:

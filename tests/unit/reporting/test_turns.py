@@ -120,3 +120,26 @@ async def test_few_connections_are_accepted_in_one_turn_and_those_of_nobody_are_
             client.settimeout(30)
             with contextlib.suppress(ConnectionError):
                 assert client.recv(1) == b""
+
+
+async def test_a_connection_whose_input_fails_to_be_split_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reading is paused meanwhile: it would stay for ever, and count against the machine's connections."""
+
+    class Failing(LineSplitter):
+        def feed(self, data: bytes) -> list[bytes]:
+            raise MemoryError
+
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context.get("exception")))
+    found = ingest(max_connections_per_machine=1)
+    async with listening(found) as port:
+        with monkeypatch.context() as patched:
+            patched.setattr(log_listener, "LineSplitter", Failing)
+            async with await anyio.connect_tcp("::1", port) as stream:
+                await stream.send(b"x\n")
+                with anyio.fail_after(60), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                    await stream.receive()
+        async with await anyio.connect_tcp("::1", port) as stream:
+            await stream.send(b"x\n")
+            await wait_for(lambda: found.taken_lines == 1)
+    assert [type(failure) for failure in failures] == [MemoryError]
