@@ -110,6 +110,15 @@ class BoundedProtocol(H11Protocol):
 
     def _read_some(self, until: float) -> float:
         """Parse input until then; resume reading once all of it is parsed."""
+        try:
+            self._parse_until(until)
+        except Exception:  # as event loops do with a protocol that fails: paused, the connection could stay for ever
+            self._drop_unread()
+            self.transport.abort()
+            raise
+        return 0.0
+
+    def _parse_until(self, until: float) -> None:
         began = now = self.loop.time()
         while self._unread and not self.transport.is_closing():
             part, self._unread = self._unread[:PARSED_AT_ONCE], self._unread[PARSED_AT_ONCE:]
@@ -120,7 +129,7 @@ class BoundedProtocol(H11Protocol):
                 break
         if self.transport.is_closing():
             self._drop_unread()
-            return 0.0
+            return
         if self._is_busy():
             self._stop_waiting()
         else:
@@ -130,7 +139,6 @@ class BoundedProtocol(H11Protocol):
             self.loop.call_later(min(wait, _LONGEST_WAIT), self._read_on)
         else:
             self._read_on()
-        return 0.0
 
     def _drop_unread(self) -> None:
         self._unread = b""

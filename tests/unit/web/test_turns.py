@@ -1,5 +1,6 @@
 """What a visitor of the web UI can cost: input is parsed, pages are made and TLS handshakes begin in turns. All is counted."""
 
+import asyncio
 import contextlib
 import ssl
 from pathlib import Path
@@ -111,3 +112,19 @@ async def test_input_that_waits_is_limited_by_source() -> None:
     most = Limits().max_unproven_call_bytes // 4
     assert account.take(most)
     assert not account.take(1)
+
+
+async def test_a_connection_whose_input_fails_to_be_parsed_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: H11Protocol, data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("siderolink.web.run.REQUEST_SECONDS", 3600.0)
+    failures: list[object] = []
+    async with page(tmp_path) as stage:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context.get("exception")))
+        async with await anyio.connect_tcp("127.0.0.1", stage.port) as stream:
+            monkeypatch.setattr(H11Protocol, "data_received", fail)
+            await stream.send(b"GET /sign-in HTTP/1.1\r\n\r\n")
+            with anyio.fail_after(60), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                await stream.receive()
+    assert [type(failure) for failure in failures] == [MemoryError]
