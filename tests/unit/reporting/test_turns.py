@@ -75,7 +75,8 @@ async def test_a_machine_beyond_its_rate_is_read_slowly(monkeypatch: pytest.Monk
             return super().discard(data)
 
     monkeypatch.setattr(log_listener, "LineSplitter", Counting)
-    monkeypatch.setattr(log_listener, "DISCARD_PAUSE", 1.0)
+    monkeypatch.setattr(log_listener, "DISCARD_PAUSE", 3600.0)
+    monkeypatch.setattr("siderolink.server.reporting.log_listener._LONGEST_WAIT", 3600.0)
     found = ingest(line_burst=1, lines_per_second=1e-6)
     async with listening(found) as port:
         sent = asyncio.Event()
