@@ -18,6 +18,7 @@ from anyio.lowlevel import checkpoint
 
 from siderolink.common.addressing import format_address
 from siderolink.common.errors import ConfigurationError, StoreError
+from siderolink.common.grpc.sources import plain
 from siderolink.common.tasks import background_tasks, uninterrupted
 from siderolink.common.text import one_line, shared
 from siderolink.server.clock import RetentionTime
@@ -265,7 +266,7 @@ class History:
         for part in parts:
             for machine in part:
                 transport = "udp" if machine.last_endpoint else "tunnel" if machine.last_source else ""
-                known = _shared_known(machine.last_source or "", transport, machine.talos_version)
+                known = _shared_known(plain(machine.last_source or ""), transport, machine.talos_version)
                 self._known.setdefault(machine.id, known)
             await checkpoint()
 

@@ -11,6 +11,7 @@ from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import SideroLinkError
+from siderolink.common.grpc.sources import plain
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import Device, PeerConfig, dial_peer
@@ -130,7 +131,8 @@ class Reconciler:
     async def _apply(self, machine: Machine, link: MachineLink | None, state: LinkState) -> MachineLink:
         if link is None:
             state = LinkState.DOWN if machine.public_key is None else state
-            link = MachineLink(machine, state, endpoint=machine.last_endpoint, source=machine.last_source)
+            source = None if machine.last_source is None else plain(machine.last_source)  # older servers stored IPv4 as IPv6
+            link = MachineLink(machine, state, endpoint=machine.last_endpoint, source=source)
             self._directory.add(link)
             old = None
         elif link.machine.revision > machine.revision or (link.is_applied and link.machine.revision == machine.revision):

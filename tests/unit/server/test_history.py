@@ -13,7 +13,7 @@ from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.common.tasks import background_tasks
 from siderolink.server import HistoryEntry, HistoryKind, HistoryOptions, JoinRefusal, JoinRefused, MachineLimits, MemoryStore
 from siderolink.server.clock import RetentionTime
-from siderolink.server.events import EventsLost
+from siderolink.server.events import EventsLost, HandshakeCompleted
 from siderolink.server.history import QUEUE_LIMIT, History
 from siderolink.server.store.base import Work
 from tests.support.fake_device import FakePath
@@ -269,3 +269,19 @@ async def test_entries_share_a_token_s_name_and_python_does_not_keep_it_forever(
     assert first is second
     unseen = "".join([first[:1], first[1:]])
     assert sys.intern(unseen) is unseen, "else it was interned: from Python 3.12 on, nothing frees it"
+
+
+async def test_an_ipv4_address_that_an_older_server_stored_as_ipv6_is_the_same() -> None:
+    store, machine = MemoryStore(), FakeMachine(tunnel=True)
+    before = Manager(store=store)
+    await before.join(machine)
+    await before.handshake(machine)
+    row = replace(await before.row(machine), last_source="::ffff:198.51.100.7")
+    await store.transact(lambda transaction: transaction.update(row))
+    manager = Manager(store=store)
+    await manager.reconciler.load()
+    assert "198.51.100.7" in manager.links.sources
+    history = made(manager)
+    await history.know([[row]])
+    manager.hub.publish(HandshakeCompleted(machine=row, is_first=True, source="198.51.100.7", is_tunnel=True))
+    assert [entry.kind for entry in await noted(history)] == [HistoryKind.UP]
