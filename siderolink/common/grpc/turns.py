@@ -29,6 +29,8 @@ class _Class:
         self.spent = 0.0
         """Seconds used outside of turns since the last one: by work run at once, and by calls beyond their estimate."""
         self._share = share
+        self._is_owed = False
+        """Whether nothing was run in the last turn although work was waiting."""
         self._waiting: OrderedDict[str, deque[Work]] = OrderedDict()
 
     def __bool__(self) -> bool:
@@ -51,10 +53,11 @@ class _Class:
         spent, self.spent = self.spent, 0.0
         began = now = clock()
         until = now + self._share * TURN_SECONDS - spent
-        is_first = not spent  # so that some work is done at least in every other turn, even if turns are short
+        # so that some work is done at least in every other turn, even if turns are short or calls use up each of them
+        is_first, self._is_owed = self._is_owed or not spent, bool(self._waiting)
         charged = 0.0
         while self._waiting and (is_first or now + charged < until):
-            is_first = False
+            is_first = self._is_owed = False
             source, works = self._waiting.popitem(last=False)
             work = works.popleft()
             if works:

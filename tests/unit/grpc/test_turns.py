@@ -82,6 +82,20 @@ async def test_processor_time_delays_the_class_that_used_it() -> None:
     assert done == ["known", "stranger"]
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+async def test_calls_that_use_all_the_time_do_not_keep_others_waiting_for_ever(is_known: bool) -> None:
+    turns, done = Turns(), list[str]()
+    turns.queue("a", noting(done, "a"), is_known=is_known)
+    turns.queue("b", noting(done, "b"), is_known=is_known)
+    seen = list[list[str]]()
+    for _ in range(5):
+        turns.spend(1.0, is_known=is_known)
+        await asyncio.sleep(0)
+        seen.append(done.copy())
+    assert seen[0] == []
+    assert seen[-1] == ["a", "b"]
+
+
 async def test_known_sources_do_not_wait_while_their_share_lasts() -> None:
     now, done = 100.0, list[str]()
     turns = Turns(lambda: now)
