@@ -114,7 +114,7 @@ class Configurator:
             edit = self._engine.allowed_ips.add if is_added else self._engine.allowed_ips.remove
             edit(entry, network)
             yield
-        if change.persistent_keepalive is not None:
+        if change.persistent_keepalive is not None and self._engine.peers.get(key) is entry:
             self._engine.set_persistent_keepalive(entry, change.persistent_keepalive, now)
 
     def report(self) -> DeviceReport:

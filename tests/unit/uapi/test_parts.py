@@ -8,13 +8,14 @@ import anyio
 import pytest
 
 from siderolink.common.wireguard import configure
-from siderolink.common.wireguard.configure import STEP
+from siderolink.common.wireguard.configure import STEP, Configurator
 from siderolink.common.wireguard.device import DeviceChange, DeviceConfig
 from siderolink.common.wireguard.noise import Engine, Peer
 from siderolink.common.wireguard.packet_device import open_packet_device
 from siderolink.common.wireguard.uapi.protocol import PeerReport, parse_set
 from siderolink.common.wireguard.uapi.server import PEERS_AT_ONCE, serve_uapi
 from tests.support.iterations import Iterations
+from tests.support.virtual import pair
 from tests.unit.uapi.test_server import PRIVATE, Client
 
 pytestmark = pytest.mark.anyio
@@ -85,3 +86,15 @@ async def test_two_long_changes_are_applied_one_after_the_other() -> None:
             tasks.start_soon(device.apply, change(PEERS + 1))
         keys = sorted(int(bytes(peer.public_key).hex(), 16) for peer in await device.peers())
     assert keys == list(range(PEERS + 1, 2 * PEERS + 1))
+
+
+def test_a_peer_removed_between_two_steps_is_not_kept_alive() -> None:
+    _, node, _ = pair()
+    addresses = "".join(f"allowed_ip=fd00::{number:x}/128\n" for number in range(1, STEP))
+    text = f"public_key={1:064x}\npersistent_keepalive_interval=25\n{addresses}"
+    steps = Configurator(node.engine, PRIVATE, None).apply(parse_set(text.splitlines()), 0.0)
+    next(steps)
+    (key,) = node.engine.peers
+    node.engine.remove_peer(key)
+    assert list(steps) == []
+    assert node.engine.next_deadline() == float("inf")
