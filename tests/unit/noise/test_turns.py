@@ -8,6 +8,7 @@ from siderolink.common.wireguard.noise.cookies import UNDER_LOAD_RATE
 from siderolink.common.wireguard.noise.turns import (
     COOKIE_COST,
     HANDSHAKE_COST,
+    MAX_PROVEN_WAITING,
     MAX_WAITING,
     TURN_COST,
     TURN_INTERVAL,
@@ -101,3 +102,58 @@ def test_a_machine_behind_a_burst_joins_when_it_is_its_turn() -> None:
     wire.run(1.0)
     assert b.received == [A_TO_B]
     assert dropped(b) == {Drop.UNKNOWN_PEER: 300}
+
+
+def test_a_flood_that_waits_displaces_no_response_that_is_awaited() -> None:
+    a, b, _ = pair()
+    a.add(b, dial=False)
+    b.add(a)
+    message, packet = well_made(b), inner_packet("fd00::b", "fd00::a", b"from b")
+    b.send(packet)
+    a.receive(b.take()[0], b.path)
+    (response,) = a.take()
+    for number in range(AT_ONCE + MAX_WAITING + 10):
+        b.receive(message, VirtualPath(f"flood {number}"))
+    b.receive(response, a.path)
+    assert dropped(b) == {Drop.UNKNOWN_PEER: AT_ONCE, Drop.RATE_LIMITED: 10}
+    b.settle()
+    a.receive(b.take()[-1], b.path)
+    assert a.received == [packet]
+
+
+def test_a_flood_that_waits_displaces_no_initiation_with_a_cookie() -> None:
+    a, b, wire = pair()
+    a.add(b)
+    b.add(a, dial=False)
+    message = well_made(b)
+    for number in range(UNDER_LOAD_RATE + 1):
+        b.receive(message, VirtualPath(f"flood {number}"))
+    b.settle()
+    b.take()
+    a.send(A_TO_B)
+    (without_cookie,) = a.take()
+    b.receive(without_cookie, a.path)
+    b.settle()
+    a.receive(b.take()[-1], b.path)
+    (with_cookie,) = a.take()
+    for number in range(AT_ONCE + 2 * MAX_WAITING):
+        b.receive(message, VirtualPath(f"flood {number}"))
+    b.receive(with_cookie, a.path)
+    b.settle()
+    wire.run(wire.clock.now + 0.1)
+    assert b.received == [A_TO_B]
+
+
+def test_proven_messages_that_wait_are_bounded() -> None:
+    a, b, _ = pair()
+    a.add(b, dial=False)
+    b.add(a)
+    message = well_made(b)
+    b.send(inner_packet("fd00::b", "fd00::a", b"from b"))
+    a.receive(b.take()[0], b.path)
+    (response,) = a.take()
+    for number in range(AT_ONCE + MAX_WAITING):
+        b.receive(message, VirtualPath(f"flood {number}"))
+    for _ in range(MAX_PROVEN_WAITING + 10):
+        b.receive(response, a.path)
+    assert dropped(b) == {Drop.UNKNOWN_PEER: AT_ONCE, Drop.RATE_LIMITED: 10}

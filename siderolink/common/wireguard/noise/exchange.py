@@ -192,7 +192,8 @@ class Exchange:
             return None
         if self.turns.admits(now):
             return self.process(kind, datagram, path, now)
-        if self.turns.keep((kind, datagram, path)):
+        may_wait = not self.turns.is_crowded or self._is_proven(datagram, path.source, now)
+        if may_wait and self.turns.keep((kind, datagram, path)):
             self._output.is_waiting = True  # the owner arms a timer
         else:
             self._output.drop(Drop.RATE_LIMITED)
@@ -216,7 +217,7 @@ class Exchange:
         if not self.load.is_under_load(now):
             return True
         source = path.source
-        is_proven = self._is_awaited(datagram) or self._guard.has_mac2(datagram, source, now)
+        is_proven = self._is_proven(datagram, source, now)
         limiter = self._limiter if is_proven else self._cookies
         if not limiter.allows(source, now):
             self._output.drop(Drop.RATE_LIMITED)
@@ -226,6 +227,10 @@ class Exchange:
             self._output.send(path, self._guard.cookie_reply(datagram, source, now))
             self.turns.spend(COOKIE_COST)
         return is_proven
+
+    def _is_proven(self, datagram: bytes, source: bytes, now: float) -> bool:
+        """Whether the message has a cookie, or is a response to our open initiation."""
+        return self._is_awaited(datagram) or self._guard.has_mac2(datagram, source, now)
 
     def _is_awaited(self, datagram: bytes) -> bool:
         is_response = messages.message_type(datagram) == messages.RESPONSE

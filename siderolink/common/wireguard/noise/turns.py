@@ -16,7 +16,9 @@ TURN_COST = 128
 TURN_INTERVAL = 0.004
 """Seconds from the beginning of a turn to the next one, so at most 4,000 handshakes per second."""
 MAX_WAITING = 1024
-"""Messages of up to 148 bytes that wait; more are dropped."""
+"""Messages of up to 148 bytes that wait; of more, only those with a proof that their source is genuine wait, too."""
+MAX_PROVEN_WAITING = 512
+"""Room for these, so that a flood does not displace them; more are dropped."""
 
 Waiting = tuple[int, bytes, Path]
 """A message's type, its datagram, and where it came from."""
@@ -47,9 +49,14 @@ class HandshakeTurns:
         """Whether a message that has just come may be processed now."""
         return not self._waiting and self._has_time(now)
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether only proven messages may still wait."""
+        return len(self._waiting) >= MAX_WAITING
+
     def keep(self, message: Waiting) -> bool:
         """Keep a message for a later turn; returns False if too many wait."""
-        if len(self._waiting) >= MAX_WAITING:
+        if len(self._waiting) >= MAX_WAITING + MAX_PROVEN_WAITING:
             return False
         self._waiting.append(message)
         return True
