@@ -2,6 +2,7 @@
 
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from siderolink.common.wireguard.noise import Drop
 from siderolink.common.wireguard.noise.cookies import UNDER_LOAD_RATE
@@ -13,10 +14,21 @@ from siderolink.common.wireguard.noise.turns import (
     TURN_COST,
     TURN_INTERVAL,
 )
-from tests.support.virtual import Node, VirtualPath, dropped, inner_packet, pair
+from siderolink.common.wireguard.path import Datagrams
+from tests.support.virtual import Node, VirtualPath, dropped, inner_packet, joined, pair
 
 A_TO_B = inner_packet("fd00::a", "fd00::b", b"from a")
 AT_ONCE = TURN_COST // HANDSHAKE_COST
+
+
+@dataclass
+class EndingPath:
+    """A path that ends."""
+
+    source: bytes
+    is_open: bool = True
+    peer: bytes | None = None
+    headroom: int = 0
 
 
 def well_made(b: Node) -> bytes:
@@ -157,3 +169,19 @@ def test_proven_messages_that_wait_are_bounded() -> None:
     for _ in range(MAX_PROVEN_WAITING + 10):
         b.receive(response, a.path)
     assert dropped(b) == {Drop.UNKNOWN_PEER: AT_ONCE, Drop.RATE_LIMITED: 10}
+
+
+def test_a_peer_does_not_return_to_a_path_that_ended_while_its_message_waited() -> None:
+    a, b, _ = joined()
+    (peer,) = b.engine.peers.values()
+    message, old = well_made(b), EndingPath(b"old")
+    a.clock.now += 1.0
+    for number in range(AT_ONCE):
+        b.receive(message, VirtualPath(f"flood {number}"))
+    a.engine.handshake(a.engine.peers[b.engine.public_key], a.clock.now)
+    a.drain()
+    b.engine.receive(Datagrams.single(a.take()[-1]), old, b.clock.now)
+    old.is_open = False
+    b.settle()
+    assert peer.path == a.path
+    assert dropped(b)[Drop.NO_PATH] == 1

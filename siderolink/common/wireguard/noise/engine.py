@@ -216,6 +216,9 @@ class Engine:
         """
         while (waiting := self._turns.take(now)) is not None:
             kind, datagram, path = waiting
+            if not path.is_open:  # its stream ended meanwhile: the peer must not return to it
+                self.output.drop(Drop.NO_PATH)
+                continue
             self._processed(self._exchange.process(kind, datagram, path, now), len(datagram), path, now)
         for peer in islice(self._deadlines.due(now), most):
             self._handle_due(peer, now)

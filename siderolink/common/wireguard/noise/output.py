@@ -62,7 +62,8 @@ class Drop(StrEnum):
     NO_PEER = "no_peer"
     """A packet from the interface for an address that no peer has."""
     NO_PATH = "no_path"
-    """A packet or message for a peer that was never heard from and has no endpoint."""
+    """A packet or message for a peer that was never heard from and has no endpoint,
+    or a handshake message whose stream ended while it waited."""
     ROUTING_LOOP = "routing_loop"
     """A packet from the interface that is a datagram to the peer's own endpoint: a routing loop."""
     USELESS_KEY = "useless_key"
