@@ -1,6 +1,8 @@
 """grpclib's dispatch of HTTP/2 events to streams, with limits, and with raw streams that bypass it."""
 
+import asyncio
 from collections.abc import Callable
+from typing import Final
 
 import h2.events
 from grpclib.protocol import AbstractHandler, EventsProcessor
@@ -11,6 +13,8 @@ from siderolink.common.grpc import private
 from siderolink.common.grpc.connection import Connection, H2Stream
 from siderolink.common.grpc.header_fields import as_text, read_request
 from siderolink.common.grpc.refusals import Refusal, Refused
+
+_HIGHEST_STREAM: Final = 2**31 - 1
 
 
 def nothing(*_: object) -> None:
@@ -26,6 +30,7 @@ class Processor(EventsProcessor):
         super().__init__(handler, connection)
         self.is_leaving = False
         """Whether the peer ends the connection once the present streams have ended."""
+        self._last_stream = _HIGHEST_STREAM
         self._on_streams = on_streams
 
     def forget_owner(self) -> None:
@@ -39,18 +44,25 @@ class Processor(EventsProcessor):
     def leave(self, last_stream: int) -> None:
         """The peer accepts no further streams, and ends the connection after those up to `last_stream` (RFC 9113, 6.8)."""
         self.is_leaving = True
-        if self.connection.engine.config.client_side:
+        if not self.connection.is_server:
+            self._last_stream = last_stream
             self.handler.close()  # new calls open another connection
-            for stream_id, stream in tuple(self.streams.items()):
-                if stream_id > last_stream:
-                    private.terminate(stream, "the server takes no more calls on this connection")
+            for stream in tuple(self.streams.values()):
+                self._cut_refused(stream)
         if not self.streams:
             self.close("the other end closes the connection")
+
+    def _cut_refused(self, stream: _GrpclibStream) -> None:
+        assert stream.id is not None
+        if stream.id > self._last_stream and stream.id in self.streams:
+            private.terminate(stream, "the server takes no more calls on this connection")
 
     def register(self, stream: _GrpclibStream) -> Callable[[], None]:
         assert isinstance(stream, H2Stream)
         release = super().register(stream)
         self._on_streams(len(self.streams))
+        if stream.id is not None and stream.id > self._last_stream:  # it waited for its place while the peer left
+            asyncio.get_running_loop().call_soon(self._cut_refused, stream)
 
         def release_stream() -> None:
             assert stream.id is not None

@@ -144,6 +144,29 @@ async def test_a_call_that_the_server_did_not_accept_is_cut() -> None:
                 await method(channel)(Raw(b"x"))
 
 
+async def test_a_call_that_waited_for_its_place_on_a_connection_that_is_left_is_cut() -> None:
+    async with raw_server() as server, open_channel("127.0.0.1", server.port) as channel, anyio.create_task_group() as tasks:
+
+        async def second() -> None:
+            with pytest.raises(StreamTerminatedError):
+                await method(channel)(Raw(b"second"))
+            cut.set()
+
+        cut = anyio.Event()
+        tasks.start_soon(method(channel), Raw(b"first"))
+        old = await server.connection()
+        old.send(SettingsFrame(0, settings={SettingsFrame.MAX_CONCURRENT_STREAMS: 1}), PingFrame(0, opaque_data=bytes(8)))
+        await next_frame(old, PingFrame)
+        tasks.start_soon(second)
+        await anyio.wait_all_tasks_blocked()
+        leave(old, 1)
+        answer(old, b"of the first call")
+        await next_frame(old, HeadersFrame)
+        with anyio.fail_after(30):
+            await cut.wait()
+        await old.until_closed()
+
+
 async def test_an_idle_connection_is_closed() -> None:
     async with raw_server() as server, open_channel("127.0.0.1", server.port) as channel:
         async with anyio.create_task_group() as tasks:
