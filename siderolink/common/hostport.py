@@ -58,8 +58,13 @@ class HostPort:
         except ValueError:
             pass
         found = await look_up(self.host, self.port, socket.SOCK_DGRAM, socket.AI_ADDRCONFIG)
-        addresses = dict.fromkeys(str(target[0]) for *_, target in found)
+        addresses = dict.fromkeys(_zoned(target) for *_, target in found)
         return [(ip_address(address), self.port) for address in addresses]
+
+
+def _zoned(target: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> str:
+    """The address of a socket address, with its zone: link-local ones, such as those of mDNS names, have one."""
+    return f"{target[0]}%{target[3]}" if len(target) == 4 and target[3] else str(target[0])
 
 
 AddressInfo = tuple[

@@ -1,10 +1,12 @@
 """The small parts that every room uses."""
 
 import asyncio
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from ipaddress import IPv6Address
 from typing import Any
 
 import anyio
@@ -13,9 +15,10 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
+from siderolink.common import hostport
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.hostport import HostPort
+from siderolink.common.hostport import AddressInfo, HostPort
 from siderolink.common.netlink import run_netlink
 from siderolink.common.newest_dict import NewestDict
 from siderolink.common.queues import Broadcast
@@ -184,6 +187,16 @@ async def test_names_are_resolved_and_addresses_are_not() -> None:
     assert all(address.is_loopback and port == 5 for address, port in found)
     with pytest.raises(OSError, match=r".+"):
         await HostPort("does-not-exist.invalid", 5).resolve()
+
+
+@pytest.mark.anyio
+async def test_an_address_that_a_name_has_on_one_link_only_keeps_its_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def look_up(host: str, port: int, *options: object) -> Sequence[AddressInfo]:
+        return socket.getaddrinfo("fe80::1%lo", port, type=socket.SOCK_DGRAM)
+
+    monkeypatch.setattr(hostport, "look_up", look_up)
+    zone = socket.if_nametoindex("lo")
+    assert await HostPort("router.local", 5).resolve() == [(IPv6Address(f"fe80::1%{zone}"), 5)]
 
 
 @given(st.text(), st.integers(min_value=0, max_value=50))
