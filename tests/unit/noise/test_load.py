@@ -36,7 +36,7 @@ def test_under_load_a_cookie_is_required_and_the_handshake_then_succeeds() -> No
     (well_made,) = stranger.take()
     for number in range(UNDER_LOAD_RATE + 10):
         b.receive(well_made, VirtualPath(f"flood {number}"))
-    b.settle()
+        b.settle()
     assert dropped(b) == Counter({Drop.UNKNOWN_PEER: UNDER_LOAD_RATE, Drop.BAD_MAC2: 10})
     assert [messages.message_type(datagram) for datagram in b.take()] == [messages.COOKIE_REPLY] * 10
     a.send(A_TO_B)
@@ -86,7 +86,7 @@ def test_under_load_an_unexpected_response_needs_a_cookie() -> None:
     (well_made,) = stranger.take()
     for number in range(UNDER_LOAD_RATE + 1):
         b.receive(well_made, VirtualPath(f"flood {number}"))
-    b.settle()
+        b.settle()
     b.take()
     for number in range(int(SOURCE_BURST) + 3):
         b.receive(response[:8] + bytes(4) + response[12:-32] + bytes(32), VirtualPath(f"forger {number}"))

@@ -116,6 +116,21 @@ def test_a_machine_behind_a_burst_joins_when_it_is_its_turn() -> None:
     assert dropped(b) == {Drop.UNKNOWN_PEER: 300}
 
 
+def test_a_burst_of_many_machines_gets_cookies_from_the_message_on_that_makes_it_a_load() -> None:
+    """All machines of a server that was restarted call at once; one that gets no answer waits for 5 s."""
+    _, b, _ = pair()
+    message = well_made(b)
+    for number in range(3000):
+        b.clock.now = max(b.clock.now, number / 30_000)
+        b.receive(message, VirtualPath(f"machine {number}"))
+        while b.engine.next_deadline() <= b.clock.now:
+            b.handle_timers()
+    b.settle()
+    counted = dropped(b)
+    assert counted == {Drop.UNKNOWN_PEER: counted[Drop.UNKNOWN_PEER], Drop.BAD_MAC2: 3000 - counted[Drop.UNKNOWN_PEER]}
+    assert counted[Drop.UNKNOWN_PEER] < UNDER_LOAD_RATE
+
+
 def test_a_flood_that_waits_displaces_no_response_that_is_awaited() -> None:
     a, b, _ = pair()
     a.add(b, dial=False)

@@ -119,13 +119,16 @@ class LoadMeter:
         self._window_at = 0.0
         self._loaded_until = 0.0
 
-    def is_under_load(self, now: float) -> bool:
-        """Count one message; True from the first one above the rate until a second after the last."""
+    def count(self, now: float) -> None:
+        """Count one message that has just come, whether or not it waits for its turn."""
         if now - self._window_at >= 1.0:
             self._window_at, self._count = now, 0
         self._count += 1
         if self._count > self.rate:
             self._loaded_until = now + 1.0
+
+    def is_under_load(self, now: float) -> bool:
+        """True from the first message above the rate until a second after the last."""
         return now < self._loaded_until
 
 

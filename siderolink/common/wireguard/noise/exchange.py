@@ -190,6 +190,7 @@ class Exchange:
         if not self._guard.has_mac1(datagram):
             self._output.drop(Drop.BAD_MAC1)
             return None
+        self.load.count(now)
         if self.turns.admits(now):
             return self.process(kind, datagram, path, now)
         may_wait = not self.turns.is_crowded or self._is_proven(datagram, path.source, now)
