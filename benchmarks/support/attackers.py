@@ -255,19 +255,21 @@ SENT: Counter[int] = Counter()
 """Datagrams by port."""
 
 
+DATAGRAMS_PER_SECOND = 7_000
+"""Of each kind: many times what a server answers without a cookie. More would measure how many packets this host can carry."""
+
+
 async def flood_datagrams(sock: socket.socket, target: tuple[str, int], datagrams: bytes, size: int) -> None:
-    """Send datagrams of one size as fast as the socket takes them, up to 64 with each call."""
+    """Send datagrams of one size, up to 64 with each call."""
     with contextlib.suppress(OSError):
         sock.setsockopt(17, 103, size)  # UDP_SEGMENT
+    count = len(datagrams) // size
     while True:
-        try:
+        next_at = time.monotonic() + count / DATAGRAMS_PER_SECOND
+        with contextlib.suppress(OSError):  # the kernel cannot segment for this device, or its buffer is full
             sock.sendto(datagrams, target)
-            SENT[target[1]] += len(datagrams) // size
-        except BlockingIOError:
-            await asyncio.sleep(0.001)
-        except OSError:  # the kernel cannot segment for this device, or its buffer is full
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0)
+            SENT[target[1]] += count
+        await asyncio.sleep(max(next_at - time.monotonic(), 0))
 
 
 async def handshakes(server_key: str) -> None:

@@ -175,7 +175,8 @@ class AllowedIPs(Generic[T]):
 
     def lookup(self, address: bytes) -> T | None:
         """The owner of a packed address (4 or 16 bytes)."""
-        return self._hosts.get(address) or self._family(address).lookup(address)
+        owner = self._hosts.get(address)
+        return self._family(address).lookup(address) if owner is None else owner
 
     def _family(self, address: bytes) -> _Family[T]:
         return self._v6 if len(address) == 16 else self._v4
