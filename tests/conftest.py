@@ -1,9 +1,12 @@
 import asyncio
+import inspect
 import os
 import signal
+import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -17,6 +20,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """A plain test may run a loop of its own beside that of an asynchronous fixture; old versions of anyio forbid it."""
+    library = sys.modules.get("sniffio")
+    if library is None or inspect.iscoroutinefunction(pyfuncitem.obj):
+        return (yield)
+    token = library.current_async_library_cvar.set(None)
+    try:
+        return (yield)
+    finally:
+        library.current_async_library_cvar.reset(token)
 
 
 def descriptors() -> dict[str, str]:

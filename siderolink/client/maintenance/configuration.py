@@ -110,7 +110,7 @@ class ConfigurationKeeper:
         while True:
             self._trial_changed = anyio.Event()
             trial = self._trial
-            with anyio.move_on_at(trial.ends_at if trial is not None else float("inf")) as scope:
+            with anyio.CancelScope(deadline=trial.ends_at if trial is not None else float("inf")) as scope:
                 await self._trial_changed.wait()
             if scope.cancelled_caught and trial is not None and self._trial is trial:
                 await self._end_trial(trial)
