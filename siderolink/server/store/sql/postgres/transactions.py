@@ -116,8 +116,9 @@ class _Attempt:
         if transaction.has_written:
             keys = read | (transaction.writes - {("id", machine_id) for machine_id in transaction.seen})
             self.locks |= keys
-            steps += [*_locks(keys), *reads.check(read, is_locking=True), *queries.writes(transaction)]
-            steps += [queries.COMMIT] if is_held else []
+            # without a COMMIT of its own, the driver could not tell which statement an error at the end is of
+            steps += [] if is_held else [queries.BEGIN]
+            steps += [*_locks(keys), *reads.check(read, is_locking=True), *queries.writes(transaction), queries.COMMIT]
         elif reads.rounds > 1:
             steps += reads.check(read, is_locking=False)
         if steps:
@@ -128,7 +129,7 @@ class _Attempt:
 
 
 async def _send(driver: Driver, steps: Iterable[Step]) -> None:
-    """In one round trip, which Postgres makes one transaction unless one has begun."""
+    """In one round trip."""
     with answer_awaited():
         await _run(driver, steps)
 
@@ -146,19 +147,9 @@ async def _run(driver: Driver, steps: Iterable[Step]) -> None:
             except DriverError as error:
                 failure = error  # raised below: otherwise the pipeline would log the skipped statements
     except DriverError as error:
-        failure = failure or _told(error)
+        failure = failure or error
     if failure is not None:
         raise failure
-
-
-def _told(error: DriverError) -> DriverError:
-    """The database's own error behind the driver's: one at the COMMIT leaves the driver in the middle of its pipeline."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, DriverError) and found.sqlstate:
-            return found
-        found = found.__context__
-    return error
 
 
 async def run_work(database: Database, work: Work[T], *, urgent: bool = False) -> tuple[T, bool]:
