@@ -110,7 +110,7 @@ COSTS = {
     ),
     "WireGuard's UDP port": (
         "a completed handshake",
-        f"none; for all, {handshake_turns.MAX_WAITING:,} messages that wait and {handshake_turns.MAX_PROVEN_WAITING} more "
+        f"none; for all, {handshake_turns.MAX_WAITING:,} messages that wait and {handshake_turns.MAX_PROVEN_WAITING:,} more "
         f"that are proven, and {kib(8 * cookies.SOURCE_SLOTS)}",
         "a peer's sessions",
         f"{handshake_turns.TURN_COST // handshake_turns.HANDSHAKE_COST} handshakes or "

@@ -222,6 +222,7 @@ class Exchange:
         limiter = self._limiter if is_proven else self._cookies
         if not limiter.allows(source, now):
             self._output.drop(Drop.RATE_LIMITED)
+            self.turns.spend(COOKIE_COST)
             return False
         if not is_proven:
             self._output.drop(Drop.BAD_MAC2)

@@ -15,9 +15,9 @@ TURN_COST = 128
 """The cost after which a turn ends: 16 handshakes or 128 cookies, some 3 ms."""
 TURN_INTERVAL = 0.004
 """Seconds from the beginning of a turn to the next one, so at most 4,000 handshakes per second."""
-MAX_WAITING = 1024
+MAX_WAITING = 4096
 """Messages of up to 148 bytes that wait; of more, only those with a proof that their source is genuine wait, too."""
-MAX_PROVEN_WAITING = 512
+MAX_PROVEN_WAITING = 8192
 """Room for these, so that a flood does not displace them; more are dropped."""
 
 Waiting = tuple[int, bytes, Path]
