@@ -1,6 +1,7 @@
 """Reads for the transactions of one batch: concurrent reads share one query."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -78,11 +79,13 @@ class Reader:
 
     def want(self, keys: Iterable[Key]) -> None:
         """Prefetch keys that will be read soon."""
+        known, new_future = self._answers, asyncio.get_running_loop().create_future
         for key in keys:
-            if key not in self._answers:
-                self._answers[key] = asyncio.get_running_loop().create_future()
+            if key not in known:
+                known[key] = new_future()
                 self._wanted.append(key)
-                self._wake.set()
+        if self._wanted:
+            self._wake.set()
 
     async def read(self, key: Key) -> Found:
         """Raises StoreError."""
@@ -96,8 +99,7 @@ class Reader:
             await self._wake.wait()
             await asyncio.sleep(0)  # other works of the batch are about to read, too
             self._wake.clear()
-            # rows that other columns have led to are known by their ids meanwhile
-            wanted, self._wanted = [key for key in self._wanted if not self._answers[key].done()], []
+            wanted, self._wanted = self._wanted, []
             try:
                 with translated():
                     found = await fetch(self._find, wanted)
@@ -110,12 +112,21 @@ class Reader:
 
     def _answer(self, wanted: Sequence[Key], found: dict[Key, Found]) -> None:
         for key in wanted:
-            machine = found.get(key)
-            self._answers[key].set_result(machine)
-            if isinstance(machine, Machine):
-                by_id = self._answers.setdefault(("id", machine.id), asyncio.get_running_loop().create_future())
-                if not by_id.done() and ("id", machine.id) not in wanted:
-                    by_id.set_result(machine)
+            value = found.get(key)
+            self._answers[key].set_result(value)
+            if value is not None and isinstance(value, Machine):
+                self._answer_by_id(value)
+
+    def _answer_by_id(self, machine: Machine) -> None:
+        """A row that another column has led to is known by its id, too."""
+        key: Key = ("id", machine.id)
+        if key not in self._answers:
+            self._answers[key] = asyncio.get_running_loop().create_future()
+        elif self._answers[key].done() or key not in self._wanted:  # the query that led to this row answers it
+            return
+        else:
+            self._wanted.remove(key)
+        self._answers[key].set_result(machine)
 
 
 async def fetch(find: Finder, wanted: Sequence[Key]) -> dict[Key, Found]:
@@ -125,26 +136,27 @@ async def fetch(find: Finder, wanted: Sequence[Key]) -> dict[Key, Found]:
 
 def seek(wanted: Iterable[Key]) -> Sought:
     """Group the keys by table and column."""
-    sought: Sought = {}
+    by_name: defaultdict[str, list[Hashable]] = defaultdict(list)
     for name, value in wanted:
-        if isinstance(value, Ban):
-            bans = sought.setdefault("bans", {"kind": [], "value": []})
-            bans["value"].append(value.value)
-            if value.kind.value not in bans["kind"]:
-                bans["kind"].append(value.kind.value)
+        by_name[name].append(value)
+    sought: Sought = {}
+    for name, values in by_name.items():
+        if name == BAN:
+            bans = [ban for ban in values if isinstance(ban, Ban)]
+            sought["bans"] = {"kind": list({ban.kind for ban in bans}), "value": [ban.value for ban in bans]}
         elif name in _WHOLE:
             sought[name] = {}
-        elif name.startswith(TOKEN):
-            sought.setdefault("join_tokens", {}).setdefault(name.removeprefix(TOKEN), []).append(value)
         else:
-            table, column = _PLACES.get(name, ("machines", name))
-            sought.setdefault(table, {}).setdefault(column, []).append(value)
+            table, column = (
+                ("join_tokens", name[len(TOKEN) :]) if name.startswith(TOKEN) else _PLACES.get(name, ("machines", name))
+            )
+            sought.setdefault(table, {})[column] = values
     return sought
 
 
 def answers(wanted: Sequence[Key], rows: Mapping[str, Sequence[Any]]) -> dict[Key, Found]:
     """The value of each key, taken from the rows found."""
-    names = {name for name, _ in wanted}
+    names = dict(wanted).keys()
     found: dict[Key, Found] = {(BAN, ban): ban for ban in rows.get("bans", ())}
     found |= {(name, 1): list(rows.get(name, ())) for name in names & _WHOLE}
     found |= {(OWNER_OF, owner.machine_id): owner for owner in rows.get("sessions", ())}

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from ipaddress import IPv6Address
 from operator import attrgetter
+from types import UnionType
+from typing import NamedTuple, get_args, get_type_hints
 
 from sqlalchemy import Table
 
@@ -43,13 +45,32 @@ def names(table: Table) -> tuple[str, ...]:
     return tuple(column.name for column in table.columns)
 
 
+class _Form(NamedTuple):
+    """How a row becomes cells of its table."""
+
+    names: tuple[str, ...]
+    read: Callable[[Row], tuple[object, ...]]
+    """Reads the fields that are columns, in the order of `names`."""
+    converted: tuple[int, ...]
+    """Positions of the fields whose types are not those of columns."""
+
+
 @cache
-def _reader(table: Table) -> Callable[[Row], tuple[object, ...]]:
-    """Reads the fields of a row that are its table's columns."""
-    return attrgetter(*names(table))
+def _form(kind: type, table: Table) -> _Form:
+    columns, types = names(table), get_type_hints(kind)
+    converted = (at for at, name in enumerate(columns) if not _alternatives(types[name]) <= _PLAIN)
+    return _Form(columns, attrgetter(*columns), tuple(converted))
+
+
+def _alternatives(annotation: type | UnionType) -> set[object]:
+    return set(get_args(annotation)) if isinstance(annotation, UnionType) else {annotation}
 
 
 def cells_of(row: Row, table: Table) -> dict[str, object]:
     """A row's fields in the form of its table's columns."""
-    found = [value if type(value) in _PLAIN else cell(value) for value in _reader(table)(row)]
-    return dict(zip(names(table), found, strict=True))
+    kind: type = type(row)
+    columns, read, converted = _form(kind, table)
+    found = list(read(row))
+    for at in converted:
+        found[at] = cell(found[at])
+    return dict(zip(columns, found, strict=True))

@@ -60,12 +60,18 @@ _INSERT_HISTORY = _statement(
 
 
 @lru_cache(maxsize=256)
+def _numbered(column: str, count: int) -> list[str]:
+    """The names of a column's parameters."""
+    return [f"{column}_{at}" for at in range(count)]
+
+
+@lru_cache(maxsize=256)
 def _select(name: str, counts: tuple[tuple[str, int], ...]) -> Statement:
     """The name of a table, then its rows that have one of so many values per column, filled up to `_WIDTH` columns."""
     table, searched = tables.metadata.tables[name], dict(counts)
 
     def is_sought(column: Column[Any]) -> ColumnElement[bool]:
-        return column.in_([bindparam(f"{column.name}_{number}") for number in range(searched[column.name])])
+        return column.in_([bindparam(name) for name in _numbered(column.name, searched[column.name])])
 
     filling: list[ColumnElement[Any]] = [literal_column("NULL")] * (_WIDTH - len(names(table)))
     found = select(literal_column(f"'{name}'"), *table.columns, *filling)
@@ -82,10 +88,14 @@ class SqliteFinder:
         texts: list[str] = []
         given: list[object] = []
         for table, columns in sought.items():
-            padded = {column: _padded(values) for column, values in columns.items()}
-            part = _select(table, tuple((column, len(values)) for column, values in padded.items()))
+            cells: dict[str, object] = {}
+            counts: list[tuple[str, int]] = []
+            for column, values in columns.items():
+                padded = _padded(values)
+                counts.append((column, len(padded)))
+                cells.update(zip(_numbered(*counts[-1]), map(cell, padded), strict=True))
+            part = _select(table, tuple(counts))
             texts.append(part.text)
-            cells = {f"{name}_{at}": cell(value) for name, values in padded.items() for at, value in enumerate(values)}
             given += part.values(cells)
         found: dict[str, list[Any]] = {table: [] for table in sought}
         if texts:

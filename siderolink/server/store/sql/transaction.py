@@ -92,6 +92,8 @@ class _RowChanges:
 
     def _find_here(self, key: Key) -> Machine | None:
         """A row with this value that this transaction has written."""
+        if not self.rows:
+            return None
         column, value = key
         for row in self.rows.values():
             if row is not None and getattr(row, column) == value and (column != "node_uuid" or row.is_accepted):
