@@ -163,9 +163,9 @@ class DataPlane:
                 break
             if backlog.may_pass(frame) and self._send_single(frame, now, is_ahead=True):
                 backlog.note_passed(frame)
-                self._quiet_flows.note(now)
+                self._quiet_flows.note_passed(frame, now)
             else:
-                backlog.add(frame)
+                self._quiet_flows.note_waiting(backlog.add(frame), frame)
         return not backlog.is_full
 
     def _send_backlog(self, now: float) -> bool:

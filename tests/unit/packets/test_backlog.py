@@ -138,7 +138,7 @@ def test_only_small_packets_of_flows_without_super_packets_are_quiet() -> None:
     flows.learn(bytes(10) + quiet.encode(), now)
     assert flows.are_recent(now)
     assert not flows.are_recent(now + QUIET_FLOW_SECONDS)
-    flows.note(now + QUIET_FLOW_SECONDS)
+    flows.note_passed(bytes(10) + quiet.encode(), now + QUIET_FLOW_SECONDS)
     assert flows.are_recent(now + QUIET_FLOW_SECONDS)
 
 
@@ -152,3 +152,20 @@ def test_it_is_full_by_frames_and_by_bytes_and_empty_after_it_was_cleared() -> N
         assert not backlog.frames
         backlog.add(bytes(10) + Packet(ports=(1, 1)).encode())
         assert backlog.may_pass(bytes(10) + Packet().encode())
+
+
+def test_small_packets_of_busy_flows_that_overtook_others_are_not_a_quiet_flow() -> None:
+    """Otherwise several busy flows, each of which sends a small packet now and then, keep reading ahead for ever."""
+    flows, backlog = QuietFlows(), Backlog()
+    busy, terminal, quiet = (Packet(ports=(port, 9), payload=bytes(1200)) for port in (1, 2, 3))
+    large, output = replace(busy, payload=bytes(24_000)).frame(1200), replace(terminal, payload=bytes(3600)).frame(1200)
+    flows.note_waiting(backlog.add(large), large)
+    flows.note_waiting(backlog.add(output), output)
+    now = 1000.0
+    flows.note_passed(bytes(10) + busy.encode(), now)
+    assert not flows.are_recent(now)
+    for small in (terminal, quiet):
+        flows.note_passed(bytes(10) + small.encode(), now)
+        assert flows.are_recent(now)
+        now += QUIET_FLOW_SECONDS
+        assert not flows.are_recent(now)

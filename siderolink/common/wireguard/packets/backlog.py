@@ -20,6 +20,8 @@ LONGEST_HEADER: Final = VNET_SIZE + 64
 """The part of a frame that identifies its flow."""
 
 _MAX_BUSY_FLOWS: Final = 64
+_BULK_BYTES: Final = 16 << 10
+"""A flow with a super-packet this long is a busy one; shorter ones may be the output of a terminal."""
 _ICMP: Final = 1
 _ICMP6: Final = 58
 
@@ -52,12 +54,13 @@ class Backlog:
         """Note that the frame was sent before the waiting ones."""
         self._passed += len(frame)
 
-    def add(self, frame: Bytes) -> None:
-        """Append a copy of the frame."""
+    def add(self, frame: Bytes) -> bytes:
+        """Append a copy of the frame; returns its flow."""
         flow = flow_of(frame)[1]
         self.frames.append((bytes(frame), flow))
         self._waiting[flow] = self._waiting.get(flow, 0) + 1
         self._size += len(frame)
+        return flow
 
     def take(self) -> memoryview | None:
         """Remove and return the oldest frame; None if there is none."""
@@ -90,18 +93,27 @@ class QuietFlows:
     def are_recent(self, now: float) -> bool:
         return now - self._seen_at < QUIET_FLOW_SECONDS
 
-    def note(self, now: float) -> None:
-        """Note a packet of a quiet flow."""
-        self._seen_at = now
+    def note_passed(self, frame: Bytes, now: float) -> None:
+        """Note a packet that was sent before waiting ones. Busy flows have small packets, too, which say nothing."""
+        if flow_of(frame)[1] not in self._busy_flows:
+            self._seen_at = now
+
+    def note_waiting(self, flow: bytes, frame: Bytes) -> None:
+        """Note a frame that waits, and its flow."""
+        if len(frame) >= _BULK_BYTES:
+            self._add_busy(flow)
 
     def learn(self, frame: Bytes, now: float) -> None:
         """Learn from a small packet that follows the super-packet `busy`, whose flow is a busy one."""
-        if len(self._busy_flows) >= _MAX_BUSY_FLOWS:
-            self._busy_flows.clear()
-        self._busy_flows.add(flow_of(self.busy)[1])
+        self._add_busy(flow_of(self.busy)[1])
         self.busy = b""
         if flow_of(frame)[1] not in self._busy_flows:
             self._seen_at = now
+
+    def _add_busy(self, flow: bytes) -> None:
+        if len(self._busy_flows) >= _MAX_BUSY_FLOWS:
+            self._busy_flows.clear()
+        self._busy_flows.add(flow)
 
 
 def flow_of(frame: Bytes) -> tuple[bytes, bytes]:
