@@ -25,10 +25,12 @@ class TestProxy:
         self._kind = kind
         self._credentials = credentials
 
-    async def serve(self, reader: Reader, writer: Writer) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def accept(self, reader: Reader, writer: Writer) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
         self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _serve(self, reader: Reader, writer: Writer) -> None:
         try:
             target = await (self._connect(reader, writer) if self._kind == "http" else self._socks(reader, writer))
             if target is not None:
@@ -39,7 +41,6 @@ class TestProxy:
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
-            self.tasks.discard(task)
 
     async def _connect(self, reader: Reader, writer: Writer) -> int | None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
@@ -108,12 +109,14 @@ async def running_proxy(
 ) -> AsyncIterator[TestProxy]:
     """Run a proxy while the body runs."""
     proxy = TestProxy(kind, credentials)
-    server = await asyncio.start_server(proxy.serve, host, port, ssl=tls)
+    server = await asyncio.start_server(proxy.accept, host, port, ssl=tls)
     proxy.port = server.sockets[0].getsockname()[1]
     try:
         yield proxy
     finally:
         server.close()
+        for _ in range(5):  # a connection that was accepted just now gets its task
+            await asyncio.sleep(0)
         tasks = list(proxy.tasks)
         for task in tasks:
             task.cancel()

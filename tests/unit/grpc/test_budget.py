@@ -324,7 +324,7 @@ async def test_strangers_have_fewer_connections_by_tls_which_are_larger(tmp_path
 @pytest.mark.anyio
 async def test_a_thousand_machines_behind_one_address_join_again_at_once(no_leaks: None) -> None:
     """Each uses a connection for the call and keeps another one, while a stranger holds as many as it can."""
-    patient = Limits(preface_timeout=90, connect_timeout=90)  # the load of this host is not part of the test
+    patient = Limits(preface_timeout=200, connect_timeout=200, unproven_timeout=200)  # the load of this host is not tested
     limits = replace(patient, max_connections=4000, max_connections_per_address=1024, max_unproven_connections=1500)
     served = 0
 
@@ -334,13 +334,13 @@ async def test_a_thousand_machines_behind_one_address_join_again_at_once(no_leak
         return data
 
     async with serve([Tokens(count)], host="127.0.0.1", limits=limits, has_tokens=True) as server:
-        async with holding(server.port, "127.0.0.2", 200), contextlib.AsyncExitStack() as kept, asyncio.timeout(100):
+        async with holding(server.port, "127.0.0.2", 200), contextlib.AsyncExitStack() as kept, asyncio.timeout(200):
 
             async def join() -> None:
                 channel = await kept.enter_async_context(open_channel("127.0.0.1", server.port, limits=patient))
                 await channel.connect()
                 async with open_channel("127.0.0.1", server.port, limits=patient) as call:
-                    await method(call)(Raw(b"valid"), timeout=90)
+                    await method(call)(Raw(b"valid"), timeout=200)
 
             began = time.process_time()
             await asyncio.gather(*(join() for _ in range(1000)))
