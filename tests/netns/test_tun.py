@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -311,7 +312,8 @@ def test_refused_super_packets_are_retried_later(monkeypatch: pytest.MonkeyPatch
     refusing = Refusing()
     now = [100.0]
     monkeypatch.setattr("siderolink.common.wireguard.tun.os.writev", refusing.writev)
-    monkeypatch.setattr("siderolink.common.wireguard.tun.time.monotonic", lambda: now[0])
+    # the loops must keep their clock
+    monkeypatch.setattr("siderolink.common.wireguard.tun.time", SimpleNamespace(monotonic=lambda: now[0]))
     with inside() as (namespace, portal), namespace.call(Tun.open, NAME, 1280) as tun:
         portal.call(tun.configure, (ip_interface("fd00::1/64"),), 1280)
         frame = [Packet(payload=bytes(5000)).frame(1000)]
