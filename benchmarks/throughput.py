@@ -189,7 +189,8 @@ def main() -> None:
     made = carriers(options.carriers.split(","), options.wireguard_go)
     report, failed = measure(made, options.only.split(","), options.seconds, options.rounds)
     against = NAMES["newest"] if "newest" in made else report.carriers[-1]
-    text = report.as_json(shlex.join(["benchmarks/throughput.py", *sys.argv[1:]]))
+    given = ("FOLDER" if one == str(options.save) else one for one in sys.argv[1:])
+    text = report.as_json(shlex.join(["benchmarks/throughput.py", *given]))
     print(text if options.json else report.table(against))
     if options.save is not None:
         options.save.mkdir(parents=True, exist_ok=True)
