@@ -77,7 +77,11 @@ def test_machines_leave_a_host_that_vanished_long_before_a_keepalive_is_missed(t
                 for at, event in events:
                     log.info("%s %+.1f s: %s", how, at - gone_at, event)
             reasons = [event.reason for _, event in told["udp"] if isinstance(event, Disconnected)]
-            assert reasons == ["another server of its store died, and echoes over the link go unanswered"]  # and no silence
+            # Not its silence. On a busy host the connection to the API may show it before the echoes do.
+            assert reasons in (
+                ["another server of its store died, and echoes over the link go unanswered"],
+                ["the server is not the same as before"],
+            )
             assert "192.0.3.1" in str(portal.call(link.status).route)
             assert pings(by_udp, link.server_address, 20)
             assert pings(by_tunnel, other.server_address, 20)
