@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.support.scale_net import processor, resident
 from siderolink.common.keys import PrivateKey
 from tests.support.netns import Namespace, stop
-from tests.support.topology import SERVER_V6, direct
+from tests.support.topology import SERVER_V6, Net, direct
 from tests.support.wireguard_go import wireguard_go
 
 PORT = 51820
@@ -49,7 +49,7 @@ def wireguard(command: Sequence[str]) -> Carrier:
     @contextmanager
     def linked() -> Iterator[Carried]:
         keys = (PrivateKey.generate(), PrivateKey.generate())
-        with direct() as net:
+        with _wire() as net:
             one, other = (
                 wireguard_go(namespace, key, port=PORT, addresses=(f"{address}/64",), command=command)
                 for namespace, key, address in zip((net.server, net.machine), keys, INNER, strict=True)
@@ -67,7 +67,7 @@ def siderolink(*, tunnel: bool) -> Carrier:
 
     @contextmanager
     def linked() -> Iterator[Carried]:
-        with direct() as net, TemporaryDirectory() as folder:
+        with _wire() as net, TemporaryDirectory() as folder:
             token = ["--join-token-file", str(Path(folder, "token"))]
             Path(folder, "token").write_text("benchmark")
             serve = [
@@ -96,9 +96,18 @@ def siderolink(*, tunnel: bool) -> Carrier:
 
 
 @contextmanager
+def _wire() -> Iterator[Net]:
+    """Two namespaces in which TCP is Linux's default, whatever the host's is: it decides how large super-packets become."""
+    with direct() as net:
+        for namespace in (net.server, net.machine):
+            namespace.sysctl("net.ipv4.tcp_congestion_control", "cubic")
+        yield net
+
+
+@contextmanager
 def bare_wire() -> Iterator[Carried]:
     """The veth pair alone."""
-    with direct() as net:
+    with _wire() as net:
         yield Carried(net.server, net.machine, SERVER_V6, ())
 
 

@@ -31,11 +31,14 @@ from siderolink.common.wireguard.packets.seal import find_runs
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.packets.unreachable import unreachable
 from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Path
+from siderolink.common.wireguard.scheduling import CoreYielder
 
 MAX_READS: Final = 64
 """Maximum frames read from the interface per loop iteration."""
 MAX_BYTES: Final = 3 << 16
 """Maximum bytes read from the interface per loop iteration: one batch of four full super-packets."""
+MANY_PACKETS: Final = 8
+"""Small packets in one iteration from which on other processes may use the core before the next one."""
 MIXED_CHANGES: Final = 0.5
 """The share of packets in one iteration that are for another peer than the one before, above which packets of different peers
 are sealed and sent together."""
@@ -99,6 +102,7 @@ class DataPlane:
         self._read_at = self._delivered_at = 0.0
         self._changes = 0
         """How often consecutive packets of this iteration were for different peers; the first one counts, too."""
+        self._core = CoreYielder()
         self._refusals = TokenBucket(REFUSALS_PER_SECOND, REFUSALS_PER_SECOND)
 
     def _set_mtu(self, mtu: int) -> None:
@@ -149,6 +153,8 @@ class DataPlane:
         self._leave_peer(now)
         self._is_mixed = _are_mixed(self._changes, count, self._is_mixed)
         self.drain(now)
+        if count >= MANY_PACKETS and self._collector is self._gatherer:
+            self._core.yield_core()
         return False
 
     def read_ahead(self) -> bool:
