@@ -25,7 +25,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.support.carriers import COMMAND, Carried, Carrier, bare_wire, newest_wireguard_go, siderolink, wireguard
+from benchmarks.support.carriers import (
+    COMMAND,
+    Carried,
+    Carrier,
+    bare_wire,
+    existing,
+    go_peers,
+    newest_wireguard_go,
+    siderolink,
+    wireguard,
+)
 from benchmarks.support.report import Measure, Report
 from tests.support.netns import Namespace
 from tests.support.wireguard_go import WIREGUARD_GO
@@ -36,6 +46,7 @@ NAMES = {
     "newest": "wireguard-go, newest",
     "debian": "wireguard-go, Debian's",
     "tunnel": "siderolink, gRPC tunnel",
+    "existing": "grpc-go and wireguard-go, gRPC tunnel",
     "wire": "veth alone",
 }
 REPEATED = ("tcp", "udp", "ping")
@@ -138,21 +149,29 @@ def listen(namespace: Namespace) -> None:
 def carriers(wanted: Sequence[str], newest: str | None) -> dict[str, Carrier]:
     found: dict[str, Carrier] = {}
     for key in wanted:
-        if key == "newest":
-            command = newest_wireguard_go(newest)
-            if command is None:
-                print("without Go there is no newest wireguard-go to compare with", file=sys.stderr)
-                continue
-            found[key] = wireguard(command)
+        made = carrier(key, newest)
+        if made is None:
+            print(f"without Go there is no {NAMES[key]} to compare with", file=sys.stderr)
         else:
-            found[key] = {
-                "udp": wireguard((*COMMAND, "wireguard")),
-                "pure": wireguard(("env", "SIDEROLINK_NATIVE=0", *COMMAND, "wireguard")),
-                "debian": wireguard(WIREGUARD_GO),
-                "tunnel": siderolink(tunnel=True),
-                "wire": bare_wire,
-            }[key]
+            found[key] = made
     return found
+
+
+def carrier(key: str, newest: str | None) -> Carrier | None:
+    """The carrier of that name; None if it has to be built and cannot be."""
+    if key == "newest":
+        command = newest_wireguard_go(newest)
+        return None if command is None else wireguard(command)
+    if key == "existing":
+        program = go_peers()
+        return None if program is None else existing(program)
+    return {
+        "udp": wireguard((*COMMAND, "wireguard")),
+        "pure": wireguard(("env", "SIDEROLINK_NATIVE=0", *COMMAND, "wireguard")),
+        "debian": wireguard(WIREGUARD_GO),
+        "tunnel": siderolink(tunnel=True),
+        "wire": bare_wire,
+    }[key]
 
 
 def measure(made: dict[str, Carrier], what: Sequence[str], seconds: float, rounds: int) -> tuple[Report, int]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.support.scale_net import processor, resident
+from siderolink.common.addressing import overlay_prefix
 from siderolink.common.keys import PrivateKey
 from tests.support.netns import Namespace, stop
 from tests.support.topology import SERVER_V6, Net, direct
 from tests.support.wireguard_go import wireguard_go
 
 PORT = 51820
+UUID = "00000000-0000-4000-8000-000000000001"
 INNER = ("fd00::1", "fd00::2")
 COMMAND = (sys.executable, "-m", "siderolink")
 
@@ -40,6 +42,8 @@ class Carried:
         return sum(processor(pid) for pid in self.processes)
 
 
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_BUILT = _ROOT / ".venvs" / "go"
 Carrier = Callable[[], AbstractContextManager[Carried]]
 
 
@@ -81,13 +85,33 @@ def siderolink(*, tunnel: bool) -> Carrier:
             ]
             server = _started(net.server, [*serve, *token], "overlay", folder)
             join = [*COMMAND, "join", f"grpc://192.0.2.1:4000?grpc_tunnel={str(tunnel).lower()}"]
-            machine = _started(
-                net.machine, [*join, *token, "--uuid", "00000000-0000-4000-8000-000000000001"], "connected", folder
-            )
+            machine = _started(net.machine, [*join, *token, "--uuid", UUID], "connected", folder)
             interface = next(name for name in net.server.interfaces() if name.startswith("siderolink"))
             inner = min(net.server.addresses(interface) - _link_local(net.server, interface), key=len)
             try:
                 yield Carried(net.server, net.machine, inner.split("/")[0], (server.pid, machine.pid))
+            finally:
+                stop(machine)
+                stop(server)
+
+    return linked
+
+
+def existing(program: str) -> Carrier:
+    """A machine and a server made of grpc-go and wireguard-go, as existing ones are, through the gRPC tunnel."""
+
+    @contextmanager
+    def linked() -> Iterator[Carried]:
+        with _wire() as net:
+            api, token = "192.0.2.1:4000", ("-token", "benchmark")
+            server = net.server.popen([program, "server", "-listen", api, *token], stdout=subprocess.PIPE)
+            _read_until(server, "serving")
+            machine = net.machine.popen(
+                [program, "machine", "-api", api, *token, "-uuid", UUID, "-tunnel=true"], stdout=subprocess.PIPE
+            )
+            _read_until(machine, '"up"')
+            try:
+                yield Carried(net.server, net.machine, str(overlay_prefix()[1]), (server.pid, machine.pid))
             finally:
                 stop(machine)
                 stop(server)
@@ -115,11 +139,16 @@ def _started(namespace: Namespace, command: Sequence[str], text: str, folder: st
     process = namespace.popen(
         ["env", f"SIDEROLINK_RUNTIME_DIR={folder}/run", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+    _read_until(process, text)
+    return process
+
+
+def _read_until(process: "subprocess.Popen[str]", text: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if text in line:
-            return process
-    raise RuntimeError(f"{' '.join(command)} ended with {process.wait()}")
+            return
+    raise RuntimeError(f"{process.args!r} ended with {process.wait()}")
 
 
 def _link_local(namespace: Namespace, interface: str) -> set[str]:
@@ -132,8 +161,18 @@ def newest_wireguard_go(path: str | None) -> Sequence[str] | None:
         return (path, "--foreground")
     if shutil.which("go") is None:
         return None
-    folder = Path(__file__).resolve().parent.parent.parent / ".venvs" / "go"
     subprocess.run(
-        ["env", f"GOBIN={folder}", "go", "install", "golang.zx2c4.com/wireguard@latest"], check=True, stdout=subprocess.DEVNULL
+        ["env", f"GOBIN={_BUILT}", "go", "install", "golang.zx2c4.com/wireguard@latest"],
+        check=True,
+        stdout=subprocess.DEVNULL,
     )
-    return (str(folder / "wireguard"), "--foreground")
+    return (str(_BUILT / "wireguard"), "--foreground")
+
+
+def go_peers() -> str | None:
+    """The program of `tests/go_peers`, built if there is Go; None if there is not."""
+    if shutil.which("go") is None:
+        return None
+    program = _BUILT / "go-peers"
+    subprocess.run(["go", "build", "-o", program, "."], cwd=_ROOT / "tests" / "go_peers", check=True)
+    return str(program)
