@@ -24,6 +24,7 @@ from tests.support.netns import Namespace, stop
 from tests.support.pings import ping, pinging
 from tests.support.provision import new_key
 from tests.support.topology import SERVER_V4, Net, direct
+from tests.support.waiting import until
 
 PROGRAM = os.environ.get("GO_PEERS", "")
 TOKEN = "s3cret-token"
@@ -194,7 +195,8 @@ def test_a_machine_that_found_its_link_dead_gets_another_virtual_address_only_wh
     peer = machine(net, "-tunnel", "-look", "300ms", "-down", "1ms")
     answers = [peer.next("provisioned") for _ in range(4)]
     assert len({json.dumps(answer["fields"]) for answer in answers}) == 1
-    ping(net.machine, SERVER)
+    # its interface has no address for a moment each time
+    until(lambda: "1 received" in net.machine.run(["ping", "-q", "-c1", "-W5", str(SERVER)], check=False))
     end(server)
 
 
