@@ -29,8 +29,10 @@ async def main(options: argparse.Namespace) -> None:
     ) as server:
         async with asyncio.TaskGroup() as tasks:
             print(f"{server.address} keeps what machines report", flush=True)
+            followed = set()
             async for event in server.events():
-                if isinstance(event, HandshakeCompleted) and event.is_first:
+                if isinstance(event, HandshakeCompleted) and event.machine.id not in followed:
+                    followed.add(event.machine.id)
                     tasks.create_task(show(server, event.machine))
 
 
