@@ -5,9 +5,9 @@ With the compiled core (`make native`) "siderolink, UDP" and the tunnel use it; 
     sudo python benchmarks/throughput.py [--seconds 10] [--rounds 3] [--only tcp] [--carriers udp,newest] [--save FOLDER]
 
 Every carrier links two network namespaces joined by a veth pair, with an inner MTU of 1280 and IPv6 inside. TCP uses Linux's
-default congestion control, cubic. All links are up at
-the same time, and each measure is taken of each of them in turn, round by round; the table shows medians. Everything shares the
-machine's cores, the loads' own programs too: read the figures as ratios to their neighbours.
+default congestion control, cubic. All links are up at the same time, and each measure is taken of each of them in turn, round
+by round; the table shows medians. Everything shares the machine's cores, the loads' own programs too: read the figures as
+ratios to their neighbours.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.support.scale_net import processor, resident
 from siderolink.common.addressing import overlay_prefix
 from siderolink.common.keys import PrivateKey
+from tests.support.commands import read_until
 from tests.support.netns import Namespace, stop
 from tests.support.topology import SERVER_V6, Net, direct
 from tests.support.wireguard_go import wireguard_go
@@ -105,11 +106,11 @@ def existing(program: str) -> Carrier:
         with _wire() as net:
             api, token = "192.0.2.1:4000", ("-token", "benchmark")
             server = net.server.popen([program, "server", "-listen", api, *token], stdout=subprocess.PIPE)
-            _read_until(server, "serving")
+            read_until(server, "serving")
             machine = net.machine.popen(
                 [program, "machine", "-api", api, *token, "-uuid", UUID, "-tunnel=true"], stdout=subprocess.PIPE
             )
-            _read_until(machine, '"up"')
+            read_until(machine, '"up"')
             try:
                 yield Carried(net.server, net.machine, str(overlay_prefix()[1]), (server.pid, machine.pid))
             finally:
@@ -139,16 +140,8 @@ def _started(namespace: Namespace, command: Sequence[str], text: str, folder: st
     process = namespace.popen(
         ["env", f"SIDEROLINK_RUNTIME_DIR={folder}/run", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    _read_until(process, text)
+    read_until(process, text)
     return process
-
-
-def _read_until(process: "subprocess.Popen[str]", text: str) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if text in line:
-            return
-    raise RuntimeError(f"{process.args!r} ended with {process.wait()}")
 
 
 def _link_local(namespace: Namespace, interface: str) -> set[str]:

@@ -1,7 +1,6 @@
 """The core is given to other processes between batches of small packets, but not to those that keep it."""
 
 import os
-import struct
 
 import pytest
 
@@ -81,19 +80,13 @@ def test_a_stopped_process_yields_again_after_a_second(core: Core) -> None:
     assert core.yielded == 2
 
 
-def super_packet() -> bytes:
-    return struct.pack("=BBHHHH", 1, 4, 60, 1220, 40, 16) + Packet(version=6, protocol=TCP, payload=bytes(2440)).encode(
-        partial=True
-    )
-
-
 @pytest.mark.parametrize(
     ("frames", "turns"),
     [
         ([frame(100)] * MANY_PACKETS, 1),
         ([frame(1200)] * MANY_PACKETS, 1),
         ([frame(100)] * (MANY_PACKETS - 1), 0),
-        ([super_packet()] * MANY_PACKETS, 0),
+        ([Packet(protocol=TCP, payload=bytes(2440)).frame(1220)] * MANY_PACKETS, 0),
     ],
     ids=["small", "full", "few", "super-packets"],
 )
